@@ -1,0 +1,117 @@
+"""Every private or young torch name that losia_fx needs, with the reason; tests/test_compat.py fails when one goes.
+
+Checked against torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule as OptimizedModule
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
+from torch._guards import TracingContext
+
+__all__ = [
+    "CompilerFailed",
+    "OptimizedModule",
+    "compile_call",
+    "fake_inputs",
+    "graph_task_id",
+    "inner_compiler",
+    "install_call",
+    "is_checkpoint",
+    "is_compiled_in_place",
+    "keep_saved_tensors",
+    "plain_call",
+    "running_ddp",
+    "runs_uncompiled",
+]
+# OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
+# backend raises; it is unwrapped so that users read our error and not Dynamo's.
+
+
+def graph_task_id() -> int:
+    """The number of the backward pass that is running, -1 outside of one.
+
+    Nothing public tells two uses of a weight in one backward from two backwards of one graph (retain_graph), and only
+    the first of a pass may start the full gradient anew.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` as fake tensors of the graph being compiled, with static shapes.
+
+    Inputs that a backend appends are unknown to Dynamo: real tensors would get symbolic sizes from the inner compiler,
+    and guards on those fail. Under a plain call (no tracing) the tensors themselves come back.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return list(tensors)
+    return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
+def inner_compiler(name: str) -> Callable[..., Any]:
+    """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
+    return torch._dynamo.lookup_backend(name)
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether an fx target is Dynamo's node for a checkpointed region: args[0] its body, args[1:] the body's inputs."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What calling ``module`` does when nothing is compiled: hooks and forward."""
+    return module._call_impl(*args, **kwargs)
+
+
+def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
+    """``plain_call`` of the module, compiled.
+
+    The limit is raised and held apart from that of other modules: the code that is compiled here, Module._call_impl,
+    is the same for all modules of a process, and so would be its limit of 8 graphs.
+    """
+    limits: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True}  # not in the overloads
+    compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, **limits)
+    return compiled
+
+
+def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
+    if call is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = call
+
+
+def running_ddp() -> bool:
+    """Whether the forward under way is that of a DistributedDataParallel."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def keep_saved_tensors() -> Any:
+    """Context for compiling: the backward may run twice (retain_graph), as it may without a compiler.
+
+    AOTAutograd otherwise lets it reuse the memory of what the forward saved.
+    """
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether Module.compile() was called on ``module``."""
+    return module._compiled_call_impl is not None
+
+
+def runs_uncompiled(function: Callable[..., Any]) -> Any:
+    """``function``, which Dynamo may inline but never compiles as a frame of its own.
+
+    Where Dynamo gives up on a frame it goes on with the functions called from there; compiled, ours would take its
+    "is a compiler at work" branch in eager runs too. torch.compiler.disable would break the graphs that inline it.
+    """
+    skip_code(function.__code__)
+    return function

@@ -1,0 +1,194 @@
+"""The Dynamo backend: copy the graph -> plan -> passes -> inner compiler -> a callable that looks state up at run time.
+
+One compiled graph may serve many layers and many models, so nothing of a subnet is closed over: which S, rows, cols and
+handle go into a slot is decided by the weight that arrives with the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from losia_fx.passes import (
+    Use,
+    copy_graph_module,
+    default_pipeline,
+    find_uses,
+    graph_modules,
+    is_linear,
+    linear_arguments,
+    plan_subnets,
+)
+
+from ._compat import fake_inputs, inner_compiler, keep_saved_tensors
+from .attach import compiled_region, eager_linear
+from .config import LosiaConfig
+from .errors import ConfigError, LosiaWarning
+from .plan import SubnetPlan, SubnetSlot
+from .state import SubnetState, find, resolve
+
+log = logging.getLogger("losia_fx")
+
+Adopt = Callable[[Sequence[nn.Parameter]], None]
+"""Gives subnets to weights that have none yet (backend="losia" alone)."""
+
+
+class LosiaBackend:
+    """A torch.compile backend that trains the subnets of the weights it is handed.
+
+    config: what the inner compiler is, and whether anything is profiled. adopt: see Adopt; None leaves weights without
+    a subnet as they are.
+    """
+
+    def __init__(self, config: LosiaConfig, adopt: Adopt | None = None) -> None:
+        self.config, self.adopt = config, adopt
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        _refuse_options(options)
+        if not torch.is_grad_enabled():
+            return gm.forward  # nothing learns here: the plain graph, uncompiled
+        uses = find_uses(gm)
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        weights = _linear_weights(names, uses, example_inputs)
+        if self.adopt is not None:
+            self.adopt(list(weights.values()))
+        parameters = {name: value for name, value in zip(names, example_inputs, strict=True) if _is_parameter(value)}
+        states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
+        plan = plan_subnets(gm, uses, {name: state.facts for name, state in states.items()})
+        _note_left(plan, states)
+        if not weights:
+            return self._compile(gm, example_inputs)
+        return CompiledGraph(self, gm, example_inputs, plan, [names.index(name) for name in weights])
+
+    def rewrite(self, gm: fx.GraphModule, plan: SubnetPlan) -> fx.GraphModule:
+        """A rewritten copy of the graph; ``gm`` stays as it is."""
+        rewritten = copy_graph_module(gm)
+        default_pipeline(plan, self.config)(rewritten)
+        return rewritten
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with keep_saved_tensors():
+            compiled: Callable[..., Any] = inner_compiler(self.config.compiler)(gm, list(inputs))
+        return compiled
+
+
+class CompiledGraph:
+    """One compiled graph, for every weight that arrives in its slots."""
+
+    def __init__(
+        self,
+        backend: LosiaBackend,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        plan: SubnetPlan,
+        weights: Sequence[int],
+    ) -> None:
+        self._adopt = backend.adopt
+        self._gm = gm
+        self._uncompiled: fx.GraphModule | None = None
+        self._slots = plan.slots
+        self._handles = backend.config.profiles
+        slotted = {slot.position for slot in plan.slots}
+        self._bare = [position for position in weights if position not in slotted]
+        rewritten = backend.rewrite(gm, plan) if plan.slots else gm
+        extra = self._state(example_inputs)
+        assert extra is not None
+        self._compiled = backend._compile(rewritten, [*example_inputs, *fake_inputs(extra)])
+
+    def __call__(self, *inputs: Any) -> Any:
+        extra = self._state(inputs)
+        if extra is None:
+            return self._run_uncompiled(inputs)
+        with compiled_region():
+            return self._compiled(*inputs, *extra)
+
+    def _state(self, inputs: Sequence[Any]) -> list[Tensor] | None:
+        """S, rows and cols of each slot's weight, then the handles; None where a weight does not fit its slot."""
+        tensors: list[Tensor] = []
+        handles: list[Tensor] = []
+        if self._adopt is not None:
+            arrived = [inputs[position] for position in (*(slot.position for slot in self._slots), *self._bare)]
+            if any(find(weight) is None for weight in arrived):
+                self._adopt(arrived)
+        for slot in self._slots:
+            state = resolve(inputs[slot.position])
+            if state is None or not _fits(state, slot):
+                return None
+            tensors += state.inputs()
+            handles.append(state.handle)
+        if any(find(inputs[position]) is not None for position in self._bare):
+            return None
+        return tensors + handles if self._handles else tensors
+
+    def _run_uncompiled(self, inputs: Sequence[Any]) -> Any:
+        """The graph, node by node, each linear as its weight's own state says: exact for any mixture of roles."""
+        if self._uncompiled is None:
+            self._uncompiled = uncompiled_graph(self._gm)
+            warnings.warn(
+                "losia_fx: a compiled graph met a layer whose weights play other roles than those it was compiled for "
+                "(a layer excluded by name shares its graph, say); that layer runs exact but uncompiled",
+                LosiaWarning,
+                stacklevel=2,
+            )
+        with compiled_region():
+            return self._uncompiled(*inputs)
+
+
+def _fits(state: SubnetState, slot: SubnetSlot) -> bool:
+    facts = slot.facts
+    return state.size == (facts.rows, facts.cols) and state.whole_cols == facts.whole_cols
+
+
+def uncompiled_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which every linear asks for its weight's subnet when it runs."""
+    copy = copy_graph_module(gm)
+    for module in graph_modules(copy):
+        for node in list(module.graph.nodes):
+            if is_linear(node):
+                node.args, node.kwargs, node.target = linear_arguments(node), {}, eager_linear
+        module.recompile()
+    return copy
+
+
+def _linear_weights(names: Sequence[str], uses: Sequence[Use], inputs: Sequence[Any]) -> dict[str, nn.Parameter]:
+    """The parameters, by placeholder, that are weights of linears and nothing else."""
+    linear = {use.holder for use in uses if use.linear} - {use.holder for use in uses if not use.linear}
+    return {name: value for name, value in zip(names, inputs, strict=True) if name in linear and _is_parameter(value)}
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _note_left(plan: SubnetPlan, states: dict[str, SubnetState]) -> None:
+    """For the controller's warning and the report."""
+    by_name = {state.name: state for state in states.values()}
+    for left in plan.left:
+        by_name[left.fqn].left_alone = by_name[left.fqn].left_alone or left.reason
+        log.debug("%s: node %s left alone: %s", left.fqn, left.node, left.reason)
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """The keywords that torch.compile hands to a backend: mode, and options (which losia_backend has taken)."""
+    mode = options.get("mode")
+    if mode is not None:
+        raise ConfigError(
+            f"mode={mode!r}: backend 'losia' takes no mode. Choose the inner compiler with options={{'compiler': ...}}"
+        )
+
+
+def losia_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile(model, backend="losia", options={...})``: options are the fields of LosiaConfig.
+
+    A linear weight that requires grad learns through its subnet, anything else that does in full. For one process and a
+    plain loop; Trainer, accelerate and distributed training want ``losia_fx.transform``.
+    """
+    from .adopt import adopt_weights  # the controller and its hooks are needed by this way only
+
+    config = LosiaConfig.of(None, options.pop("options", None) or {})
+    return LosiaBackend(config, lambda weights: adopt_weights(weights, config))(gm, example_inputs, **options)

@@ -1,0 +1,58 @@
+"""The command line: ``losia-fx <command>``.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args) -> exit code``. It imports what is heavy only in
+``run``, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .errors import LosiaError
+
+COMMANDS = {"finetune": "losia_fx.finetune"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument is an exception of one line: its own way prints the usage and ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LosiaError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 done, 1 the machine failed it (a full disk), 2 wrong use, 130 interrupted."""
+    try:
+        args = _parser().parse_args(argv)
+        return int(args.run(args))
+    except LosiaError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted before there was anything to save", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="losia-fx", description="LoSiA: fine-tuning through subnets that move with the importance.")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        summary = (module.__doc__ or name).partition("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"losia-fx: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

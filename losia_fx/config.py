@@ -1,0 +1,135 @@
+"""LosiaConfig: every knob of the method, its unit and its symbol in the paper; validated once, here."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import ConfigError
+
+SCHEDULES = ("async", "sync", "static")
+IMPORTANCES = ("mixed", "first", "second", "gradient", "random")
+COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class LosiaConfig:
+    """The options of LoSiA (Wang, Qi, Xu, EMNLP 2025, arXiv 2507.04487), validated on construction.
+
+    rank_factor: p, the share of a weight's rows and of its columns that learns; in (0, 1].
+    output_rank_factor: p_o, the share of the output head's rows that learns (every column does); in [0, 1],
+        0 leaves the head frozen.
+    period: T, the length of a time slot in optimizer steps; at least 1.
+    schedule: "async" profiles one group a slot in turn, "sync" all groups in one slot of every round,
+        "static" keeps the first subnets.
+    importance: how a slot scores the elements of W: "mixed" |WG - (WG)^2/2|, "first" |WG|, "second" (WG)^2,
+        "gradient" G^2 alone, "random" draws new subnets and profiles nothing.
+    beta1, beta2: decay of the importance and of its uncertainty, an optimizer step at a time; in [0, 1).
+    rewarm: whether the k-th update after a re-selection counts k/T.
+    target: patterns of module names whose linear weights learn; None means every linear inside the repeated blocks,
+        and the head.
+    exclude: patterns of module names that stay as they are.
+    trainable: patterns of other parameters to train in full (norms, biases, a classification head).
+    seed: of the first rows and columns, and of importance="random".
+    compiler: what compiles the rewritten graph.
+
+    A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
+    whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
+    Raises ConfigError (a ValueError) that names the option, the value and what is allowed.
+    """
+
+    rank_factor: float = 0.125
+    output_rank_factor: float = 0.125
+    period: int = 50
+    schedule: str = "async"
+    importance: str = "mixed"
+    beta1: float = 0.85
+    beta2: float = 0.85
+    rewarm: bool = True
+    target: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    seed: int = 0
+    compiler: str = "inductor"
+
+    def __post_init__(self) -> None:
+        _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
+        _number("output_rank_factor", self.output_rank_factor, "in [0, 1]", lambda v: 0 <= v <= 1)
+        _number("beta1", self.beta1, "in [0, 1)", lambda v: 0 <= v < 1)
+        _number("beta2", self.beta2, "in [0, 1)", lambda v: 0 <= v < 1)
+        _integer("period", self.period, least=1)
+        _integer("seed", self.seed, least=0)
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("importance", self.importance, IMPORTANCES)
+        _choice("compiler", self.compiler, COMPILERS)
+        if not isinstance(self.rewarm, bool):
+            raise ConfigError(f"rewarm={self.rewarm!r}: give True or False")
+        for option in ("target", "exclude", "trainable"):
+            object.__setattr__(self, option, _patterns(option, getattr(self, option)))
+
+    @classmethod
+    def of(cls, base: LosiaConfig | None, options: Mapping[str, Any]) -> LosiaConfig:
+        """``base`` (or the defaults) with ``options`` on top. Raises ConfigError at an option that does not exist."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+                raise ConfigError(f"no option {name!r}: {hint}")
+        if base is not None and not isinstance(base, LosiaConfig):
+            raise ConfigError(f"config={base!r}: give a LosiaConfig, or its fields as keywords")
+        start = {} if base is None else {field.name: getattr(base, field.name) for field in fields(base)}
+        return cls(**{**start, **options})
+
+    @property
+    def profiles(self) -> bool:
+        """Whether any slot measures importance: only then do graphs carry localization nodes."""
+        return self.schedule != "static" and self.importance != "random"
+
+
+def matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that names ``name`` or a module around it, or None."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    for pattern in patterns:
+        if any(
+            fnmatch.fnmatchcase(prefix, pattern) or fnmatch.fnmatchcase(prefix, f"*.{pattern}") for prefix in prefixes
+        ):
+            return pattern
+    return None
+
+
+def subnet_size(rank_factor: float, size: int) -> int:
+    """floor(p * size), at least 1: how many of ``size`` rows or columns a subnet has (LoSiA section 3)."""
+    return max(1, math.floor(rank_factor * size))
+
+
+def _number(option: str, value: Any, allowed: str, fits: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise ConfigError(f"{option}={value!r}: give a number {allowed}")
+
+
+def _integer(option: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{option}={value!r}: give a whole number of at least {least}")
+
+
+def _choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}={value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def _patterns(option: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        if option == "target":
+            return None
+        raise ConfigError(f"{option}=None: give patterns of names, or ()")
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    listed = tuple(value) if several else (value,)
+    if not all(isinstance(pattern, str) and pattern for pattern in listed):
+        raise ConfigError(f"{option}={value!r}: give a name pattern or several, as non-empty strings")
+    return listed

@@ -1,0 +1,429 @@
+"""Controller: follows the optimizers through torch's global step hooks, and is the only writer of training state.
+
+An optimizer step is: keep S of a rewarming group -> (the step) -> importance from G and the W of before -> rewarm ->
+W[rows, cols] = S -> count -> at the end of a slot re-select and go on to the next group.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .attach import RAN_OUTSIDE, watch
+from .blocks import plain_name
+from .config import LosiaConfig
+from .errors import LosiaError, LosiaWarning, OptimizerError, listed
+from .localize import (
+    Fit,
+    Selection,
+    fit_gradient,
+    importance_of,
+    score_of,
+    select_rows,
+    select_subnet,
+    share_moved,
+    smooth,
+)
+from .ops import drop_taps
+from .optimizers import (
+    adopt_subnets,
+    follow_optimizers,
+    found_inf,
+    grad_scale,
+    live_optimizers,
+    owned_states,
+    restart_state,
+    weights_without_subnet,
+)
+from .schedule import ends_slot, profiled_groups, rewarm_factor
+from .state import COPIES, Profile, SubnetState, states_of
+
+log = logging.getLogger("losia_fx")
+
+CONTROLLER = "_losia_controller"
+"""Attribute of a model's root module: its Controller."""
+
+CONTROLLERS: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Event:
+    """A re-selection."""
+
+    step: int
+    """Optimizer steps completed when it happened."""
+    group: int
+    moved: float
+    """Share of the group's subnet elements that are new, 0 to 1."""
+    captured: float | None
+    """Share of the group's whole score that the new subnets hold, 0 to 1; None where nothing was scored."""
+
+
+class Controller:
+    """The schedule of one model's subnets.
+
+    step: optimizer steps completed. groups: weight names by group, the head first. active: the group being profiled,
+    or None. history: the re-selections so far. left_out: profiled weight-steps whose gradient could not be used.
+    """
+
+    def __init__(self, root: nn.Module, config: LosiaConfig, by_string: bool = False) -> None:
+        self.root, self.config, self.by_string = root, config, by_string
+        self.required_grad: dict[str, bool] = {}
+        """requires_grad of every parameter before the transformation."""
+        self.roles: dict[str, tuple[str, str]] = {}
+        """Parameter name -> (trained, why), as planned."""
+        root.__dict__[CONTROLLER] = self
+        self.step = 0
+        self.history: list[Event] = []
+        self.left_out = 0
+        self.states: list[SubnetState] = []
+        self.groups: list[list[str]] = []
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.hooks: list[RemovableHandle] = []
+        self._watched: list[nn.Module] = []
+        self.averages_ranks = False
+        """DistributedDataParallel averages S.grad over ranks, so G must be averaged too."""
+        self._forget_step()
+        self._enlist()
+
+    def _enlist(self) -> None:
+        follow_optimizers(before_step, after_step)
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        CONTROLLERS.add(self)
+
+    def _forget_step(self) -> None:
+        self._stepped: set[SubnetState] = set()
+        self._before: dict[SubnetState, Tensor] = {}
+        self._fits: dict[SubnetState, Fit | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        gone = ("_optimizers", "_stepped", "_before", "_fits", "generator")
+        kept = {key: value for key, value in self.__dict__.items() if key not in gone}
+        return {**kept, "generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+        COPIES.difference_update(self.states)
+        self._forget_step()
+        self._enlist()
+
+    def leave(self) -> None:
+        """Lets go of the model: no step is followed any more."""
+        CONTROLLERS.discard(self)
+        for hook in self.hooks:
+            hook.remove()
+        self.states, self.groups = [], []
+        self.root.__dict__.pop(CONTROLLER, None)
+
+    # -- what the schedule says -----------------------------------------------------------------------------------
+
+    def set_groups(self, states: list[SubnetState], groups: list[list[str]]) -> None:
+        """Takes over the subnets of the model, named by group, and opens the slot under way."""
+        self.states, self.groups = states, groups
+        number = {name: index for index, names in enumerate(groups) for name in names}
+        for state in states:
+            state.group = number[state.name]
+        self._open_slot()
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Has the modules of these names look after weights that no graph runs.
+
+        After transform() the root runs in eager only when Dynamo has given it up: then it and the modules right around
+        look too, for uses that call no module. By string an eager root is the ordinary case.
+        """
+        modules = {plain_name(name): found for name, found in self.root.named_modules(remove_duplicate=False)}
+        wanted = [modules[name] for name in names]
+        if not self.by_string:
+            wanted += [self.root, *(modules[name.rpartition(".")[0]] for name in names)]
+        for module in wanted:
+            if not any(module is known for known in self._watched):
+                self._watched.append(module)
+                self.hooks += watch([module])
+
+    @property
+    def slot_groups(self) -> tuple[int, ...]:
+        """The groups whose slot this is."""
+        return profiled_groups(self.config, len(self.groups), self.step)
+
+    @property
+    def active(self) -> int | None:
+        """The group being profiled; None where none is, or (sync) where all are."""
+        groups = self.slot_groups if self.config.profiles else ()
+        return groups[0] if len(groups) == 1 else None
+
+    def members(self, group: int) -> list[SubnetState]:
+        return [state for state in self.states if state.group == group]
+
+    def _open_slot(self) -> None:
+        profiled = self.slot_groups if self.config.profiles else ()
+        for state in self.states:
+            if state.group not in profiled:
+                state.profile = None
+            elif state.profile is None:
+                state.profile = Profile()
+
+    # -- around an optimizer's step -------------------------------------------------------------------------------
+
+    def before(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
+        """``mine``: this optimizer's subnets. ``closure``: the gradients are made within the step."""
+        if optimizer not in self._optimizers:
+            # Others may own subnets too and step after this one: t waits for all of them.
+            self._optimizers.update(other for other in live_optimizers() if owned_states(other, self.states))
+        for state in mine:
+            if self._rewarm_share(state) < 1.0:
+                self._before[state] = state.values.detach().clone()
+        if not closure:
+            self._fits.update(self._fit(optimizer, mine))
+
+    def after(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
+        if found_inf(optimizer):
+            self._before.clear()
+            self._fits.clear()
+            return
+        if closure:
+            self._fits.update(self._fit(optimizer, mine))
+        for state in mine:
+            self._update_importance(state)
+            self._rewarm(state)
+            state.write_back()
+        self._stepped.update(mine)
+        if self._stepped.issuperset(self._owned()):
+            self._advance()
+
+    def _owned(self) -> Iterable[SubnetState]:
+        """The subnets that some live optimizer steps: t counts once all of them have been."""
+        return (state for optimizer in self._optimizers for state in owned_states(optimizer, self.states))
+
+    def _advance(self) -> None:
+        last, self.step = self.step, self.step + 1
+        self._forget_step()
+        drop_taps()
+        if ends_slot(self.config, last):
+            for group in profiled_groups(self.config, len(self.groups), last):
+                if self._reselect(group) is None:
+                    self._keep(group)
+            for state in self.states:
+                state.profile = None
+        self._open_slot()
+
+    # -- importance -----------------------------------------------------------------------------------------------
+
+    def _fit(self, optimizer: Optimizer, mine: list[SubnetState]) -> dict[SubnetState, Fit | None]:
+        """How each profiled subnet's gradient, as the optimizer sees it, follows from its G."""
+        profiled = [(state, state.profile) for state in mine if state.profile is not None]
+        if self.averages_ranks:
+            for state, profile in profiled:
+                profile.average_ranks(state.weight)
+        pairs = {}
+        for state, profile in profiled:
+            seen, grad = state.values.grad, profile.grad
+            if seen is None:
+                continue
+            if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
+                grad = torch.zeros_like(state.weight, dtype=torch.float32)
+            pairs[state] = (seen, grad.index_select(0, state.rows).index_select(1, state.cols))
+        fits = {state: fit_gradient(*pair) for state, pair in pairs.items()}
+        factors = [fit.factor for fit in fits.values() if fit is not None]
+        if factors:
+            # A gradient that is zero throughout says nothing of the factor: its neighbours do.
+            fits = {s: fit_gradient(*pairs[s], fallback=factors[0]) if fit is None else fit for s, fit in fits.items()}
+        scale = grad_scale(optimizer)  # a fused optimizer unscales inside its step
+        return {s: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for s, fit in fits.items()}
+
+    def _update_importance(self, state: SubnetState) -> None:
+        profile = state.profile
+        if profile is None or state not in self._fits:
+            return
+        fit = self._fits.pop(state)
+        grad, profile.grad = profile.grad, None
+        if fit is None or grad is None or not torch.isfinite(grad).all():
+            self.left_out += 1
+            log.warning("losia_fx: step %d: %s: gradient left out of the importance", self.step, state.name)
+            return
+        ipt = importance_of(self.config.importance, state.weight, fit.apply(grad))
+        if profile.importance is None or profile.uncertainty is None:
+            profile.importance, profile.uncertainty = torch.zeros_like(ipt), torch.zeros_like(ipt)
+        smooth(profile.importance, ipt, self.config.beta1)
+        smooth(profile.uncertainty, (ipt - profile.importance).abs_(), self.config.beta2)
+
+    # -- the subnets move -----------------------------------------------------------------------------------------
+
+    def _rewarm_share(self, state: SubnetState) -> float:
+        if state.rewarm_from is None:
+            return 1.0
+        return rewarm_factor(self.config, self.step - state.rewarm_from + 1)
+
+    @torch.no_grad()
+    def _rewarm(self, state: SubnetState) -> None:
+        before = self._before.pop(state, None)
+        if before is not None:
+            state.values.copy_(before + self._rewarm_share(state) * (state.values - before))
+        elif state.rewarm_from is not None:
+            state.rewarm_from = None
+
+    def select(self, group: int) -> Event:
+        """Re-selects the subnets of ``group`` now, from the importance gathered so far (or at random, if so set).
+
+        S is in W already; rows and cols are changed in place, S is gathered anew, its optimizer state starts afresh and
+        its learning rate is rewarmed. Raises LosiaError for a group that does not exist or has not been profiled.
+        """
+        if not 0 <= group < len(self.groups):
+            raise LosiaError(f"group {group} does not exist: there are {len(self.groups)}, counted from 0")
+        event = self._reselect(group)
+        if event is None:
+            raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")
+        return event
+
+    @torch.no_grad()
+    def _reselect(self, group: int) -> Event | None:
+        members = self.members(group)
+        selections = {state: selection for state in members if (selection := self._choose(state)) is not None}
+        if not selections:
+            return None
+        scored = [(s, state.profile) for state, s in selections.items() if state.profile is not None]
+        total = sum(float(self._score(profile).sum()) for _, profile in scored)
+        inside = sum(float(selection.captured) for selection, _ in scored)
+        moved = sum(self._move(state, selection) * state.values.numel() for state, selection in selections.items())
+        elements = sum(state.values.numel() for state in members)
+        return self._record(Event(self.step, group, moved / elements, inside / total if total > 0 else None))
+
+    def _score(self, profile: Profile) -> Tensor:
+        assert profile.importance is not None
+        assert profile.uncertainty is not None
+        return score_of(self.config.importance, profile.importance, profile.uncertainty)
+
+    def _choose(self, state: SubnetState) -> Selection | None:
+        """None where nothing was measured: the subnet stays."""
+        if self.config.importance == "random":
+            return state.random_selection(self.generator)
+        if state.profile is None or state.profile.importance is None:
+            return None
+        score = self._score(state.profile)
+        if not score.any():
+            return None
+        return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
+
+    def _move(self, state: SubnetState, selection: Selection) -> float:
+        rows, cols = selection.rows.to(state.rows.device), selection.cols.to(state.cols.device)
+        moved = share_moved((state.rows, state.cols), (rows, cols))
+        state.write_back()
+        state.move_to(rows, cols)
+        for optimizer in self._optimizers:
+            restart_state(optimizer, state.values)
+        state.rewarm_from = self.step
+        return moved
+
+    def _keep(self, group: int) -> None:
+        warnings.warn(
+            f"losia_fx: group {group} keeps its subnets: no step of its slot gave a gradient to score by",
+            LosiaWarning,
+            stacklevel=2,
+        )
+        self._record(Event(self.step, group, 0.0, None))
+
+    def _record(self, event: Event) -> Event:
+        self.history.append(event)
+        log.info("step %d: group %d re-selected, %.0f%% new", event.step, event.group, 100 * event.moved)
+        return event
+
+
+def controller_of(root: nn.Module) -> Controller | None:
+    """The controller that lives on ``root`` itself."""
+    found: Controller | None = root.__dict__.get(CONTROLLER)
+    return found
+
+
+def find_controller(model: nn.Module) -> Controller | None:
+    """The controller of ``model``, of a model that it wraps, or of a model that it is a part of."""
+    for module in model.modules():
+        if (found := controller_of(module)) is not None:
+            return found
+    states = set(states_of(model))
+    return next((found for found in list(CONTROLLERS) if states.intersection(found.states)), None)
+
+
+@torch.compiler.disable
+def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Global hook before every optimizer step of the process."""
+    if COPIES and (orphans := owned_states(optimizer, list(COPIES))):
+        raise OptimizerError(
+            f"{orphans[0].name}: its module was copied out of a transformed model, and no controller follows the copy: "
+            "its subnet would train without ever reaching the weight. Copy the whole model, or restore it first"
+        )
+    for controller in list(CONTROLLERS):
+        warn_of_weights(controller)
+        mine = _checked(controller, optimizer)
+        if mine:
+            controller.before(optimizer, mine, _has_closure(args, kwargs))
+
+
+@torch.compiler.disable
+def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Global hook after every optimizer step of the process."""
+    for controller in list(CONTROLLERS):
+        mine = owned_states(optimizer, controller.states)
+        if mine:
+            controller.after(optimizer, mine, _has_closure(args, kwargs))
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return any(callable(value) for value in (*args, *kwargs.values()))
+
+
+def _checked(controller: Controller, optimizer: Optimizer) -> list[SubnetState]:
+    """This optimizer's subnets, after a look at whether it can train them."""
+    if controller.by_string:
+        adopt_subnets(optimizer, controller.states)
+    missing = weights_without_subnet(optimizer, controller.states)
+    if missing:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds {missing[0].name} and {len(missing) - 1} more transformed weights, but "
+            "not their subnets, so nothing of them would learn: it was made before losia_fx.transform. Make it "
+            "afterwards, from model.parameters()"
+        )
+    mine = owned_states(optimizer, controller.states)
+    if mine and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            "LBFGS moves the subnets several times within a step while the forward reads the dense weights: "
+            "use an optimizer that updates once a step, such as AdamW"
+        )
+    return mine
+
+
+def warn_of_weights(controller: Controller) -> None:
+    """One warning for the weights that ran outside a rewritten graph since the last look, one for those not reached."""
+    ran = [state for state in controller.states if state in RAN_OUTSIDE]
+    RAN_OUTSIDE.difference_update(ran)
+    outside = [state for state in ran if not state.ran_outside]
+    unreached = [state for state in controller.states if state.left_alone is not None and not state.left_alone_said]
+    for state in outside:
+        state.ran_outside = True
+    for state in unreached:
+        state.left_alone_said = True
+    if outside:
+        warnings.warn(
+            f"losia_fx: {len(outside)} weights ran outside a rewritten graph ({listed([s.name for s in outside])}); "
+            "they train through their subnets all the same, but uncompiled. Usual causes: a graph break under gradient "
+            "checkpointing, too many recompilations (TORCH_LOGS=graph_breaks,recompiles shows both), or calling a part "
+            "of the model by itself",
+            LosiaWarning,
+            stacklevel=2,
+        )
+    if unreached:
+        warnings.warn(
+            f"losia_fx: {len(unreached)} weights do not learn: {listed([s.name for s in unreached])} "
+            f"({unreached[0].left_alone}). Name them in trainable to train them in full, or in exclude",
+            LosiaWarning,
+            stacklevel=2,
+        )

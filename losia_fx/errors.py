@@ -1,0 +1,41 @@
+"""What losia_fx raises and warns with. Every text names the weight or the option, what was found, and what to do."""
+
+from collections.abc import Sequence
+
+
+class LosiaError(Exception):
+    """Base of every error of losia_fx."""
+
+
+class ConfigError(LosiaError, ValueError):
+    """An option of :class:`losia_fx.LosiaConfig` has a value that cannot be used, or does not exist."""
+
+
+class TransformError(LosiaError):
+    """The model cannot be transformed as asked, or is not (or is already) transformed."""
+
+
+class OptimizerError(LosiaError):
+    """An optimizer that cannot train the subnets: made before the transformation, or of an unsupported kind."""
+
+
+class PassPreconditionError(LosiaError):
+    """A graph pass was given a graph that does not hold what its plan says."""
+
+
+class PassPostconditionError(LosiaError):
+    """A graph pass left a graph that is not what it promises."""
+
+
+class UnsupportedGraphError(LosiaError):
+    """A graph that no pass of losia_fx may edit."""
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class LosiaWarning(UserWarning):
+    """Something is trained otherwise than one would expect; the text says what and why."""

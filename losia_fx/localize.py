@@ -1,0 +1,130 @@
+"""Which subnet matters: importance, its moving averages, the score, and the greedy selections. Tensors in, tensors out.
+
+Source: LoSiA, arXiv 2507.04487, sections 3.1 and 3.2; the exact form is that of losia.md, "Localization".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def importance_of(kind: str, weight: Tensor, grad: Tensor) -> Tensor:
+    """What one step says of every element of W, float32, shape of W (out_features, in_features).
+
+    "mixed" |wg - (wg)^2 / 2|, the second-order Taylor term of the loss with the Fisher diagonal as its curvature;
+    "first" |wg|; "second" (wg)^2; "gradient" g^2, blind to the weight's own size.
+    """
+    g = grad.float()
+    if kind == "gradient":
+        return g * g
+    wg = weight.detach().float() * g
+    if kind == "first":
+        return wg.abs()
+    squared = wg * wg
+    return squared if kind == "second" else (wg - squared / 2).abs()
+
+
+def smooth(ema: Tensor, new: Tensor, beta: float) -> Tensor:
+    """beta * ema + (1 - beta) * new, in place in ``ema`` (float32, shape of W)."""
+    return ema.mul_(beta).add_(new, alpha=1 - beta)
+
+
+def score_of(kind: str, importance: Tensor, uncertainty: Tensor) -> Tensor:
+    """I * U, or I alone for "gradient". float32, shape of W."""
+    return importance if kind == "gradient" else importance * uncertainty
+
+
+class Selection(NamedTuple):
+    """Sorted int64 rows (r,) and cols (c,), and the sum of the score inside them, a 0-dim float32."""
+
+    rows: Tensor
+    cols: Tensor
+    captured: Tensor
+
+
+def top(sums: Tensor, count: int) -> Tensor:
+    """The indices of the ``count`` largest sums, sorted, int64; among equals the lowest index wins.
+
+    A stable sort, not topk, which promises nothing about equals.
+    """
+    order = torch.sort(sums, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def select_subnet(score: Tensor, rows: int, cols: int) -> Selection:
+    """The best of three greedy candidates: pure, row-to-column, column-to-row; the first of equals.
+
+    score: (out_features, in_features). Finding the best subnet exactly is NP-hard (LoSiA section 3.2).
+    """
+    best_rows, best_cols = top(score.sum(1), rows), top(score.sum(0), cols)
+    candidates = [
+        (best_rows, best_cols),
+        (best_rows, top(score.index_select(0, best_rows).sum(0), cols)),
+        (top(score.index_select(1, best_cols).sum(1), rows), best_cols),
+    ]
+    sums = torch.stack([score.index_select(0, r).index_select(1, c).sum() for r, c in candidates])
+    winner = int(torch.argmax(sums))  # argmax takes the first of equals on every device that we know
+    return Selection(*candidates[winner], sums[winner])
+
+
+def select_rows(score: Tensor, rows: int) -> Selection:
+    """The head's selection: rows by their sums, every column."""
+    chosen = top(score.sum(1), rows)
+    cols = torch.arange(score.shape[1], device=score.device)
+    return Selection(chosen, cols, score.index_select(0, chosen).sum())
+
+
+def share_moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> float:
+    """The share, 0 to 1, of the elements of the subnet (rows, cols) ``new`` that were not in ``old``."""
+    kept = 1.0
+    for before, after in zip(old, new, strict=True):
+        kept *= int(torch.isin(after, before).sum()) / max(1, len(after))
+    return 1.0 - kept
+
+
+class Fit(NamedTuple):
+    """How the optimizer's gradient follows from the accumulated one: clamp(factor * G, -limit, limit)."""
+
+    factor: float
+    limit: float | None = None
+
+    def apply(self, grad: Tensor) -> Tensor:
+        """The gradient of the whole weight as the optimizer sees it, float32."""
+        seen = grad * self.factor
+        return seen if self.limit is None else seen.clamp_(-self.limit, self.limit)
+
+
+def fit_gradient(
+    seen: Tensor, accumulated: Tensor, fallback: float | None = None, tolerance: float = 1e-2
+) -> Fit | None:
+    """The Fit that turns ``accumulated``, G[rows][:, cols], into ``seen``, S.grad; None where none is within tolerance.
+
+    The factor is the median of seen / accumulated over the elements where both are non-zero, so that unscaling,
+    averaging and clipping by norm are found without a word from the training loop. Where clipping by value explains
+    the largest elements, they are left out of the median. ``fallback`` serves a gradient that is zero throughout.
+    """
+    seen, accumulated = seen.detach().float(), accumulated.detach().float()
+    if not (torch.isfinite(seen).all() and torch.isfinite(accumulated).all()):
+        return None
+    size = seen.abs()
+    if not size.any():
+        return None if fallback is None or accumulated.any() else Fit(fallback)
+    used = (size > 0) & (accumulated != 0)
+    fits = [_fit(seen, accumulated, used & (size < limit), limit, fallback) for limit in (math.inf, float(size.max()))]
+    (plain, miss), (clipped, miss_clipped) = fits
+    if miss > 1e-6 and miss_clipped < 0.1 * miss:  # beyond rounding, and the clip explains it
+        plain, miss = clipped, miss_clipped
+    return plain if miss <= tolerance else None
+
+
+def _fit(seen: Tensor, accumulated: Tensor, usable: Tensor, limit: float, fallback: float | None) -> tuple[Fit, float]:
+    """The Fit under a given limit, and how far it misses ``seen``, relative to its norm."""
+    factor = float((seen[usable] / accumulated[usable]).median()) if usable.any() else fallback
+    if factor is None:
+        return Fit(math.nan), math.inf
+    fit = Fit(factor, None if limit == math.inf else limit)
+    return fit, float((fit.apply(accumulated) - seen).norm() / seen.norm())

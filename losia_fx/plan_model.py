@@ -1,0 +1,140 @@
+"""Which weights of a model get a subnet, which train in full, which stay frozen, and why. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .blocks import block_of, find_blocks, find_heads, plain_name
+from .config import LosiaConfig, matches
+from .errors import ConfigError, TransformError
+
+
+@dataclass
+class WeightPlan:
+    """One parameter of the model."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[tuple[str, nn.Module, str]]
+    """(module name, module, name of the parameter in it) of everything that holds it."""
+    trained: str
+    """"subnet", "full" or "frozen"."""
+    why: str
+    whole_cols: bool = False
+    linear: bool = False
+    outside: bool = False
+    """A linear outside the repeated blocks that nobody excluded: a classification head, most often."""
+
+
+def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
+    """What transform() does with every parameter, in the order of named_parameters().
+
+    Raises TransformError for a model without linears or one in which none would learn, ConfigError for patterns that
+    match nothing.
+    """
+    plans = judge_weights(root, config)
+    linears = [plan for plan in plans if plan.linear]
+    if not linears:
+        raise TransformError(f"{type(root).__name__} has no torch.nn.Linear: there is nothing to train through subnets")
+    if not any(plan.trained == "subnet" for plan in plans):
+        reasons = "; ".join(sorted({plan.why for plan in linears}))
+        raise TransformError(f"no linear weight of {type(root).__name__} would learn: {reasons}")
+    return plans
+
+
+def judge_weights(root: nn.Module, config: LosiaConfig, everywhere: bool = False) -> list[WeightPlan]:
+    """A WeightPlan for every parameter. ``everywhere``: linears outside the repeated blocks learn too.
+
+    Raises ConfigError for patterns that match nothing.
+    """
+    heads = {id(weight) for head in find_heads(root) if (weight := head._parameters.get("weight")) is not None}
+    blocks = find_blocks(root)
+    plans = [_judge(plan, config, blocks, heads, everywhere) for plan in _parameters(root)]
+    _check_patterns(config, plans, [plan for plan in plans if plan.linear])
+    return plans
+
+
+def _parameters(root: nn.Module) -> list[WeightPlan]:
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((plain_name(name), module, key))
+    return [WeightPlan(plain_name(name), p, owners[id(p)], "frozen", "") for name, p in root.named_parameters()]
+
+
+def _judge(plan: WeightPlan, config: LosiaConfig, blocks: list[str], heads: set[int], everywhere: bool) -> WeightPlan:
+    plan.linear = any(isinstance(owner, nn.Linear) and key == "weight" for _, owner, key in plan.owners)
+    plan.whole_cols = id(plan.parameter) in heads
+    named = matches(plan.name, config.trainable)
+    if named is not None and plan.parameter.is_floating_point():
+        plan.trained, plan.why = "full", f"named in trainable: {named!r}"
+    elif plan.linear:
+        refusal = _refusal(plan, config, blocks, everywhere)
+        plan.trained, plan.why = ("frozen", refusal) if refusal else ("subnet", _role(plan, blocks))
+    else:
+        plan.why = f"{'bias' if plan.name.endswith('bias') else 'no linear weight'}; name it in trainable to train it"
+    return plan
+
+
+def _role(plan: WeightPlan, blocks: list[str]) -> str:
+    if plan.whole_cols:
+        return "output head: rows only"
+    block = next((block_of(name, blocks) for name in _module_names(plan)), None)
+    return f"linear of block {block}" if block else "linear"
+
+
+def _module_names(plan: WeightPlan) -> list[str]:
+    return [name for name, _, _ in plan.owners]
+
+
+def _refusal(plan: WeightPlan, config: LosiaConfig, blocks: list[str], everywhere: bool) -> str | None:
+    """Why a linear weight gets no subnet, or None."""
+    names = _module_names(plan)
+    excluded = next((hit for name in names if (hit := matches(name, config.exclude))), None)
+    checks = [
+        (excluded is not None, f"named in exclude: {excluded!r}"),
+        (any(not isinstance(owner, nn.Linear) for _, owner, _ in plan.owners), "tied to an embedding: left dense"),
+        (plan.parameter.dim() != 2 or not plan.parameter.is_floating_point(), f"stored as {_kind(plan.parameter)}"),
+        (not _is_plain(plan), f"type {type(plan.parameter).__name__}: left dense"),
+        (plan.whole_cols and config.output_rank_factor == 0, "output head, and output_rank_factor is 0"),
+    ]
+    for refused, why in checks:
+        if refused:
+            return why
+    inside = plan.whole_cols or any(block_of(name, blocks) for name in names)
+    plan.outside = bool(blocks) and not inside
+    if config.target is not None:
+        targeted = any(matches(name, config.target) for name in names)
+        return None if targeted else "not named in target"
+    if plan.outside and not everywhere:
+        return "outside the repeated blocks; name it in trainable to train it in full, or in target"
+    return None
+
+
+def _is_plain(plan: WeightPlan) -> bool:
+    return type(plan.parameter) is nn.Parameter and type(plan.parameter.data) is torch.Tensor
+
+
+def _kind(parameter: nn.Parameter) -> str:
+    return f"{parameter.dim()}-D {str(parameter.dtype).removeprefix('torch.')}: left dense"
+
+
+def _check_patterns(config: LosiaConfig, plans: list[WeightPlan], linears: list[WeightPlan]) -> None:
+    """Raises ConfigError at a pattern that matches nothing: a slip of the pen would train something else unsaid."""
+    modules = [name for plan in linears for name in _module_names(plan)]
+    parameters = [plan.name for plan in plans]
+    _must_match("target", config.target or (), modules, "linear weight")
+    _must_match("exclude", config.exclude, modules, "linear weight")
+    _must_match("trainable", config.trainable, parameters, "parameter")
+
+
+def _must_match(option: str, patterns: Iterable[str], names: list[str], what: str) -> None:
+    for pattern in patterns:
+        if not any(matches(name, (pattern,)) for name in names):
+            some = ", ".join(names[:3])
+            raise ConfigError(f"{option} pattern {pattern!r} matches no {what}; there are {len(names)}, such as {some}")

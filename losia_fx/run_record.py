@@ -1,0 +1,86 @@
+"""What a fine-tuning run writes down as it goes: the one source of its table, its plots and its run.json."""
+
+from __future__ import annotations
+
+import posixpath
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """An optimizer step: its number from 1, mean loss (nats a token), wall time, and the group that was profiled."""
+
+    step: int
+    loss: float
+    lr: float
+    seconds: float
+    tokens_per_second: float
+    group: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out losses (nats a token) after ``step`` optimizer steps."""
+
+    step: int
+    new: float
+    old: float | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The subnet of one weight from ``step`` completed steps on; int64 indices on the CPU, copies."""
+
+    step: int
+    rows: Tensor
+    cols: Tensor
+
+
+@dataclass(frozen=True)
+class Move:
+    """A re-selection: the fraction of the group's subnets that is new, and the share of the importance they hold."""
+
+    step: int
+    group: int
+    moved: float
+    captured: float | None
+
+
+@dataclass
+class RunRecord:
+    """Groups are lists of weight names, ``shapes`` the dense shapes of those weights."""
+
+    groups: Sequence[Sequence[str]]
+    shapes: Mapping[str, tuple[int, int]]
+    trained_parameters: int
+    all_parameters: int
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    selections: dict[str, list[Selection]] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Median over the steps; compilation falls into the first ones and does not move it."""
+        return statistics.median(step.seconds for step in self.steps) if self.steps else None
+
+    def group_label(self, group: int) -> str:
+        """What the names of a group share: "layers.0", or "lm_head" for a group of one."""
+        paths = [name.removesuffix(".weight").removeprefix("model.").replace(".", "/") for name in self.groups[group]]
+        return posixpath.commonpath(paths).replace("/", ".") or f"group {group}"
+
+
+def write_safely(path: Path, write: Callable[[Path], None]) -> None:
+    """Has ``write`` fill a neighbour of ``path`` and renames it: the file is whole or as it was, never half."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""When what happens: pure functions of t, the number of optimizer steps completed (losia.md, "The controller").
+
+A slot is ``period`` steps, a round is one slot a group.
+"""
+
+from __future__ import annotations
+
+from .config import LosiaConfig
+
+
+def profiled_groups(config: LosiaConfig, groups: int, step: int) -> tuple[int, ...]:
+    """The groups whose importance the slot of optimizer step ``step`` (0 is the first) measures or re-selects."""
+    if config.schedule == "static" or groups == 0:
+        return ()
+    position = (step // config.period) % groups
+    if config.schedule == "async":
+        return (position,)
+    return tuple(range(groups)) if position == 0 else ()
+
+
+def ends_slot(config: LosiaConfig, step: int) -> bool:
+    """Whether optimizer step ``step`` is the last of its slot: (t + 1) % T == 0."""
+    return (step + 1) % config.period == 0
+
+
+def rewarm_factor(config: LosiaConfig, updates: int) -> float:
+    """k/T, the share of the k-th update after a re-selection that counts; 1.0 from the T-th on. ``updates``: k >= 1."""
+    if not config.rewarm or updates >= config.period:
+        return 1.0
+    return updates / config.period
+
+
+def round_length(config: LosiaConfig, groups: int) -> int:
+    """T * L: the optimizer steps in which every group has its slot once."""
+    return config.period * max(1, groups)

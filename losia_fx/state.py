@@ -1,0 +1,273 @@
+"""SubnetState: everything that changes about one weight's subnet, and where a weight's state is found at run time.
+
+The state lives on the module that owns W: S as an nn.Parameter, so that optimizers, clipping, zero_grad, DDP and .to()
+see it, rows and cols as non-persistent buffers, and the SubnetState itself as a plain attribute. So a deepcopy or a
+pickle of the module carries it along.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ._compat import graph_task_id
+from .config import LosiaConfig, subnet_size
+from .localize import Selection
+from .ops import PROFILES
+from .plan import SubnetFacts
+
+ATTRIBUTE = "_losia_subnets"
+"""Of an owner module: its SubnetStates by the name of the weight within it."""
+
+COPIES: weakref.WeakSet[SubnetState] = weakref.WeakSet()
+"""States of copied modules whose controller has not been copied with them (yet)."""
+
+_handles = itertools.count(1)
+_by_weight: weakref.WeakValueDictionary[int, SubnetState] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """A weight's subnet as the user sees it: live tensors, not copies."""
+
+    name: str
+    """Of the weight, in named_parameters() before the transformation."""
+    weight: nn.Parameter
+    """W, (out_features, in_features) as the module stores it, dense and up to date."""
+    values: nn.Parameter
+    """S = W[rows][:, cols], (r, c); float32 where W is narrower."""
+    rows: Tensor
+    """(r,) sorted int64, dimension 0 of W."""
+    cols: Tensor
+    """(c,) sorted int64, dimension 1 of W."""
+    group: int
+
+
+@dataclass
+class Profile:
+    """What a profiled slot gathers, float32, shape of W; each is made when first needed, on W's device."""
+
+    importance: Tensor | None = None
+    uncertainty: Tensor | None = None
+    grad: Tensor | None = None
+    """G, the full gradient of the optimizer step under way."""
+    backward: int = -1
+    """The backward pass that last added to G."""
+
+    def average_ranks(self, weight: Tensor) -> None:
+        """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
+        if self.grad is None:
+            self.grad = torch.zeros_like(weight, dtype=torch.float32)
+        dist.all_reduce(self.grad)
+        self.grad.div_(dist.get_world_size())
+
+
+class SubnetState:
+    """One weight's subnet. Made and removed by transform, changed by the controller alone."""
+
+    def __init__(self, owner: nn.Module, parameter: str, name: str, config: LosiaConfig, whole_cols: bool) -> None:
+        self.owner, self.parameter, self.name = owner, parameter, name
+        self.whole_cols = whole_cols
+        self.group = 0
+        self.profile: Profile | None = None
+        self.rewarm_from: int | None = None
+        self.ran_outside = False
+        self.left_alone: str | None = None
+        """Why no pass could rewrite what W is used for."""
+        self.left_alone_said = False
+        self.hooks: list[RemovableHandle] = []
+        out_features, in_features = self.weight.shape
+        factor = config.output_rank_factor if whole_cols else config.rank_factor
+        self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.handle = torch.tensor([next(_handles)])
+        PROFILES[int(self.handle)] = self
+        _by_weight[id(self.weight)] = self
+
+    # -- the tensors, always read from the module: .to() and load_state_dict may replace them ---------------------
+
+    @property
+    def weight(self) -> nn.Parameter:
+        parameter = self.owner._parameters[self.parameter]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def values(self) -> nn.Parameter:
+        parameter = self.owner._parameters[self.values_name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def rows(self) -> Tensor:
+        buffer = self.owner._buffers[self.rows_name]
+        assert buffer is not None
+        return buffer
+
+    @property
+    def cols(self) -> Tensor:
+        buffer = self.owner._buffers[self.cols_name]
+        assert buffer is not None
+        return buffer
+
+    @property
+    def values_name(self) -> str:
+        return f"{self.parameter}_subnet"
+
+    @property
+    def rows_name(self) -> str:
+        return f"{self.parameter}_subnet_rows"
+
+    @property
+    def cols_name(self) -> str:
+        return f"{self.parameter}_subnet_cols"
+
+    @property
+    def facts(self) -> SubnetFacts:
+        out_features, in_features = self.weight.shape
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return SubnetFacts(self.name, (out_features, in_features), *self.size, self.whole_cols, dtype)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
+        values, rows = self.values, self.rows
+        return (values, rows) if self.whole_cols else (values, rows, self.cols)
+
+    # -- birth and death ------------------------------------------------------------------------------------------
+
+    def register(self, rows: Tensor, cols: Tensor) -> None:
+        """Puts S, rows and cols onto the owner module. rows (r,) and cols (c,) sorted int64."""
+        weight = self.weight
+        rows, cols = rows.to(weight.device), cols.to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        values = nn.Parameter(weight.detach()[rows][:, cols].to(dtype))
+        self.owner.register_parameter(self.values_name, values)
+        self.owner.register_buffer(self.rows_name, rows, persistent=False)
+        self.owner.register_buffer(self.cols_name, cols, persistent=False)
+        self.owner.__dict__.setdefault(ATTRIBUTE, {})[self.parameter] = self
+
+    def unregister(self) -> None:
+        del self.owner._parameters[self.values_name]
+        for buffer in (self.rows_name, self.cols_name):
+            del self.owner._buffers[buffer]
+            self.owner._non_persistent_buffers_set.discard(buffer)
+        states = self.owner.__dict__[ATTRIBUTE]
+        del states[self.parameter]
+        if not states:
+            del self.owner.__dict__[ATTRIBUTE]
+        for hook in self.hooks:
+            hook.remove()
+        PROFILES.pop(int(self.handle), None)
+        _by_weight.pop(id(self.weight), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
+        self.__dict__.update(state)
+        self.handle = torch.tensor([next(_handles)])
+        PROFILES[int(self.handle)] = self
+        COPIES.add(self)
+
+    # -- localization ---------------------------------------------------------------------------------------------
+
+    @property
+    def profiling(self) -> bool:
+        return self.profile is not None
+
+    def accumulate(self, grad_y: Tensor, x: Tensor) -> None:
+        """Adds grad_y^T x to G. grad_y (..., out), x (..., in).
+
+        G lives and dies with S.grad: the first use of the weight in a backward that finds no gradient on S starts anew.
+        """
+        profile = self.profile
+        assert profile is not None
+        backward, seen = graph_task_id(), self.values.grad
+        if backward != profile.backward:
+            profile.backward = backward
+            if seen is None or not seen.any():
+                profile.grad = None
+        rows = grad_y.reshape(-1, grad_y.shape[-1])
+        grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)).float()
+        profile.grad = grad if profile.grad is None else profile.grad.add_(grad)
+
+    # -- the subnet moves -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """W[rows, cols] = S."""
+        weight, values = self.weight, self.values.detach().to(self.weight.dtype)
+        if self.whole_cols:
+            weight.index_copy_(0, self.rows, values)
+        else:
+            weight.index_put_((self.rows[:, None], self.cols), values)
+
+    @torch.no_grad()
+    def move_to(self, rows: Tensor, cols: Tensor) -> None:
+        """Makes rows (r,) and cols (c,) the subnet's, in place: graphs and optimizers keep their tensors."""
+        self.rows.copy_(rows)
+        self.cols.copy_(cols)
+        self.gather()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """S = W[rows][:, cols]."""
+        self.values.copy_(self.weight[self.rows][:, self.cols])
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """After weights were loaded: S = W[rows][:, cols], but kept where it already rounds to it.
+
+        So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
+        """
+        _by_weight[id(self.weight)] = self
+        loaded, values = self.weight[self.rows][:, self.cols], self.values
+        values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+
+    def random_selection(self, generator: torch.Generator) -> Selection:
+        """Rows and cols drawn without replacement, sorted; on the CPU."""
+        drawn = []
+        for size, count, whole in zip(self.weight.shape, self.size, (False, self.whole_cols), strict=True):
+            picked = torch.arange(size) if whole else torch.randperm(size, generator=generator)[:count].sort().values
+            drawn.append(picked)
+        return Selection(drawn[0], drawn[1], torch.zeros(()))
+
+
+def find(weight: Tensor) -> SubnetState | None:
+    """The state of the subnet of ``weight``, by identity; quick, and blind to a weight that has replaced another."""
+    state = _by_weight.get(id(weight))
+    return state if state is not None and state.weight is weight else None
+
+
+def resolve(weight: Tensor) -> SubnetState | None:
+    """As ``find``, but a weight that took another's place (a copy's, load_state_dict(assign=True)) is looked for."""
+    state = find(weight)
+    if state is None:
+        for other in live_states():
+            if other.weight is weight:
+                _by_weight[id(weight)] = state = other
+    return state
+
+
+def live_states() -> Iterator[SubnetState]:
+    """Every registered subnet of the process."""
+    for profile in list(PROFILES.values()):
+        # The owner of a copy that is still being made has no parameters yet.
+        if isinstance(profile, SubnetState) and profile.values_name in profile.owner.__dict__.get("_parameters", {}):
+            yield profile
+
+
+def states_of(module: nn.Module) -> list[SubnetState]:
+    """The states of all subnets in ``module``, in the order of its modules."""
+    return [state for owner in module.modules() for state in owner.__dict__.get(ATTRIBUTE, {}).values()]

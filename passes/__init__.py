@@ -1,0 +1,33 @@
+"""The graph passes: graph in, graph out; no training state, no I/O."""
+
+from losia_fx.config import LosiaConfig
+from losia_fx.plan import SubnetPlan
+
+from .base import GraphPass, PassPipeline, copy_graph_module, graph_modules
+from .insert_localization import InsertLocalization
+from .match_linear import Use, find_uses, is_linear, linear_arguments, plan_subnets
+from .subnet_rewrite import SubnetRewrite
+
+
+def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
+    """What losia_fx runs on every graph: the rewrite, and the localization where the config profiles anything."""
+    passes: list[GraphPass] = [SubnetRewrite(plan)]
+    if config.profiles:
+        passes.append(InsertLocalization(plan))
+    return PassPipeline(tuple(passes))
+
+
+__all__ = [
+    "GraphPass",
+    "InsertLocalization",
+    "PassPipeline",
+    "SubnetRewrite",
+    "Use",
+    "copy_graph_module",
+    "default_pipeline",
+    "find_uses",
+    "graph_modules",
+    "is_linear",
+    "linear_arguments",
+    "plan_subnets",
+]

@@ -1,0 +1,130 @@
+"""GraphPass, the form of every pass, and PassPipeline, the one runner."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from losia_fx._compat import is_checkpoint
+
+log = logging.getLogger("losia_fx")
+
+
+@dataclass(frozen=True)
+class GraphPass(ABC):
+    """A function of a graph that edits it in place, leaves it valid, and says whether it changed anything.
+
+    ``__call__``: requires -> apply -> (if changed) lint, recompile -> ensures. A subclass's fields are its options.
+    """
+
+    name: ClassVar[str]
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        self.requires(gm)
+        changed = self.apply(gm)
+        if changed:
+            for module in graph_modules(gm):
+                module.graph.lint()
+                module.recompile()
+        self.ensures(gm)
+        log.debug("%s: %d changed", self.name, changed)
+        return PassResult(gm, changed > 0)
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Raises PassPreconditionError where the graph is not what the pass needs."""
+        return None
+
+    @abstractmethod
+    def apply(self, gm: fx.GraphModule) -> int:
+        """Edits the graph; the number of places changed."""
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        """Raises PassPostconditionError where the graph is not what the pass promises."""
+        return None
+
+
+Observer = Callable[[str, fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class PassPipeline:
+    """Runs passes in order. ``disabled`` names passes to leave out; ``observe(name, gm)`` sees the graph after each."""
+
+    passes: tuple[GraphPass, ...]
+    disabled: frozenset[str] = frozenset()
+    observe: Observer | None = None
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        modified = False
+        for step in self.passes:
+            if step.name in self.disabled:
+                continue
+            modified |= step(gm).modified
+            if self.observe is not None:
+                self.observe(step.name, gm)
+        return PassResult(gm, modified)
+
+
+def checkpoint_body(gm: fx.GraphModule, node: fx.Node) -> tuple[str, fx.GraphModule] | None:
+    """Name and body of a checkpointed region's node: its args[1:] are the body's placeholders, one to one."""
+    if node.op != "call_function" or not is_checkpoint(node.target):
+        return None
+    holder = node.args[0]
+    assert isinstance(holder, fx.Node)
+    name = str(holder.target)
+    body = gm.get_submodule(name)
+    assert isinstance(body, fx.GraphModule)
+    return name, body
+
+
+def graph_modules(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
+    """``gm`` and every GraphModule nested in it."""
+    return (module for module in gm.modules() if isinstance(module, fx.GraphModule))
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def append_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
+    """New placeholders behind the last one, in the order given."""
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    added = []
+    for name in names:
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        added.append(last)
+    return added
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be edited, nested GraphModules included; parameters and buffers are shared.
+
+    Each checkpointed region gets a body of its own. Dynamo's compile id is left out of ``meta``: with it AOTAutograd
+    would ask every placeholder, those that we append too, for its source in the user's code.
+    """
+    graph = fx.Graph()
+    output = graph.output(graph.graph_copy(gm.graph, {}))
+    output.meta = dict(gm.graph.output_node().meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update({key: value for key, value in gm.meta.items() if key != "dynamo_compile_id"})
+    used: set[str] = set()
+    for node in list(graph.nodes):
+        nested = checkpoint_body(copy, node)
+        if nested is None:
+            continue
+        name, body = nested
+        own = name if name not in used else f"{name}_{node.name}"
+        used.add(own)
+        copy.add_submodule(own, copy_graph_module(body))
+        if own != name:
+            with graph.inserting_before(node):
+                node.args = (graph.get_attr(own), *node.args[1:])
+    copy.recompile()
+    return copy

@@ -1,0 +1,313 @@
+"""losia-fx finetune, from its arguments to the files it leaves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from losia_fx import finetune_job
+from losia_fx.cli import main
+from losia_fx.finetune import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
+from losia_fx.run_inputs import HELD_OUT_BLOCKS
+from losia_fx.run_record import RunRecord, write_safely
+from losia_fx.text import held_out_blocks, read_documents, split
+from losia_fx.training import cosine_schedule, held_out_loss
+
+SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Some thousand tokens of a text with a pattern that is quickly learnt."""
+    path = tmp_path / "numbers.txt"
+    path.write_text("".join(f"value_{n} = compute({n % 7})\n" for n in range(1500)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer and so two groups, random, with the embedded tokenizer: compiled in a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the run of such a test; the first test looks at real pictures."""
+    for name in ("plot_losses", "plot_subnets"):
+        monkeypatch.setattr(finetune_job, name, lambda path, *record: path.write_bytes(b""))
+
+
+def finetune(out: Path, data: Path, *more: str) -> int:
+    return main(["finetune", "--out", str(out), "--data", str(data), *SMALL, *more])
+
+
+def run_json(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+
+
+def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert finetune(out, data, "--steps", "20", "--period", "2") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"step 20/20  loss \d\.\d+  [\d,]+ tokens/s  profiling \S+  lr", text)
+    before, after = (float(x) for x in re.search(r"new: numbers.txt │ +([\d.]+) │ +([\d.]+)", text).groups())  # type: ignore[union-attr]
+    assert after < before - 0.3
+    assert re.search(r"old: Perl manual │ +3\.\d+ │", text)
+    for line in (r"trained parameters │ [\d,]+ of 1,303,680", r"time per step +│ \d+ ms", r"peak memory +│ [\d,]+ MiB"):
+        assert re.search(line, text)
+    assert re.search(r"re-selections +│ 10 over 5 groups", text)
+
+    for picture in ("losses.png", "subnets.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    run = run_json(out)
+    assert [step["step"] for step in run["steps"]] == list(range(1, 21))
+    assert run["evaluations"][-1]["new"] == pytest.approx(after, abs=1e-3)
+    assert (
+        run["settings"] | {"steps": 20, "period": 2, "lr": 1e-2, "device": run["settings"]["device"]} == run["settings"]
+    )
+    assert [event["group"] for event in run["history"]] == [0, 1, 2, 3, 4] * 2
+    assert not list(out.glob(".*"))  # no drafts
+
+    plain = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    _, held_out = split(read_documents([data]))
+    blocks = held_out_blocks(held_out, tokenizer, 32, limit=HELD_OUT_BLOCKS)
+    assert held_out_loss(plain, blocks, 4) == pytest.approx(run["evaluations"][-1]["new"], abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_checkpoint_it_wrote_is_a_model_to_go_on_from(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert finetune(first, data, "--model", str(tiny), "--steps", "5") == 0
+    assert "old:" not in capsys.readouterr().out  # what this model knew before, nobody has said
+    lines = tmp_path / "lines.jsonl"
+    texts = [f"def f{n}():\n    return {n}\n" * 20 for n in range(40)]
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    options = ("--dtype", "bfloat16", "--gradient-checkpointing", "--accumulate", "2", "--old-data", str(data))
+    assert finetune(second, lines, "--model", str(first), "--steps", "5", "--lr", "3e-3", *options) == 0
+    text = capsys.readouterr().out
+    assert "new: lines.jsonl" in text
+    assert "old: numbers.txt" in text
+    assert AutoModelForCausalLM.from_pretrained(second, local_files_only=True).dtype == torch.bfloat16
+    assert (run_json(first)["settings"]["lr"], run_json(second)["settings"]["lr"]) == (5e-5, 3e-3)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_of_one_seed_are_alike(tmp_path: Path, tiny: Path, data: Path) -> None:
+    losses = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert finetune(tmp_path / name, data, "--model", str(tiny), "--steps", "3", "--seed", seed) == 0
+        losses.append([step["loss"] for step in run_json(tmp_path / name)["steps"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-5)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "5", "--period", "3"], "--period 2 would fit"),
+        (["--steps", "1"], "give at least 2 steps"),
+        (["--steps", "4", "--period", "2"], ""),
+    ],
+)
+def test_a_run_shorter_than_a_round_says_which_period_fits(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str], options: Sequence[str], said: str
+) -> None:
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), *options) == 0
+    text = capsys.readouterr().out
+    assert said in text
+    assert ("warning" in text) == bool(said)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
+    follow = finetune_job.follow_subnets
+
+    def press(model: Any, record: RunRecord, now: int) -> None:
+        follow(model, record, now)
+        if now == step:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(finetune_job, "follow_subnets", press)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_leaves_a_checkpoint(
+    tmp_path: Path,
+    tiny: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    presses: int,
+) -> None:
+    interrupt_at(3, monkeypatch, presses)
+    out, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
+    assert finetune(out, data, "--model", str(tiny), "--steps", "50") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "interrupted after 3 of 50 steps" in capsys.readouterr().out
+    run = run_json(out)
+    assert run["interrupted"]
+    assert len(run["steps"]) == 3
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    start = AutoModelForCausalLM.from_pretrained(tiny, local_files_only=True)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, start.get_parameter(name))]
+    assert changed
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert (out / "subnets.png").is_file()
+
+
+def test_ctrl_c_before_training_writes_nothing(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(settings: FinetuneSettings) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_job, "load", load)
+    assert finetune(tmp_path / "out", data) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--steps", "0"], "--steps 0: give a whole number of at least 1"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--seq-length", "1"], "--seq-length 1: give a whole number of at least 2"),
+        (["--seq-length", "4096"], "--seq-length 4096: this model has positions for 512 tokens"),
+        (["--batch-size", "-1"], "--batch-size -1"),
+        (["--accumulate", "0"], "--accumulate 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--lr", "0"], "--lr 0.0: give a number above 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--rank-factor", "1.5"], "--rank-factor 1.5: give a number in (0, 1]"),
+        (["--period", "0"], "--period 0"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--compiler", "gcc"], "argument --compiler: invalid choice: 'gcc'"),
+        (["--device", "toaster"], "--device toaster:"),
+        (["--model", "nowhere"], "--model nowhere: is no folder with a transformers checkpoint"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--old-data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: Sequence[str], said: str
+) -> None:
+    assert main(["finetune", "--out", str(tmp_path / "out"), *args]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("losia-fx: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["fly"]):
+        assert main(argv) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_out_is_not_written_over_unasked(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine", encoding="utf-8")
+    assert finetune(out, data, "--steps", "2") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert finetune(out / "precious.txt", data) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert finetune(out, data, "--model", str(tiny), "--steps", "2", "--overwrite") == 0
+    assert (out / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_model_is_never_written_over_by_its_own_run(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, model)
+    assert finetune(model, data, "--model", str(model), "--overwrite") == 2
+    assert "is the folder of the model itself" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, model)
+    (model / "model.safetensors").write_bytes(b"nothing of the kind")
+    assert finetune(tmp_path / "out", data, "--model", str(model)) == 2
+    error = capsys.readouterr().err
+    assert "cannot be loaded as a causal language model" in error
+    assert error.count("\n") == 1
+
+
+def test_help_needs_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", "--help"])
+    assert end.value.code == 0
+    assert "--rank-factor" in capsys.readouterr().out
+
+
+def test_the_embedded_model_is_what_its_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True)
+    blocks = held_out_blocks(read_documents([EMBEDDED_OLD_TEXT]), tokenizer, 128, limit=128)
+    readme = (ASSETS / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"held-out, Perl manual +([\d.]+) nats", readme)
+    assert stated is not None
+    assert held_out_loss(model, blocks, 16) == pytest.approx(float(stated[1]), rel=0.02)
+    assert (EMBEDDED_MODEL / "model.safetensors").stat().st_size <= 6_000_000
+    assert not model.config.tie_word_embeddings
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    factor = cosine_schedule(100, warm_up=10, floor=0.0)
+    values = [factor(step) for step in range(101)]
+    assert values[0] == pytest.approx(0.1)
+    assert max(values) == values[9] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(values[10:]))
+    assert math.isclose(values[100], 0.0, abs_tol=1e-12)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old", encoding="utf-8")
+
+    def fail(draft: Path) -> None:
+        draft.write_text("half", encoding="utf-8")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_safely(path, fail)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

@@ -1,0 +1,37 @@
+"""What every test starts from: the same seed, no compiled code of the test before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from losia_fx.backend import losia_backend
+
+if "losia" not in torch._dynamo.list_backends(exclude_tags=None):
+    # A checkout that is not installed has no entry point; an installed one is tested as its users have it.
+    torch._dynamo.register_backend(losia_backend, name="losia")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Seeds torch and drops Dynamo's compiled code and counters."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips slow tests unless ``-m`` is given, and gpu tests where there is no CUDA device."""
+    skips = {}
+    if not config.option.markexpr:
+        skips["slow"] = pytest.mark.skip(reason="slow: run with -m slow")
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)

@@ -1,0 +1,257 @@
+"""Every private or young torch name that losia_fx needs is in losia_fx/_compat.py, and is still there in torch."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from losia_fx import _compat
+
+ROOT = Path(__file__).parent.parent
+PRIVATE = ("torch._C", "torch._dynamo", "torch._guards", "torch._functorch", "torch._inductor")
+
+
+def test_compiler_failed_is_what_a_backends_error_comes_in() -> None:
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(_compat.CompilerFailed) as caught:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert isinstance(caught.value.inner_exception, KeyError)
+
+
+def test_graph_task_id_tells_backwards_apart() -> None:
+    seen: list[int] = []
+    assert _compat.graph_task_id() == -1
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    for tensor in (x, y):
+        tensor.register_hook(lambda grad: seen.append(_compat.graph_task_id()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert len(seen) == 4
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert -1 not in seen
+    assert _compat.graph_task_id() == -1
+
+
+def test_fake_inputs_outside_of_tracing_are_the_tensors() -> None:
+    tensors = [torch.ones(2), torch.arange(3)]
+    assert all(a is b for a, b in zip(_compat.fake_inputs(tensors), tensors, strict=True))
+
+
+def test_fake_inputs_while_tracing_have_static_shapes() -> None:
+    made: list[Tensor] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        made.extend(_compat.fake_inputs([torch.ones(2, 3)]))
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.ones(4, 5))
+    (fake,) = made
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    assert all(type(size) is int for size in fake.shape)
+    assert tuple(fake.shape) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["eager", "aot_eager", "inductor"])
+def test_inner_compiler(name: str) -> None:
+    gm = torch.fx.symbolic_trace(lambda x: x * 2)
+    compiler = _compat.inner_compiler(name)
+    assert callable(compiler)
+    if name == "eager":
+        result = compiler(gm, [torch.ones(2)])(torch.ones(2))
+        torch.testing.assert_close(result[0] if isinstance(result, tuple) else result, 2 * torch.ones(2))
+
+
+def test_is_checkpoint() -> None:
+    targets: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(node.target for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    def step(x: Tensor) -> Tensor:
+        return checkpoint(torch.sin, x, use_reentrant=False)
+
+    torch.compile(step, backend=backend, fullgraph=True)(torch.ones(2, requires_grad=True))
+    assert any(_compat.is_checkpoint(target) for target in targets)
+    assert not _compat.is_checkpoint(torch.relu)
+
+
+def test_plain_call_runs_hooks_and_nothing_compiled() -> None:
+    module = nn.Linear(2, 2)
+    called: list[str] = []
+    module.register_forward_hook(lambda *_: called.append("hook"))
+    _compat.install_call(module, lambda *_: called.append("installed"))
+    x = torch.ones(1, 2)
+    result = _compat.plain_call(module, x)
+    torch.testing.assert_close(result, torch.nn.functional.linear(x, module.weight, module.bias))
+    assert called == ["hook"]
+
+
+def test_install_call_and_undo() -> None:
+    module = nn.Linear(2, 2)
+    before = sorted(module.__dict__)
+    _compat.install_call(module, lambda x: "installed")
+    assert module(torch.ones(1, 2)) == "installed"
+    assert isinstance(copy.deepcopy(module)(torch.ones(1, 2)), Tensor)
+    _compat.install_call(module, None)
+    assert isinstance(module(torch.ones(1, 2)), Tensor)
+    assert sorted(module.__dict__) == before
+    _compat.install_call(module, None)  # twice is no error
+
+
+def test_compile_call_has_a_limit_of_its_own() -> None:
+    graphs: list[str] = []
+
+    def backend(name: str) -> Any:
+        def compile_graph(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs.append(name)
+            return gm.forward
+
+        return compile_graph
+
+    class Wrapped(nn.Module):  # Dynamo leaves the frames of torch's own bare modules alone
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    modules = [Wrapped() for _ in range(12)]  # more than Dynamo's limit of 8 for one code object
+    for index, module in enumerate(modules):
+        call = _compat.compile_call(module, backend(str(index)), recompile_limit=4)
+        call(torch.ones(1, 2))
+    assert graphs == [str(index) for index in range(12)]
+
+
+def test_running_ddp(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(_compat.running_ddp())
+            return self.linear(x)
+
+    assert not _compat.running_ddp()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(Probe())(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+    Probe()(torch.ones(1, 2))
+    assert seen == [True, False]
+    assert not _compat.running_ddp()
+
+
+def test_keep_saved_tensors_lets_a_compiled_backward_run_twice() -> None:
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        with _compat.keep_saved_tensors():
+            return _compat.inner_compiler("aot_eager")(gm, inputs)
+
+    before = torch._functorch.config.donated_buffer
+    x = torch.randn(3, requires_grad=True)
+    y = torch.compile(lambda x: torch.exp(torch.sin(x)).sum(), backend=backend)(x)
+    y.backward(retain_graph=True)
+    assert x.grad is not None
+    first = x.grad.clone()
+    y.backward()
+    torch.testing.assert_close(x.grad, 2 * first)
+    assert torch._functorch.config.donated_buffer == before
+
+
+def test_is_compiled_in_place_tells_who_called_compile() -> None:
+    module = nn.Linear(2, 2)
+    assert not _compat.is_compiled_in_place(module)
+    module.compile(backend="eager")
+    assert _compat.is_compiled_in_place(module)
+    assert isinstance(torch.compile(nn.Linear(2, 2)), _compat.OptimizedModule)
+
+
+def test_runs_uncompiled_is_inlined_but_never_a_frame_of_its_own() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    @_compat.runs_uncompiled
+    def inner(x: Tensor) -> Tensor:
+        return x * 2 if torch.compiler.is_compiling() else x * 3
+
+    def gives_up(x: Tensor) -> Tensor:
+        for _ in range(1):  # Dynamo leaves a frame that breaks within a loop, and goes on with what it calls
+            torch._dynamo.graph_break()
+            x = inner(x)
+        return x
+
+    one = torch.ones(1)
+    assert float(torch.compile(lambda x: inner(x) + 1, backend=backend, fullgraph=True)(one)) == 3
+    assert float(torch.compile(gives_up, backend=backend)(one)) == 3
+    assert len(graphs) == 1
+
+
+def test_every_name_of_it_is_tested() -> None:
+    public = {
+        node.name for node in ast.parse(Path(_compat.__file__).read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    tests = Path(__file__).read_text()
+    assert not [name for name in public if f"_compat.{name}" not in tests]
+
+
+# -- nobody else ---------------------------------------------------------------------------------------------------
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Dotted names of private torch modules that a file imports or reaches by attributes."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        for name in names:
+            if any(name == private or name.startswith(f"{private}.") for private in PRIVATE):
+                yield f"{file.relative_to(ROOT)}:{node.lineno}: {name}"
+
+
+def sources() -> list[Path]:
+    return [file for folder in ("losia_fx", "passes", "tools") for file in sorted((ROOT / folder).glob("*.py"))]
+
+
+def test_the_search_finds_what_it_should() -> None:
+    found = list(private_names(Path(_compat.__file__)))
+    assert any("torch._dynamo.exc.BackendCompilerFailed" in line for line in found)
+    assert any("torch._C._current_graph_task_id" in line for line in found)
+
+
+def cases() -> Iterator[Any]:
+    for file in sources():
+        name = f"{file.parent.name}/{file.name}"
+        yield pytest.param(file, id=name)
+
+
+@pytest.mark.parametrize("file", cases())
+def test_no_other_module_reaches_into_torch(file: Path) -> None:
+    if file == Path(_compat.__file__):
+        return
+    assert not list(private_names(file))

@@ -1,0 +1,202 @@
+"""Options: every wrong value answers with its name, and patterns match what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import losia_fx
+from losia_fx import ConfigError, LosiaConfig
+from losia_fx.config import matches, subnet_size
+
+DEFAULTS = {
+    "rank_factor": 0.125,
+    "output_rank_factor": 0.125,
+    "period": 50,
+    "schedule": "async",
+    "importance": "mixed",
+    "beta1": 0.85,
+    "beta2": 0.85,
+    "rewarm": True,
+    "target": None,
+    "exclude": (),
+    "trainable": (),
+    "seed": 0,
+    "compiler": "inductor",
+}
+
+
+def test_the_defaults_are_those_of_the_method() -> None:
+    assert dataclasses.asdict(LosiaConfig()) == DEFAULTS
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LosiaConfig().period = 3  # type: ignore[misc]
+
+
+WRONG: dict[str, list[Any]] = {
+    "rank_factor": [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, "0.1", None, True, [0.1]],
+    "output_rank_factor": [-0.01, 1.1, math.nan, "1", None, False],
+    "period": [0, -1, 1.5, 2.0, "50", None, True, math.inf],
+    "schedule": ["", "asinc", "Async", None, 1],
+    "importance": ["", "mixedd", None, 2],
+    "beta1": [-0.1, 1, 1.0, math.nan, "0.85", None, True],
+    "beta2": [-0.1, 1, 1.0, math.nan, "0.85", None, True],
+    "rewarm": [0, 1, None, "yes", 2],
+    "target": [("",), (1,), ("a", None)],
+    "exclude": [None, ("",), (1,)],
+    "trainable": [None, ("",), (b"a",)],
+    "seed": [-1, 1.0, "0", None, True],
+    "compiler": ["", "gcc", None, 3],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_named(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LosiaConfig(**{option: value})
+    assert option in str(caught.value)
+    if not isinstance(value, tuple):
+        assert repr(value) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("schedule", []),
+        ("schedule", {}),
+        ("compiler", []),
+        *[(option, 3) for option in ("target", "exclude", "trainable")],
+    ],
+)
+def test_a_wrong_value_of_an_odd_type_is_named_too(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=option):
+        LosiaConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["rank_factor", "period", "schedule", "compiler", "trainable"])
+def test_a_misspelt_option_gets_a_suggestion(option: str) -> None:
+    for wrong in (option[:-1], option + "s", option[0] + option[2:]):
+        with pytest.raises(ConfigError) as caught:
+            LosiaConfig.of(None, {wrong: 1})
+        assert repr(wrong) in str(caught.value)
+        assert repr(option) in str(caught.value)
+
+
+def test_an_option_far_from_all_lists_them() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LosiaConfig.of(None, {"zzzzzz": 1})
+    assert all(name in str(caught.value) for name in DEFAULTS)
+
+
+def test_options_go_on_top_of_a_config() -> None:
+    base = LosiaConfig(period=7, seed=3)
+    assert LosiaConfig.of(base, {"seed": 4}) == LosiaConfig(period=7, seed=4)
+    assert LosiaConfig.of(base, {}) == base
+    assert base.seed == 3
+    with pytest.raises(ConfigError, match="seed"):
+        LosiaConfig.of(base, {"seed": -4})
+
+
+@given(
+    st.floats(0, 1, exclude_min=True),
+    st.floats(0, 1),
+    st.integers(1, 10**9),
+    st.sampled_from(["async", "sync", "static"]),
+    st.sampled_from(["mixed", "first", "second", "gradient", "random"]),
+    st.floats(0, 1, exclude_max=True),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_right_values_are_kept(
+    rank: float, output: float, period: int, schedule: str, importance: str, beta: float, rewarm: bool, seed: int
+) -> None:
+    config = LosiaConfig(rank, output, period, schedule, importance, beta, beta, rewarm, seed=seed)
+    assert (config.rank_factor, config.output_rank_factor, config.period) == (rank, output, period)
+    assert (config.schedule, config.importance, config.rewarm, config.seed) == (schedule, importance, rewarm, seed)
+    assert config.profiles == (schedule != "static" and importance != "random")
+
+
+def test_one_pattern_or_several() -> None:
+    assert LosiaConfig(target="a").target == ("a",)
+    assert LosiaConfig(target=["a", "b"]).target == ("a", "b")  # type: ignore[arg-type]
+    assert hash(LosiaConfig(exclude=["a"])) == hash(LosiaConfig(exclude=("a",)))  # type: ignore[arg-type]
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 10**6))
+def test_a_subnet_is_the_floor_and_at_least_one(factor: float, size: int) -> None:
+    count = subnet_size(factor, size)
+    assert count == max(1, math.floor(factor * size))
+    assert 1 <= count <= size
+
+
+@pytest.mark.parametrize(
+    ("factor", "size", "count"), [(1 / 8, 4096, 512), (1 / 8, 11008, 1376), (1 / 8, 7, 1), (1, 9, 9)]
+)
+def test_sizes(factor: float, size: int, count: int) -> None:
+    assert subnet_size(factor, size) == count
+
+
+NAME = "model.layers.10.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hit"),
+    [
+        ("q_proj", True),
+        ("self_attn", True),
+        ("layers.10", True),
+        ("layers", True),
+        ("model", True),
+        (NAME, True),
+        ("*", True),
+        ("*q_proj", True),
+        ("q_*", True),
+        ("layers.1[0-2]", True),
+        ("layers.??", True),
+        ("layers.*.self_attn", True),
+        ("layers.1", False),
+        ("layers.?", False),
+        ("proj", False),
+        ("attn", False),
+        ("k_proj", False),
+        ("Q_proj", False),
+        ("10.q_proj", False),
+        ("layers.10.self", False),
+    ],
+)
+def test_patterns(pattern: str, hit: bool) -> None:
+    assert matches(NAME, (pattern,)) == (pattern if hit else None)
+
+
+def test_the_first_pattern_that_matches_is_the_answer() -> None:
+    assert matches(NAME, ("k_proj", "layers.10", "q_proj")) == "layers.10"
+    assert matches(NAME, ()) is None
+
+
+parts = st.text("abc01_", min_size=1, max_size=4)
+
+
+@given(st.lists(parts, min_size=1, max_size=5), st.data())
+def test_any_run_of_whole_parts_is_a_pattern(names: list[str], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(names) - 1))
+    end = data.draw(st.integers(start + 1, len(names)))
+    assert matches(".".join(names), (".".join(names[start:end]),)) is not None
+
+
+@given(st.lists(parts, min_size=1, max_size=5), parts)
+def test_a_name_without_wildcards_matches_whole_parts_only(names: list[str], pattern: str) -> None:
+    assert (matches(".".join(names), (pattern,)) is not None) == (pattern in names)
+
+
+def test_the_public_names() -> None:
+    promised = {"transform", "restore", "LosiaConfig", "subnets", "controller", "report"}
+    assert promised <= set(losia_fx.__all__)
+    assert all(getattr(losia_fx, name) is not None for name in losia_fx.__all__)

@@ -1,0 +1,314 @@
+"""Importance, scores, selections and the fit of the gradient, each against what losia.md says, in numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from losia_fx.localize import (
+    Fit,
+    fit_gradient,
+    importance_of,
+    score_of,
+    select_rows,
+    select_subnet,
+    share_moved,
+    smooth,
+    top,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Whole numbers: sums are exact in float32 whatever their order, and ties are many.
+whole = st.integers(0, 6).map(float)
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> tuple[Array, int, int]:
+    shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    score = draw(hnp.arrays(np.float32, shape, elements=whole))
+    return score, draw(st.integers(1, shape[0])), draw(st.integers(1, shape[1]))
+
+
+# -- the same, written from losia.md alone -------------------------------------------------------------------------
+
+
+def brute_top(sums: Array, count: int) -> list[int]:
+    return sorted(sorted(range(len(sums)), key=lambda i: (-sums[i], i))[:count])
+
+
+def brute_candidates(score: Array, rows: int, cols: int) -> list[tuple[list[int], list[int]]]:
+    by_rows, by_cols = brute_top(score.sum(1), rows), brute_top(score.sum(0), cols)
+    return [
+        (by_rows, by_cols),
+        (by_rows, brute_top(score[by_rows].sum(0), cols)),
+        (brute_top(score[:, by_cols].sum(1), rows), by_cols),
+    ]
+
+
+def brute_subnet(score: Array, rows: int, cols: int) -> tuple[list[int], list[int], float]:
+    best: tuple[list[int], list[int], float] | None = None
+    for r, c in brute_candidates(score, rows, cols):
+        inside = float(score[np.ix_(r, c)].sum())
+        if best is None or inside > best[2]:  # the first of equals
+            best = (r, c, inside)
+    assert best is not None
+    return best
+
+
+# -- selection -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(whole, min_size=1, max_size=40), st.data())
+def test_top(sums: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(sums)))
+    chosen = top(torch.tensor(sums), count)
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == brute_top(np.array(sums), count)
+
+
+@given(st.integers(1, 5000), st.data())
+@settings(max_examples=25)
+def test_top_of_equals_is_the_lowest_indices(size: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, size))
+    assert top(torch.ones(size), count).tolist() == list(range(count))
+
+
+@given(scores())
+@settings(max_examples=300)
+def test_select_subnet(case: tuple[Array, int, int]) -> None:
+    score, rows, cols = case
+    chosen = select_subnet(torch.from_numpy(score), rows, cols)
+    expected = brute_subnet(score, rows, cols)
+    assert (chosen.rows.tolist(), chosen.cols.tolist(), float(chosen.captured)) == expected
+    for index, count, size in ((chosen.rows, rows, score.shape[0]), (chosen.cols, cols, score.shape[1])):
+        listed = index.tolist()
+        assert index.dtype == torch.int64
+        assert listed == sorted(set(listed))
+        assert len(listed) == count
+        assert 0 <= listed[0] <= listed[-1] < size
+    assert all(float(chosen.captured) >= score[np.ix_(r, c)].sum() for r, c in brute_candidates(score, rows, cols))
+
+
+def test_each_candidate_wins_somewhere() -> None:
+    """Or the test above might compare one branch with itself."""
+    generator = np.random.default_rng(0)
+    winners = set()
+    for _ in range(400):
+        score = generator.integers(0, 7, (5, 5)).astype(np.float32)
+        sums = [score[np.ix_(r, c)].sum() for r, c in brute_candidates(score, 2, 2)]
+        winners.add(int(np.argmax(sums)))
+        assert float(select_subnet(torch.from_numpy(score), 2, 2).captured) == max(sums)
+    assert winners == {0, 1, 2}
+
+
+@given(scores())
+def test_select_rows(case: tuple[Array, int, int]) -> None:
+    score, rows, _ = case
+    chosen = select_rows(torch.from_numpy(score), rows)
+    assert chosen.rows.tolist() == brute_top(score.sum(1), rows)
+    assert chosen.cols.tolist() == list(range(score.shape[1]))
+    assert float(chosen.captured) == score[chosen.rows.tolist()].sum()
+
+
+@given(scores(), st.randoms(use_true_random=False))
+def test_share_moved(case: tuple[Array, int, int], random: Any) -> None:
+    score, rows, cols = case
+    out, into = score.shape
+    old, new = ((sorted(random.sample(range(out), rows)), sorted(random.sample(range(into), cols))) for _ in range(2))
+    before = {(r, c) for r in old[0] for c in old[1]}
+    after = {(r, c) for r in new[0] for c in new[1]}
+    moved = share_moved(*((torch.tensor(r), torch.tensor(c)) for r, c in (old, new)))
+    assert moved == pytest.approx(len(after - before) / len(after))
+
+
+# -- importance ----------------------------------------------------------------------------------------------------
+
+FORMULAS = {
+    "mixed": lambda w, g: np.abs(w * g - (w * g) ** 2 / 2),
+    "first": lambda w, g: np.abs(w * g),
+    "second": lambda w, g: (w * g) ** 2,
+    "gradient": lambda w, g: g**2,
+}
+small = hnp.arrays(np.float64, (3, 4), elements=st.floats(-4, 4))
+
+
+@pytest.mark.parametrize("kind", list(FORMULAS))
+@given(small, small)
+def test_importance(kind: str, weight: Array, grad: Array) -> None:
+    ipt = importance_of(kind, torch.from_numpy(weight).float(), torch.from_numpy(grad).float())
+    assert ipt.dtype == torch.float32
+    np.testing.assert_allclose(ipt.numpy(), FORMULAS[kind](weight, grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(FORMULAS))
+def test_importance_of_a_narrow_weight_is_wide(kind: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 4).bfloat16())
+    grad = torch.randn(3, 4)
+    ipt = importance_of(kind, weight, grad)
+    assert ipt.dtype == torch.float32
+    assert not ipt.requires_grad
+    wide = weight.detach().double().numpy()
+    np.testing.assert_allclose(ipt.numpy(), FORMULAS[kind](wide, grad.double().numpy()), rtol=1e-5, atol=1e-7)
+
+
+def test_mixed_is_no_sum_of_absolute_values() -> None:
+    """At w g = 1: 1/2. With the absolute values inside it would be 3/2 for w g = -1 as well; it is |-1 - 1/2|."""
+    one = torch.ones(1, 1)
+    assert float(importance_of("mixed", one, one)) == 0.5
+    assert float(importance_of("mixed", one, -one)) == 1.5
+    assert float(importance_of("mixed", one, 2 * one)) == 0.0
+
+
+@given(st.lists(small, min_size=1, max_size=5), st.floats(0, 0.99))
+def test_smooth_is_an_average_that_starts_at_zero(values: list[Array], beta: float) -> None:
+    ema = torch.zeros(3, 4)
+    expected = np.zeros((3, 4))
+    for value in values:
+        smooth(ema, torch.from_numpy(value).float(), beta)
+        expected = beta * expected + (1 - beta) * value
+    np.testing.assert_allclose(ema.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_smooth_does_not_touch_what_is_new() -> None:
+    new = torch.ones(2, 2)
+    smooth(torch.zeros(2, 2), new, 0.85)
+    assert torch.equal(new, torch.ones(2, 2))
+
+
+def test_score() -> None:
+    importance, uncertainty = torch.rand(3, 4), torch.rand(3, 4)
+    for kind in ("mixed", "first", "second"):
+        assert torch.equal(score_of(kind, importance, uncertainty), importance * uncertainty)
+    assert torch.equal(score_of("gradient", importance, uncertainty), importance)
+
+
+# -- what the optimizer's gradient says of the accumulated one -----------------------------------------------------
+
+
+def gradient(size: tuple[int, ...] = (6, 8)) -> Tensor:
+    return torch.randn(size)
+
+
+def fitted(*arguments: Any, **options: Any) -> Fit:
+    fit = fit_gradient(*arguments, **options)
+    assert fit is not None
+    return fit
+
+
+@given(st.floats(1e-6, 1e6), st.sampled_from([1, -1]))
+def test_a_scaled_gradient(factor: float, sign: int) -> None:
+    grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    fit = fitted(sign * factor * grad, grad)
+    assert fit.limit is None
+    assert fit.factor == pytest.approx(sign * factor, rel=1e-4)
+    torch.testing.assert_close(fit.apply(grad), sign * factor * grad)
+
+
+@given(st.floats(0.05, 0.8), st.floats(1.0, 10.0))
+def test_a_gradient_clipped_by_value(share: float, size: float) -> None:
+    """The limit is a share of the largest element; G outside of the subnet is clamped too."""
+    grad, elsewhere = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(2))
+    limit = share * size * float(grad.abs().max())
+    seen = (size * grad).clamp(-limit, limit)
+    fit = fitted(seen, grad)
+    assert fit.limit == pytest.approx(limit)
+    assert fit.factor == pytest.approx(size, rel=1e-4)
+    torch.testing.assert_close(fit.apply(grad), seen, rtol=1e-4, atol=1e-5 * limit)
+    torch.testing.assert_close(
+        fit.apply(elsewhere), (size * elsewhere).clamp(-limit, limit), rtol=1e-4, atol=1e-5 * limit
+    )
+
+
+def test_a_clip_that_cuts_few_elements_of_the_subnet_is_seen() -> None:
+    grad = torch.randn(40, 40, generator=torch.Generator().manual_seed(2))
+    limit = float(grad.abs().max()) * 0.95
+    fit = fitted(grad.clamp(-limit, limit), grad)
+    outside = torch.tensor([50.0])  # an element of W elsewhere, whose gradient the optimizer sees as `limit`
+    assert float(fit.apply(outside)) == pytest.approx(limit)
+
+
+def test_where_everything_is_clipped_nothing_fits() -> None:
+    grad = gradient()
+    assert fit_gradient(grad.sign() * 1e-3, grad) is None
+
+
+def test_torch_clipping_is_followed() -> None:
+    for clip in (
+        lambda p: torch.nn.utils.clip_grad_norm_(p, 0.3),
+        lambda p: torch.nn.utils.clip_grad_value_(p, 0.2),
+    ):
+        parameter, grad = torch.nn.Parameter(torch.zeros(6, 8)), gradient()
+        parameter.grad = grad.clone()
+        clip([parameter])
+        torch.testing.assert_close(fitted(parameter.grad, grad).apply(grad), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_within_tolerance(dtype: torch.dtype) -> None:
+    grad = gradient((20, 20))
+    fit = fitted((0.5 * grad).to(dtype), grad)
+    assert fit.factor == pytest.approx(0.5, rel=1e-2)
+
+
+def test_a_few_elements_that_are_off_do_not_move_the_factor() -> None:
+    grad = gradient((20, 20))
+    seen = 0.25 * grad
+    seen[0, 0] += 1e-3
+    assert fitted(seen, grad).factor == pytest.approx(0.25, rel=1e-5)
+
+
+def test_exact_zeros_are_no_ratio() -> None:
+    grad = gradient()
+    grad[:5] = 0
+    assert fitted(3 * grad, grad).factor == pytest.approx(3.0)
+
+
+def test_a_zero_gradient_takes_its_neighbours_factor_or_none() -> None:
+    zero = torch.zeros(6, 8)
+    assert fit_gradient(zero, zero) is None
+    assert fit_gradient(zero, zero, fallback=0.5) == Fit(0.5)
+    assert fit_gradient(zero, gradient(), fallback=0.5) is None  # G is not zero: S.grad was changed by hand
+    assert fit_gradient(gradient(), zero, fallback=0.5) is None
+    assert fit_gradient(gradient(), zero) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_fits_nothing(bad: float, side: int) -> None:
+    pair = [gradient(), gradient()]
+    pair[1] = pair[0].clone()
+    pair[side][2, 3] = bad
+    assert fit_gradient(*pair) is None
+    assert fit_gradient(*pair, fallback=1.0) is None
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5, 5.0])
+def test_noise_fits_nothing(noise: float) -> None:
+    grad = gradient((20, 20))
+    assert fit_gradient(grad + noise * torch.randn_like(grad), grad) is None
+
+
+@pytest.mark.parametrize(("noise", "fits"), [(0.005, True), (0.02, False)])
+def test_the_tolerance_is_one_hundredth(noise: float, fits: bool) -> None:
+    grad = gradient((50, 50))
+    error = torch.randn_like(grad)
+    error *= noise * grad.norm() / error.norm()
+    assert (fit_gradient(grad + error, grad) is not None) == fits
+
+
+def test_the_fit_leaves_its_inputs_alone() -> None:
+    grad = gradient()
+    seen = (2 * grad).clamp(-1, 1)
+    copies = grad.clone(), seen.clone()
+    fitted(seen, grad).apply(grad)
+    assert torch.equal(grad, copies[0])
+    assert torch.equal(seen, copies[1])

@@ -1,0 +1,77 @@
+"""What happens at which optimizer step, as tables (T = 2, L = 3 unless said otherwise)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from losia_fx import LosiaConfig
+from losia_fx.schedule import ends_slot, profiled_groups, rewarm_factor, round_length
+
+
+def config(schedule: str = "async", period: int = 2, rewarm: bool = True) -> LosiaConfig:
+    return LosiaConfig(schedule=schedule, period=period, rewarm=rewarm)
+
+
+TABLE = [
+    # t, async, sync, static, last of its slot
+    (0, (0,), (0, 1, 2), (), False),
+    (1, (0,), (0, 1, 2), (), True),
+    (2, (1,), (), (), False),
+    (3, (1,), (), (), True),
+    (4, (2,), (), (), False),
+    (5, (2,), (), (), True),
+    (6, (0,), (0, 1, 2), (), False),
+    (7, (0,), (0, 1, 2), (), True),
+    (8, (1,), (), (), False),
+]
+
+
+@pytest.mark.parametrize(("step", "asynchronous", "synchronous", "static", "last"), TABLE)
+def test_the_schedules(
+    step: int, asynchronous: tuple[int, ...], synchronous: tuple[int, ...], static: tuple[int, ...], last: bool
+) -> None:
+    assert profiled_groups(config("async"), 3, step) == asynchronous
+    assert profiled_groups(config("sync"), 3, step) == synchronous
+    assert profiled_groups(config("static"), 3, step) == static
+    assert ends_slot(config(), step) == last
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 10**7))
+def test_the_formula_of_the_paper(period: int, groups: int, step: int) -> None:
+    expected = (step // period) % groups
+    assert profiled_groups(config("async", period), groups, step) == (expected,)
+    assert profiled_groups(config("sync", period), groups, step) == (tuple(range(groups)) if expected == 0 else ())
+    assert ends_slot(config(period=period), step) == ((step + 1) % period == 0)
+
+
+@given(st.integers(1, 30), st.integers(1, 12))
+def test_a_round_gives_every_group_one_slot(period: int, groups: int) -> None:
+    settings = config("async", period)
+    length = round_length(settings, groups)
+    assert length == period * groups
+    for start in (0, 3 * length):
+        ended = [
+            profiled_groups(settings, groups, t)[0] for t in range(start, start + length) if ends_slot(settings, t)
+        ]
+        assert ended == list(range(groups))
+
+
+def test_without_groups_nothing_is_profiled() -> None:
+    assert profiled_groups(config(), 0, 5) == ()
+
+
+@pytest.mark.parametrize(
+    ("period", "factors"), [(1, [1.0, 1.0]), (2, [0.5, 1.0, 1.0]), (4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])]
+)
+def test_the_kth_update_counts_k_of_t(period: int, factors: list[float]) -> None:
+    assert [rewarm_factor(config(period=period), k) for k in range(1, len(factors) + 1)] == factors
+
+
+@given(st.integers(1, 100), st.integers(1, 300))
+def test_rewarm(period: int, update: int) -> None:
+    factor = rewarm_factor(config(period=period), update)
+    assert factor == min(1.0, update / period)
+    assert 0 < factor <= 1
+    assert rewarm_factor(config(period=period, rewarm=False), update) == 1.0

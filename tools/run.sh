@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything on a fresh machine: makes .venv beside the sources, installs losia_fx into it, and runs
+#   tools/run.sh finetune [OPTION...]   the main job (losia-fx finetune)
+#   tools/run.sh test [OPTION...]       style, types and the tests (pytest)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-}
+case $what in
+  finetune) extra=cli ;;
+  test) extra=dev ;;
+  *) sed -n '2,4s/^# //p' "$0" >&2; exit 2 ;;
+esac
+shift
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+stamp=.venv/losia-fx-$extra
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+  # torch by itself and pinned: a range lets pip take the newest build, on some machines with gigabytes of CUDA
+  .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/pip install --quiet 'torch==2.13.0'
+  .venv/bin/pip install --quiet --editable ".[$extra]"
+  touch "$stamp"
+fi
+if [ "$what" = finetune ]; then
+  exec .venv/bin/losia-fx finetune "$@"
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"
