@@ -5,7 +5,8 @@ Checked against torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,12 +95,20 @@ def running_ddp() -> bool:
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
-def keep_saved_tensors() -> Any:
+@contextmanager
+def keep_saved_tensors() -> Iterator[None]:
     """Context for compiling: the backward may run twice (retain_graph), as it may without a compiler.
 
-    AOTAutograd otherwise lets it reuse the memory of what the forward saved.
+    AOTAutograd otherwise lets it reuse the memory of what the forward saved. A graph compiled without that has None for
+    the list of such tensors, which the check before a backward that retains its graph (torch 2.13) takes for some: an
+    empty list is what it understands.
     """
-    return torch._functorch.config.patch(donated_buffer=False)
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is not None and metadata.bw_donated_idxs is None:
+        metadata.bw_donated_idxs = []
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
