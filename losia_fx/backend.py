@@ -57,21 +57,19 @@ class LosiaBackend:
         parameters = {n: value for n, value in zip(names, example_inputs, strict=True) if _is_weight(value)}
         if not parameters:
             return self._compile(gm, example_inputs)
-        uses = find_uses(gm, {name: value.dim() for name, value in parameters.items()})
+        copy = copy_graph_module(gm)  # a body that several regions share is several there: the plan tells them apart
+        uses = find_uses(copy, {name: value.dim() for name, value in parameters.items()})
         adoptable: list[int] = []
         if self.adopt is not None:
             adoptable = [names.index(name) for name, found in uses.items() if found.only_products]
             self.adopt([example_inputs[position] for position in adoptable])
         states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
-        plan = plan_subnets(gm, {name: state.facts for name, state in states.items()})
+        plan = plan_subnets(copy, {name: state.facts for name, state in states.items()})
         _note_uses(parameters, uses, plan)
-        return CompiledGraph(self, gm, example_inputs, plan, [names.index(name) for name in parameters], adoptable)
-
-    def rewrite(self, gm: fx.GraphModule, plan: SubnetPlan) -> fx.GraphModule:
-        """A rewritten copy of the graph; ``gm`` stays as it is."""
-        rewritten = copy_graph_module(gm)
-        default_pipeline(plan, self.config)(rewritten)
-        return rewritten
+        if plan.slots:
+            default_pipeline(plan, self.config)(copy)
+        weights = [names.index(name) for name in parameters]
+        return CompiledGraph(self, gm, copy, example_inputs, plan, weights, adoptable)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with keep_saved_tensors():
@@ -86,12 +84,14 @@ class CompiledGraph:
         self,
         backend: LosiaBackend,
         gm: fx.GraphModule,
+        rewritten: fx.GraphModule,
         example_inputs: Sequence[Any],
         plan: SubnetPlan,
         weights: Sequence[int],
         adoptable: Sequence[int],
     ) -> None:
-        """weights: positions of all parameters among the inputs; adoptable: of those that may be given a subnet."""
+        """gm: the graph as Dynamo gave it. weights: positions of all parameters among the inputs; adoptable: of those
+        that may be given a subnet."""
         self._adopt = backend.adopt
         self._adoptable = adoptable
         self._gm = gm
@@ -100,7 +100,6 @@ class CompiledGraph:
         self._handles = backend.config.profiles
         slotted = {slot.position for slot in plan.slots}
         self._bare = [position for position in weights if position not in slotted]
-        rewritten = backend.rewrite(gm, plan) if plan.slots else gm
         extra = self._state(example_inputs)
         assert extra is not None
         self._compiled = backend._compile(rewritten, [*example_inputs, *fake_inputs(extra)])

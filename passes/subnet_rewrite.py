@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
@@ -51,7 +52,19 @@ def _thread(
         if used:
             node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
             _thread(region.body, inner, plan, names, edit, used)
+            _outputs_may_learn(region.body)
     edit(gm, body, inputs)
+
+
+def _outputs_may_learn(body: fx.GraphModule) -> None:
+    """Forgets which outputs of a region asked for no gradient: with frozen weights none did, with a subnet they do.
+
+    torch.compiler.nested_compile_region goes by that.
+    """
+    for node in body.graph.output_node().all_input_nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+            del node.meta["example_value"]
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,12 @@ def test_region_inputs_of_a_region_compiled_by_itself() -> None:
         nodes.extend(gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
         return _compat.inner_compiler("aot_eager")(gm, inputs)
 
-    region = torch.compiler.nested_compile_region(torch.sin)
-    torch.compile(lambda x: region(x) + 1, backend=backend, fullgraph=True)(torch.ones(2))
-    (node,) = nodes
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+    torch.compile(lambda x: region(region(x)), backend=backend, fullgraph=True)(torch.ones(2))
+    node, _ = nodes
     assert _compat.region_inputs(node.target) == 2
     assert isinstance(node.args[1], str)  # what identifies the body, before the inputs
 

@@ -447,3 +447,38 @@ def test_varying_lengths_and_batch_sizes_never_end_in_eager(way: str, caught: An
     graphs: Counter[str] = torch._dynamo.utils.counters["stats"]
     assert graphs["unique_graphs"] <= 10
     assert losia_fx.controller(model).step == 14
+
+
+class Regions(nn.Module):
+    """Its layers are compiled by themselves, once for all of them, inside the one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        @torch.compiler.nested_compile_region
+        def run(layer: nn.Module, x: Tensor) -> Tensor:
+            return x + layer(x)
+
+        for layer in self.layers:
+            x = run(layer, x)
+        return x
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_layers_that_are_regions_of_their_own(compiler: str) -> None:
+    model, x = Regions(), torch.randn(4, 16)
+    twin = copy.deepcopy(model)
+    twin(x).square().sum().backward()
+    expected = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    losia_fx.transform(model, compiler=compiler, rank_factor=0.25, schedule="sync")
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert_subnet_gradients(model, expected)
+        for state in losia_fx.controller(model).states:
+            assert state.profile is not None
+            assert state.profile.grad is not None
+            torch.testing.assert_close(state.profile.grad, expected[state.name], rtol=1e-4, atol=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
