@@ -38,13 +38,39 @@ HEADS = (
     "DECISION", "BASE", "BACKBONE",
 )  # fmt: skip
 
+# What cannot be had by making everything small: by model type, attributes (of parts, with dots) after shrinking.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 98},
+    "bros": {"dim_bbox_projection": 16},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "instructblip": {"image_token_index": 98},
+    "instructblipvideo": {"video_token_index": 98},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 96},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [4, 4],
+        "axial_pos_embds_dim": [32, 32],
+        "lsh_attn_chunk_length": 8,
+        "local_attn_chunk_length": 8,
+        "num_buckets": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
+}
+
 
 @dataclass(frozen=True)
 class TinyModel:
     """A model in training mode, and a batch for it."""
 
     model: nn.Module
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]
     labelled: bool
     """Whether the batch has labels, so that the output has a loss."""
 
@@ -129,6 +155,12 @@ def make_config(model_type: str) -> PretrainedConfig:
                 wanted = len(value._out_indices or (0,))
                 setattr(part, name, ResNetConfig(layer_type="basic", out_indices=list(range(5 - wanted, 5))))
     shrink(config)
+    for path, value in OVERRIDES.get(model_type, {}).items():
+        *parts, name = path.split(".")
+        part = config
+        for step in parts:
+            part = getattr(part, step)
+        setattr(part, name, value)
     return config
 
 
@@ -137,15 +169,15 @@ def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
     for index, batch in enumerate(candidates(model, head)):
         if index == 60:
             break
-        batch = {name: v.to(dtype) if v.is_floating_point() else v for name, v in batch.items()}
-        tiny = TinyModel(model, batch, "labels" in batch)
+        batch = {name: v.to(dtype) if _floats(v) else v for name, v in batch.items()}
+        tiny = TinyModel(model, batch, "labels" in batch or "return_loss" in batch)
         model.zero_grad()
         try:
             torch.manual_seed(SEED)
             loss = tiny.loss(model(**batch))
             loss.backward()
         except Exception as error:
-            errors[f"{ {k: tuple(v.shape) for k, v in batch.items()} }: {type(error).__name__}: {error}"[:300]] = None
+            errors[f"{_shapes(batch)}: {type(error).__name__}: {error}"[:300]] = None
             continue
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         model.zero_grad()
@@ -156,6 +188,14 @@ def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
         else:
             return tiny
     raise LosiaError("no batch fits: " + " | ".join(list(errors)[:2]))
+
+
+def _shapes(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

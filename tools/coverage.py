@@ -72,7 +72,9 @@ def exit_code(results: Sequence[Result]) -> int:
 def print_results(console: Console, results: Sequence[Result]) -> None:
     table = Table(title="losia_fx: gradients against plain autograd", title_justify="left")
     for column in ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why"):
-        table.add_column(column, overflow="fold", justify="right" if column in ("subnets", "of the linears") else "left")
+        table.add_column(
+            column, overflow="fold", justify="right" if column in ("subnets", "of the linears") else "left"
+        )
     for result in results:
         share = "" if result.share is None else f"{100 * result.share:.1f}%"
         subnets = str(result.subnets) if result.subnets else ""
@@ -80,7 +82,9 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         table.add_row(result.architecture, result.model, result.dtype, verdict, subnets, share, _escaped(result.why))
     console.print(table)
     counts = Counter(result.verdict for result in results)
-    console.print(", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES), f"of {len(results)}", highlight=False)
+    console.print(
+        ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES), f"of {len(results)}", highlight=False
+    )
 
 
 def write(path: Path, results: Sequence[Result]) -> None:

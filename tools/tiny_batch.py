@@ -15,7 +15,7 @@ from .shrink_config import IMAGE, PATCH, nested
 SIZE, LENGTH, SAMPLES, FRAMES = 2, 16, 3200, 64
 FIRST_WORD, LAST_WORD = 3, 60  # below them pad, begin and end; above them the special tokens
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 def candidates(model: Any, head: str) -> Iterator[Batch]:
@@ -44,6 +44,14 @@ class Facts:
                     return value
         return default
 
+    def image(self) -> tuple[int, int]:
+        for config in self.configs:
+            value = getattr(config, "image_size", None)
+            if isinstance(value, (list, tuple)) and len(value) == 2:
+                return value[0], value[1]
+        side = self.size("image_size", default=IMAGE)
+        return side, side
+
     def inputs(self) -> Iterator[Batch]:
         """Everything but labels."""
         seen = []
@@ -53,7 +61,7 @@ class Facts:
                 continue
             for parts in itertools.islice(itertools.product(*options), 32):
                 batch = {key: value for part in parts for key, value in part.items() if key in self.parameters}
-                described = str({key: value.shape for key, value in batch.items()})
+                described = str({key: getattr(value, "shape", value) for key, value in batch.items()})
                 for made in (*self._with_features(batch), batch):
                     if made and (described, id(made)) not in seen:
                         seen.append((described, id(made)))
@@ -113,7 +121,7 @@ class Facts:
     def labels(self, inputs: Batch, head: str) -> Iterator[Batch]:
         if "labels" in self.parameters:
             tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-            if tokens is not None and head not in CLASSIFIERS:
+            if tokens is not None and head in WRITERS:
                 yield {"labels": torch.randint(FIRST_WORD, LAST_WORD, tokens.shape)}
             if head == "CTC":
                 yield {"labels": torch.randint(FIRST_WORD, 9, (SIZE, 2))}
@@ -124,13 +132,31 @@ class Facts:
         yield {}
 
 
+WRITERS = (
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "CAUSAL_LM",
+    "MASKED_LM",
+    "PRETRAINING",
+)
 CLASSIFIERS = (
     "IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
     "VIDEO_CLASSIFICATION",
     "SEQUENCE_CLASSIFICATION",
 )
-HELPERS = ("decoder_input_ids", "bbox", "image_grid_thw", "image_sizes", "pixel_attention_mask", "return_loss")
+HELPERS = (
+    "decoder_input_ids",
+    "bbox",
+    "image_grid_thw",
+    "image_sizes",
+    "pixel_attention_mask",
+    "return_loss",
+    "image_attention_mask",
+    "image_embeds_position_mask",
+)
 FEATURES = (
     ("get_image_features", "image", ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")),
     ("get_video_features", "video", ("pixel_values_videos", "video_grid_thw")),
@@ -157,16 +183,16 @@ def _decoder_ids(facts: Facts) -> list[Batch]:
 
 
 def _pixels(facts: Facts) -> list[Batch]:
-    side, channels = facts.size("image_size", default=IMAGE), facts.size("num_channels", "in_channels", default=3)
+    channels, (height, width) = facts.size("num_channels", "in_channels", default=3), facts.image()
     frames = facts.size("num_frames", "frames_per_clip", default=2)
     patch, time = facts.size("patch_size", default=PATCH), facts.size("temporal_patch_size", default=1)
     options: list[Batch] = []
     if "image_grid_thw" in facts.parameters:
         flat = torch.randn(SIZE * 16, channels * time * patch * patch)
         options.append({"pixel_values": flat, "image_grid_thw": torch.tensor([[1, 4, 4]] * SIZE)})
-    sizes = torch.tensor([[side, side]] * SIZE)
+    sizes = torch.tensor([[height, width]] * SIZE)
     for shape in ((), (1,), (2,), (frames,)):
-        made: Batch = {"pixel_values": torch.randn(SIZE, *shape, channels, side, side)}
+        made: Batch = {"pixel_values": torch.randn(SIZE, *shape, channels, height, width)}
         options.append(made)
         if "image_sizes" in facts.parameters:
             options.append({**made, "image_sizes": sizes})
@@ -205,6 +231,21 @@ def _boxes(facts: Facts) -> list[Batch]:
     return [{"bbox": torch.cat((corners[..., :2], corners[..., :2] + 5), -1)}]
 
 
+def _image_positions(facts: Facts) -> list[Batch]:
+    count = facts.size("latent_query_num", default=8)
+    mask = torch.zeros(SIZE, LENGTH, dtype=torch.long)
+    mask[:, 1 : 1 + count] = 1
+    return [{"image_embeds_position_mask": mask}]
+
+
+def _noise(name: str, *shape: int) -> Callable[[Facts], list[Batch]]:
+    return lambda facts: [{name: torch.randn(*shape)}]
+
+
+def _ones(name: str, *shape: int) -> Callable[[Facts], list[Batch]]:
+    return lambda facts: [{name: torch.ones(*shape, dtype=torch.long)}]
+
+
 OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
@@ -212,4 +253,7 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "input_values": _wave("input_values"),
     "bbox": _boxes,
     "decoder_input_ids": _decoder_ids,
+    "image_attention_mask": lambda facts: [{"image_attention_mask": torch.ones(SIZE, LENGTH, 1, dtype=torch.long)}],
+    "image_embeds_position_mask": _image_positions,
+    "return_loss": lambda facts: [{"return_loss": True}],
 }
