@@ -16,11 +16,14 @@ LAYERS, MOST_LAYERS = 2, 6
 # The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
 SIZES: tuple[tuple[str, int | None], ...] = (
     (r"num_channels|in_chan\w*|audio_channels|channels|out_channels|.*(kernel|stride|padding|ratio|factor).*", None),
-    (r"num_conv_pos_embedding.*|.*temperature.*|chunk_size_feed_forward|.*_layer_offset|.*dropout.*|num_labels", None),
+    (
+        r"num_conv_pos_embedding.*|patch_embed_hidden_size|.*temperature.*|chunk_size_feed_forward|.*_layer_offset|.*dropout.*|num_labels",
+        None,
+    ),
     (r"n_positions|n_ctx|max_.*position_embeddings|context_length|max_(source|target)_positions|seq_length", 64),
     (r"type_vocab_size", 3),
     (r".*codebook_size", 64),
-    (r".*vocab_size.*|num_embeddings|vocab_offset", VOCABULARY),
+    (r".*(vocab_size|group_vocab).*|num_embeddings|vocab_offset", VOCABULARY),
     (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", 2),
     (r"(?!.*dim).*(heads|n_head|num_head)", HEADS),
     (r"rotary_dim|.*(head_dim|dim_head|d_head|d_kv|head_size|kv_channels|headdim)|query_pre_attn_scalar", HEAD_DIM),
@@ -39,13 +42,12 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"\w*window_size\w*", 2),
     (r"sliding_window.*|local_attention|attention_chunk_size|block_size|attention_window", 8),
     (r"chunk_size|\w*_chunk_size|index_topk|mm_tokens_per_image", 8),
-    (
-        r".*(hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|hidden_channels|embedding_size|embedding_dim)\w*",
-        WIDTH,
-    ),
-    (r"(?!kv|pad).*(_dim|output_size|_channels|proj_size|width)|hidden_sizes|embed_dims", WIDTH),
-    (r"num_queries|num_query_tokens|num_latents|num_image_tokens|image_seq_length|num_denoising|latent_len", 8),
+    (r".*(hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|hidden_channels)\w*", WIDTH),
+    (r".*(embedding_size|embedding_dim)\w*", WIDTH),
+    (r"(?!kv|pad).*(_dim|output_size|_channels|proj_size|width)|hidden_sizes|embed_dims|backbone_channel_list", WIDTH),
+    (r"num_queries|num_query_tokens|num_latents|num_image_tokens|image_seq_length|num_denoising|latent_query_num", 8),
     (r"num_mel_bins", 16),
+    (r"upsample_groups", WIDTH),
     (r"train_num_points", 32),
 )
 LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
@@ -68,7 +70,12 @@ DEFAULTS = {
     "vocab_size": VOCABULARY,
     "pad_token_id": 0,
     "n_routed_experts": 4,
+    "n_shared_experts": 1,
     "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "moe_intermediate_size": INNER,
+    "top_k_experts": 2,
+    "num_key_value_heads": HEADS,
 }
 OFF = ("use_cache", "apply_spec_augment", "use_timm_backbone", "use_pretrained_backbone", "output_router_logits")
 
@@ -106,7 +113,7 @@ def layer_counts(config: PretrainedConfig) -> dict[str, int]:
 
 
 def kept_layers(config: PretrainedConfig) -> dict[int, list[int]]:
-    """By the number of layers that a count of the configuration gives: the layers to keep, one of each kind at least."""
+    """Number of layers, as an attribute gives it -> the layers to keep, one of each kind at least."""
     kept = {}
     stages = next((len(v) for k, v in vars(config).items() if DEPTHS.fullmatch(k) and isinstance(v, (list, tuple))), 0)
     for count in set(layer_counts(config).values()) - {stages}:
@@ -132,25 +139,29 @@ def _is_kind(values: Any) -> bool:
 def _shrunk(name: str, value: Any, tokens: dict[str, int], kept: dict[int, list[int]]) -> Any:
     if value is None:
         return DEFAULTS.get(name)
-    if isinstance(value, PretrainedConfig):
-        return value
     if name in OFF:
         return False
     if TOKEN.fullmatch(name):
         return _token(name, value, tokens)
-    if STOPPED.fullmatch(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return type(value)(0)
-    if isinstance(value, (bool, float)):
-        return value
-    if isinstance(value, int):
-        if value in kept and LAYER_COUNTS.fullmatch(name):
-            return min(value, len(kept[value]))
-        return _size(name, value)
+    if isinstance(value, (bool, int, float)):
+        return _number(name, value, kept)
     if isinstance(value, (str, list, tuple)) and value:
         return _sequence(name, value, kept)
-    if isinstance(value, dict):
-        return _rope(value) if name in ("rope_parameters", "rope_scaling") else value
+    if isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
+        return _rope(value)
     return value
+
+
+def _number(name: str, value: bool | int | float, kept: dict[int, list[int]]) -> bool | int | float:
+    if isinstance(value, bool):
+        return value
+    if STOPPED.fullmatch(name):
+        return type(value)(0)
+    if isinstance(value, float):
+        return value
+    if value in kept and LAYER_COUNTS.fullmatch(name):
+        return min(value, len(kept[value]))
+    return _size(name, value)
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -234,17 +245,29 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
         heads = name.replace("key_value", "attention")
         if heads != name and before.get(heads) == before[name]:
             setattr(config, name, values[heads])
-    if "stage_names" in values and isinstance(values["stage_names"], list):
-        _repair_stages(config)
     for inner, heads, head_dim in SSM:
         if {inner, heads, head_dim} <= values.keys() and "hidden_size" in values:
             setattr(config, head_dim, values[inner] * values["hidden_size"] // values[heads])
+    if isinstance(values.get("stage_names"), list):
+        _repair_stages(config)
+    if "backbone_feature_sizes" in values:  # of an image of 1024 pixels
+        config.backbone_feature_sizes = [
+            [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]
+        ]
     if "embed_dim_per_stage" in values:
         config.hidden_size = values["embed_dim_per_stage"][0]
-    if "qk_rope_head_dim" in values and "partial_rotary_factor" in (values.get("rope_parameters") or {}):
-        config.rope_parameters["partial_rotary_factor"] = 1.0
-    if {"qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim"} <= values.keys():
+    if "qk_rope_head_dim" in values:
+        _repair_latent_attention(config)
+
+
+def _repair_latent_attention(config: PretrainedConfig) -> None:
+    values = vars(config)
+    if {"qk_nope_head_dim", "qk_head_dim"} <= values.keys():
         config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    rope = values.get("rope_parameters") or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or of each kind of layer
+        if isinstance(parameters, dict) and "partial_rotary_factor" in parameters:
+            parameters["partial_rotary_factor"] = 1.0
 
 
 def _repair_stages(config: PretrainedConfig) -> None:
