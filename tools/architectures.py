@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,19 +29,20 @@ MOST_PARAMETERS = 20_000_000
 MOST_BATCHES = 60
 
 # What a class is for, in the order in which one is chosen: the names of transformers' own tables.
-HEADS = (
-    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "MASKED_LM", "CTC",
-    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION",
-    "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "VISUAL_QUESTION_ANSWERING",
-    "DOCUMENT_QUESTION_ANSWERING", "TABLE_QUESTION_ANSWERING", "SEMANTIC_SEGMENTATION", "INSTANCE_SEGMENTATION",
-    "UNIVERSAL_SEGMENTATION", "IMAGE_SEGMENTATION", "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "DEPTH_ESTIMATION",
-    "KEYPOINT_DETECTION", "KEYPOINT_MATCHING", "MASKED_IMAGE_MODELING", "IMAGE_TO_IMAGE", "MASK_GENERATION",
-    "IMAGE_MATTING", "NORMAL_ESTIMATION", "POINTMAP_ESTIMATION", "POSE_ESTIMATION", "RETRIEVAL", "RNNT", "TDT", "TABLE_RECOGNITION",
-    "TEXT_RECOGNITION", "TEXT_TO_SPECTROGRAM", "TEXT_TO_WAVEFORM", "TIME_SERIES_PREDICTION",
-    "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION",
-    "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "NEXT_SENTENCE_PREDICTION", "CAUSAL_IMAGE_MODELING", "PRETRAINING",
-    "DECISION", "BASE", "BACKBONE",
-)  # fmt: skip
+HEADS = tuple(
+    """
+    SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ IMAGE_TEXT_TO_TEXT MULTIMODAL_LM CAUSAL_LM MASKED_LM CTC
+    ZERO_SHOT_IMAGE_CLASSIFICATION IMAGE_CLASSIFICATION AUDIO_CLASSIFICATION VIDEO_CLASSIFICATION
+    SEQUENCE_CLASSIFICATION TOKEN_CLASSIFICATION QUESTION_ANSWERING VISUAL_QUESTION_ANSWERING
+    DOCUMENT_QUESTION_ANSWERING TABLE_QUESTION_ANSWERING SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION
+    UNIVERSAL_SEGMENTATION IMAGE_SEGMENTATION OBJECT_DETECTION ZERO_SHOT_OBJECT_DETECTION DEPTH_ESTIMATION
+    KEYPOINT_DETECTION KEYPOINT_MATCHING MASKED_IMAGE_MODELING IMAGE_TO_IMAGE MASK_GENERATION IMAGE_MATTING
+    NORMAL_ESTIMATION POINTMAP_ESTIMATION POSE_ESTIMATION RETRIEVAL RNNT TDT TABLE_RECOGNITION TEXT_RECOGNITION
+    TEXT_TO_SPECTROGRAM TEXT_TO_WAVEFORM TIME_SERIES_PREDICTION TIME_SERIES_CLASSIFICATION
+    TIME_SERIES_REGRESSION AUDIO_FRAME_CLASSIFICATION AUDIO_XVECTOR NEXT_SENTENCE_PREDICTION
+    CAUSAL_IMAGE_MODELING PRETRAINING DECISION BASE BACKBONE
+    """.split()
+)
 
 BY_LAYER = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # What cannot be had by making everything small: by model type, attributes (of parts, with dots) after shrinking.
@@ -176,11 +177,12 @@ def _config(model_type: str) -> PretrainedConfig:
         for name, value in vars(part).items():
             if getattr(value, "model_type", None) == "timm_backbone":  # another package; a ResNet does as well
                 stages = list(range(5 - len(value.out_indices or (0,)), 5))
-                setattr(part, name, ResNetConfig(**{"layer_type": "basic", "out_indices": stages}))
+                options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages}
+                setattr(part, name, ResNetConfig(**options))
     shrink(config)
     for path, value in OVERRIDES.get(model_type, {}).items():
-        part, _, name = path.rpartition(".")
-        setattr(attrgetter(part)(config) if part else config, name, value)
+        *parts, name = path.split(".")
+        setattr(reduce(getattr, parts, config), name, value)
     return config
 
 
