@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shrink_config import IMAGE, PATCH, nested
+from .shrink_config import nested
+from .size_rules import IMAGE, PATCH
 
 SIZE, LENGTH, TARGET_LENGTH, SAMPLES, FRAMES = 2, 16, 6, 3200, 64
 FIRST_WORD, LAST_WORD = 3, 60  # below them pad, begin and end; above them the special tokens
