@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -139,8 +139,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> TinyModel:
         if name in errors:
             continue
         try:
-            torch.manual_seed(SEED)
-            return _with_batch(_model(model_type, name, dtype), head, dtype)
+            tried = _with_batch(_model(model_type, name, dtype), head, dtype)
+            # Some models keep what they saw (running averages, recurrent states): the one handed out has seen nothing.
+            return replace(tried, model=_model(model_type, name, dtype))
         except Exception as error:  # whatever a model of any kind raises while it is made: the next class may do
             errors[name] = " ".join(str(error).split())[:400]
     raise LosiaError(f"{model_type}: cannot be built: " + "; ".join(f"{name}: {why}" for name, why in errors.items()))
@@ -159,6 +160,7 @@ def _tables() -> dict[str, dict[str, str]]:
 
 
 def _model(model_type: str, name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(SEED)
     model: nn.Module = getattr(transformers, name)(_config(model_type))
     size = sum(p.numel() for p in model.parameters())
     if size > MOST_PARAMETERS:
