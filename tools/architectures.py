@@ -26,7 +26,7 @@ from .tiny_batch import candidates
 
 SEED = 1
 MOST_PARAMETERS = 20_000_000
-MOST_BATCHES = 60
+MOST_BATCHES = 80
 
 # What a class is for, in the order in which one is chosen: the names of transformers' own tables.
 HEADS = tuple(

@@ -14,7 +14,6 @@ from .size_rules import (
     HEAD_DIM,
     HEADS,
     IMAGE,
-    INNER,
     LAYER_COUNTS,
     LAYERS,
     MOST_LAYERS,
@@ -25,7 +24,6 @@ from .size_rules import (
     STOPPED,
     TOKEN,
     VOCABULARY,
-    WIDTH,
 )
 
 
@@ -155,7 +153,7 @@ def _sequence(name: str, values: Any, kept: dict[int, list[int]]) -> Any:
     if len(values) in kept and len(values) > LAYERS:
         values = make(values[i] for i in kept[len(values)])
     elif (
-        re.fullmatch(r"(?!_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)", name)
+        re.fullmatch(r"(?!_|out_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)", name)
         and kept
     ):
         return _indices(values, kept)
@@ -175,16 +173,11 @@ def _indices(values: Any, kept: dict[int, list[int]]) -> Any:
 
 
 def _stages(name: str, values: Any) -> list[int]:
-    """Sizes stage by stage: the same ones stay the same, bigger ones stay bigger."""
-    size = _size(name.removesuffix("s"), max(values))
-    if size == max(values):
-        size = _size(name, max(values))
+    """Sizes stage by stage, each as if it stood alone: channels of one list are the inputs of another."""
+    size = min(_size(name.removesuffix("s"), max(values)), _size(name, max(values)))
     if size == max(values):
         return list(values)
-    if "image" in name or size not in (WIDTH, INNER):
-        return [min(v, 2 if size == HEADS else size) for v in values]
-    order = sorted(set(values))
-    return [min(v, size if len(order) == 1 else 16 * (order.index(v) + 1)) for v in values]
+    return [min(v, 2 if size == HEADS else size) for v in values]  # 2 heads: what every stage is a multiple of
 
 
 def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:

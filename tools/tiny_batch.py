@@ -21,7 +21,7 @@ FEATURES = (
     ("get_video_features", "video", ("pixel_values_videos", "video_grid_thw")),
     ("get_audio_features", "audio", ("input_features", "input_features_mask")),
 )
-MOST = 32
+MOST = 16
 """Combinations of inputs that are tried for one set of them."""
 
 
