@@ -121,7 +121,7 @@ def _same_loss(one: _Run, other: _Run, tolerance: float) -> bool:
 def _failed(architecture: str, tiny: TinyModel, dtype: str, error: Exception) -> Result:
     """losia_fx raised. Where torch.compile alone cannot run the model either, that is no fault of ours."""
     name = type(tiny.model).__name__
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = copy.deepcopy(tiny.model)
     try:
         _Run(tiny, model, torch.compile(model, backend="eager")).backward()
