@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from losia_fx.tools.check_architecture import EXACT, Result, check
 
 DECODERS = ("llama", "qwen3", "gemma2", "phi", "gpt2", "gpt_neox", "bloom", "opt", "falcon", "cohere", "olmo2")

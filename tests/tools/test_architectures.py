@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from losia_fx.tools.architectures import architectures, build
-<<<<<<< HEAD
-from losia_fx.tools.shrink_config import LAYERS
-=======
 from losia_fx.tools.size_rules import LAYERS
-
-from losia_fx.errors import LosiaError
->>>>>>> wt-arch
 
 from losia_fx.errors import LosiaError
 
