@@ -22,6 +22,7 @@ from ._compat import graph_task_id
 from .config import LosiaConfig, subnet_size
 from .localize import Selection
 from .ops import PROFILES
+from .pieces import BaseHistory
 from .plan import SubnetFacts
 
 ATTRIBUTE = "_losia_subnets"
@@ -84,6 +85,7 @@ class SubnetState:
         """Why no pass could rewrite what W is used for."""
         self.left_alone_said = False
         self.hooks: list[RemovableHandle] = []
+        self.base = BaseHistory()
         out_features, in_features = self.weight.shape
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
@@ -216,6 +218,7 @@ class SubnetState:
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
         """Makes rows (r,) and cols (c,) the subnet's, in place: graphs and optimizers keep their tensors."""
+        self.base.visit(self.weight, rows, cols)
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self.gather()
@@ -234,6 +237,7 @@ class SubnetState:
         _by_weight[id(self.weight)] = self
         loaded, values = self.weight[self.rows][:, self.cols], self.values
         values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+        self.base.loaded(self.weight)
 
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on the CPU."""
