@@ -42,8 +42,14 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     for state in controller.states:
         _check_plain(path, state.name, state.weight)
+    histories = base_histories(controller)
+    if not histories:
+        raise DeltaError(
+            f"{path}: no optimizer has stepped the subnets of this {type(controller.root).__name__} since it got them "
+            "(or since weights were loaded into it): there is no change to save"
+        )
     records, pieces = [], {}
-    for name, (weight, history) in base_histories(controller).items():
+    for name, (weight, history) in histories.items():
         _check_plain(path, name, weight)
         if changed := _changes(path, name, weight, history):
             base = history.base_of(weight)

@@ -80,9 +80,9 @@ def _header_length(path: Path) -> int:
     with path.open("rb") as file:
         start = file.read(8)
     size = path.stat().st_size
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise DeltaError(f"{path}: is a pickle or an archive, not a delta; it was not opened")
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+        if start[:1] == b"\x80" or start[:2] == b"PK":
+            raise DeltaError(f"{path}: is a pickle or an archive, not a delta; it was not opened")
         raise DeltaError(f"{path}: is no safetensors file, or cut short ({size} bytes)")
     return int(length)
