@@ -127,4 +127,4 @@ def _history(parts: Mapping[str, Tensor]) -> BaseHistory:
     while (values := parts.get(f"{len(pieces)}.values")) is not None:
         rows, cols = (parts.get(f"{len(pieces)}.{part}") for part in ("rows", "cols"))
         pieces.append(Piece(values, rows, cols))
-    return BaseHistory(pieces, None if checksum is None else int(checksum))
+    return BaseHistory(pieces, None if checksum is None else int(checksum), resumed=True)

@@ -119,6 +119,8 @@ class BaseHistory:
     """Of the base's bits: tells whether the elements that training has not reached are still the base's."""
     restarted: bool = False
     """Loaded weights were not of this run: they are the base now."""
+    resumed: bool = False
+    """Came from a checkpoint: the subnet may stand where this history has not been."""
 
     @staticmethod
     def of_whole(weight: Tensor) -> BaseHistory:
@@ -134,6 +136,9 @@ class BaseHistory:
         if not self.pieces and is_plain(weight):
             self.checksum = _sum_of_bits(weight)
             self._add(weight, rows, cols)
+        elif self.resumed:
+            self.visit(weight, rows, cols)
+        self.resumed = False
 
     def visit(self, weight: Tensor, rows: Tensor, cols: Tensor) -> None:
         """The subnet moves to (rows, cols); what training does there comes later."""
