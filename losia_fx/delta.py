@@ -51,18 +51,17 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
     records, pieces = [], {}
     for name, (weight, history) in histories.items():
         _check_plain(path, name, weight)
-        if changed := _changes(path, name, weight, history):
-            base = history.base_of(weight)
+        base = history.base_of(weight)
+        if changed := _changes(path, name, weight, base, history):
             visits = 0 if changed[0].rows is None else len(changed)
             records.append(WeightRecord(name, tuple(weight.shape), weight.dtype, visits, digest(base), digest(weight)))
             pieces[name] = changed
     write_delta(path, type(controller.root).__name__, records, pieces)
 
 
-def _changes(path: Path, name: str, weight: Tensor, history: BaseHistory) -> list[Piece]:
+def _changes(path: Path, name: str, weight: Tensor, base: Tensor, history: BaseHistory) -> list[Piece]:
     """base XOR tuned for every piece of the history; without the last visits that changed nothing."""
-    base = history.base_of(weight)
-    if not history.fits(weight):
+    if not history.holds(base):
         raise DeltaError(
             f"{path}: {name}: was changed by something else than training since the first step (an average of models, "
             "or a hand), so its base is not known: save the whole model instead"

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .delta import check_weights, find_targets, load_delta
 from .delta_read import DeltaFile
-from .delta_show import wide_console
+from .delta_show import say, wide_console
 from .errors import ConfigError
 from .lora_export import Factors, NotHeld, factorize, write_adapter
 
@@ -28,7 +29,7 @@ def change(path: Path, folder: Path, out: Path, undo: bool) -> None:
     if (folder / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
     done = "without" if undo else "with"
-    Console().print(f"written to {out}: the checkpoint {done} the changes of {path}", soft_wrap=True, highlight=False)
+    say(Console(), f"written to {out}: the checkpoint {done} the changes of {path}")
 
 
 def export(path: Path, folder: Path, out: Path, rank: int) -> None:
@@ -43,7 +44,7 @@ def export(path: Path, folder: Path, out: Path, rank: int) -> None:
         raise ConfigError(f"{path}: changes no linear weight: there is nothing that a LoRA could hold")
     write_adapter(out, folder, model, factors, rank)
     _print_losses(console, factors, left, rank)
-    console.print(f"written to {out}: adapter_model.safetensors, adapter_config.json", soft_wrap=True, highlight=False)
+    say(console, f"written to {out}: adapter_model.safetensors, adapter_config.json")
 
 
 def load_model(folder: Path, delta: DeltaFile) -> PreTrainedModel:
@@ -75,12 +76,12 @@ def _print_losses(console: Console, factors: Sequence[Factors], left: Sequence[N
     table.add_column("shape", justify="right")
     table.add_column("energy lost", justify="right")
     for part in factors:
-        table.add_row(part.name, f"{part.b.shape[0]} x {part.a.shape[1]}", _share(part.lost, part.energy))
+        table.add_row(escape(part.name), f"{part.b.shape[0]} x {part.a.shape[1]}", _share(part.lost, part.energy))
     console.print(table)
     lost, energy = sum(part.lost for part in factors), sum(part.energy for part in factors)
-    console.print(f"{_share(lost, energy)} of the energy of all {len(factors)} weights is lost", highlight=False)
+    say(console, f"{_share(lost, energy)} of the energy of all {len(factors)} weights is lost")
     for other in left:
-        console.print(f"[yellow]not in the adapter: {other.name} ({other.why})[/]", soft_wrap=True, highlight=False)
+        say(console, f"not in the adapter: {other.name} ({other.why})", style="yellow")
 
 
 def _share(lost: float, energy: float) -> str:

@@ -113,7 +113,9 @@ class DeltaFile:
                     f"{self.path}: is of format {header['format']}; this losia_fx reads {FORMAT}: update it"
                 )
             weights = _of(header, "weights", dict)
-            return _of(header, "model", str), tuple(_record(name, found) for name, found in weights.items())
+            if not (model := _of(header, "model", str)).isprintable():
+                raise ValueError(f"the model's name {model!r}")
+            return model, tuple(_record(name, found) for name, found in weights.items())
         except (ValueError, RecursionError) as error:
             raise DeltaError(f"{self.path}: its header is no delta's: {error}") from None
 
@@ -128,6 +130,8 @@ def _open(path: Path) -> Any:
 def _record(name: str, found: Any) -> WeightRecord:
     """Raises ValueError for anything but a record."""
     shape, visits, dtype = _of(found, "shape", list), _of(found, "visits", int), _of(found, "dtype", str)
+    if not name.isprintable():  # it will be: on terminals, where control characters are commands
+        raise ValueError(f"the weight's name {name!r}")
     if not all(type(length) is int and length > 0 for length in shape):
         raise ValueError(f"{name}: shape {shape}")
     if visits < 0 or (visits and len(shape) not in (2, 3)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .delta_file import fingerprint
@@ -17,11 +18,17 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
+def say(console: Console, line: str, style: str = "") -> None:
+    """Prints a line as it is: unfolded, and a bracket in a name is no markup."""
+    console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
 def show(path: Path) -> None:
     """Prints every weight of the file. Raises DeltaError for a file that is no sound delta."""
     console = wide_console()
     with DeltaFile(path) as delta:
-        table = Table(title=f"{path}: what it changes in a {delta.model}", title_justify="left")
+        say(console, f"{path}: what it changes in a {delta.model}")
+        table = Table()
         table.add_column("weight", overflow="fold")
         for heading in ("shape", "dtype", "visits", "elements", "share", "bytes"):
             table.add_column(heading, justify="right")
@@ -31,7 +38,9 @@ def show(path: Path) -> None:
             elements, sizes, nbytes = elements + held, sizes + record.size, nbytes + taken
             shape, dtype = " x ".join(map(str, record.shape)), str(record.dtype).removeprefix("torch.")
             visits = str(record.visits) if record.visits else "whole"
-            table.add_row(record.name, shape, dtype, visits, f"{held:,}", f"{held / record.size:.2%}", f"{taken:,}")
+            table.add_row(
+                escape(record.name), shape, dtype, visits, f"{held:,}", f"{held / record.size:.2%}", f"{taken:,}"
+            )
         console.print(table)
         share = f" of {sizes:,} ({elements / sizes:.2%})" if sizes else ""
         for line in (
@@ -40,4 +49,4 @@ def show(path: Path) -> None:
             f"base  {fingerprint(delta.records, 'base')}",
             f"tuned {fingerprint(delta.records, 'tuned')}",
         ):
-            console.print(line, soft_wrap=True, highlight=False)
+            say(console, line)

@@ -204,6 +204,8 @@ FORGERIES: list[tuple[str, Change, str]] = [
     ("no weights", lambda tensors, header: header.pop("weights"), "'weights' is None"),
     ("a later format", header_field("format", 2), "is of format 2"),
     ("a format of words", header_field("format", "1"), "'format' is '1'"),
+    ("a name that a terminal obeys", renamed("\x1b[2Jlayers"), "name '\\x1b[2Jlayers'"),
+    ("a model that a terminal obeys", header_field("model", "Toy\x1b[2J"), "name 'Toy\\x1b[2J'"),
     ("a model that is a number", header_field("model", 1), "'model' is 1"),
 ]
 

@@ -230,8 +230,8 @@ def test_a_weight_of_several_matrices(tmp_path: Path) -> None:
         with torch.no_grad():
             for expert in range(3):
                 weight[expert, rows[expert][:, None], cols[expert]] += 1
-    assert history.fits(weight)
     assert torch.equal(history.base_of(weight), base["weight"])
+    assert history.holds(history.base_of(weight))
     assert len(history.pieces) == 3
     assert sum(piece.values.numel() for piece in history.pieces) == int((weight != base["weight"]).sum()) < 54
     bits = [
