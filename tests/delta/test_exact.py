@@ -44,7 +44,7 @@ def test_what_is_not_a_number_comes_back_too(tmp_path: Path) -> None:
     losia_fx.save_delta(made.model, made.file)
     base = weights(made.base)
     losia_fx.load_delta(made.base, made.file)
-    assert bool(made.base.layers[0].mix.weight.isnan().any())  # type: ignore[union-attr,operator,arg-type]
+    assert bool(made.base.layers[0].mix.weight.isnan().any())  # type: ignore[union-attr,operator]
     losia_fx.load_delta(made.base, made.file, undo=True)
     assert same(made.base, base)
 
@@ -151,10 +151,10 @@ def test_switching_deltas_in_a_compiled_model_compiles_nothing(tmp_path: Path, t
         assert same(model, tuned)
         loss = loss_of(call, ids)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         losia_fx.load_delta(call, file, undo=True)
     torch.testing.assert_close(loss_of(call, ids), before, rtol=0, atol=0)
-    assert len({float(before), *losses}) == 3
+    assert len({before.item(), *losses}) == 3
     assert not counters["stats"]["unique_graphs"]
     assert not counters["frames"]["total"]
 
@@ -182,7 +182,10 @@ def test_what_an_optimizer_of_its_own_trains_is_in_it(tmp_path: Path) -> None:
     base = copy.deepcopy(model)
     losia_fx.transform(model, trainable=("norm",), **OPTIONS)
     values = [subnet.values for subnet in losia_fx.subnets(model).values()]
-    optimizers = [torch.optim.AdamW(values, lr=1e-2), torch.optim.AdamW(model.norm.parameters(), lr=1e-2)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(values, lr=1e-2),
+        torch.optim.AdamW(model.norm.parameters(), lr=1e-2),
+    ]
     for step in range(4):
         if step == 2:  # and what is thawed on the way
             model.embed.requires_grad_(True)
