@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .blocks import plain_name
 from .errors import DeltaError
@@ -28,13 +28,13 @@ class FullBases:
 
     def __init__(self) -> None:
         self.histories: dict[str, BaseHistory] = {}
-        self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self._seen = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"histories": self.histories}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.histories, self._seen = state["histories"], {}
+        self.histories, self._seen = state["histories"], WeakIdKeyDictionary()
 
     def clear(self) -> None:
         self.histories.clear()
@@ -42,20 +42,16 @@ class FullBases:
 
     def remember(self, root: nn.Module, parameters: Iterable[Tensor], subnets: Iterable[SubnetState]) -> None:
         """Copies those of ``parameters`` that are of ``root``, learn, and are met for the first time."""
-        fresh = [parameter for parameter in parameters if parameter.requires_grad and not self._knows(parameter)]
+        fresh = [parameter for parameter in parameters if parameter.requires_grad and parameter not in self._seen]
         if not fresh:  # all but the first step
             return
         hidden = {id(state.values) for state in subnets}
         names = {id(parameter): plain_name(name) for name, parameter in root.named_parameters()}
         for parameter in fresh:
-            self._seen[id(parameter)] = weakref.ref(parameter)
+            self._seen[parameter] = True
             name = names.get(id(parameter))
             if name is not None and id(parameter) not in hidden and name not in self.histories and is_plain(parameter):
                 self.histories[name] = BaseHistory.of_whole(parameter)
-
-    def _knows(self, parameter: Tensor) -> bool:
-        reference = self._seen.get(id(parameter))
-        return reference is not None and reference() is parameter
 
 
 def remember_base(controller: Controller, optimizer: Optimizer, mine: list[SubnetState]) -> None:

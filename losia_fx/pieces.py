@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .subnet import gather, scatter
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type that holds the bits of an element, by its size in bytes."""
@@ -53,30 +54,27 @@ class Place:
     new: Tensor | None
     """Which elements of the block are in no earlier piece, bool of the block's shape on the CPU; None: all of them."""
 
-    def _index(self, device: torch.device) -> tuple[Any, ...]:
-        if self.rows is None or self.cols is None:
-            return (...,)
-        rows, cols = self.rows.to(device), self.cols.to(device)
-        if rows.dim() == 1:
-            return (rows[:, None], cols)
-        matrices = torch.arange(len(rows), device=device)[:, None, None]
-        return (matrices, rows[:, :, None], cols[:, None, :])
-
     def read(self, weight: Tensor) -> Tensor:
         """The values (n,) that ``weight`` has here, on the CPU."""
-        block = weight.detach()[self._index(weight.device)].cpu()
+        block = self._block(weight).cpu()
         return block.reshape(-1) if self.new is None else block[self.new]
 
     def write(self, weight: Tensor, values: Tensor) -> None:
         """Puts values (n,) here, in place."""
-        index = self._index(weight.device)
-        block = weight.detach()[index]
-        values = values.to(weight.device)
+        block, values = self._block(weight), values.to(weight.device)
         if self.new is None:
             block = values.view(block.shape)
         else:
             block[self.new.to(weight.device)] = values
-        weight.detach()[index] = block
+        if self.rows is None or self.cols is None:
+            weight.detach().copy_(block)
+        else:
+            scatter(weight.detach(), self.rows.to(weight.device), self.cols.to(weight.device), block)
+
+    def _block(self, weight: Tensor) -> Tensor:
+        if self.rows is None or self.cols is None:
+            return weight.detach()
+        return gather(weight.detach(), self.rows.to(weight.device), self.cols.to(weight.device))
 
 
 def walk(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Place]]:
