@@ -16,7 +16,7 @@ from losia_fx.delta_file import WeightRecord, digest, write_delta
 from losia_fx.delta_read import DeltaFile
 from losia_fx.pieces import BaseHistory, Piece, as_integers, walk
 from tests.delta.made import OPTIONS, make, same, train, weights
-from tests.toys import Toy, batch, by_string, loss_of, tiny_llama
+from tests.toys import VOCABULARY, Toy, batch, by_string, loss_of, tiny_llama
 
 FULL = ("norm", "*.bias")
 
@@ -247,3 +247,38 @@ def test_a_weight_of_several_matrices(tmp_path: Path) -> None:
     assert torch.equal(model.weight, weight)
     losia_fx.load_delta(model, tmp_path / "d.safetensors", undo=True)
     assert same(model, base)
+
+
+def test_experts_that_were_trained(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    model = MixtralForCausalLM(config).bfloat16()
+    base = copy.deepcopy(model)
+    losia_fx.transform(model, **OPTIONS)
+    experts = [name for name, subnet in losia_fx.subnets(model).items() if subnet.weight.dim() == 3]
+    assert experts
+    train(model, 8)
+    losia_fx.save_delta(model, tmp_path / "d.safetensors")
+    with DeltaFile(tmp_path / "d.safetensors") as delta:
+        records = {record.name: record for record in delta.records}
+        for name in experts:
+            assert records[name].visits > 1
+            rows = delta.pieces(records[name])[0].rows
+            assert rows is not None
+            assert rows.dim() == 2
+    start = weights(base)
+    losia_fx.load_delta(base, tmp_path / "d.safetensors")
+    assert same(base, weights(model))
+    losia_fx.load_delta(base, tmp_path / "d.safetensors", undo=True)
+    assert same(base, start)
