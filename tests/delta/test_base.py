@@ -85,7 +85,7 @@ def test_weights_of_this_run_keep_the_base(tmp_path: Path, assign: bool) -> None
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_other_weights_are_a_base_of_their_own(tmp_path: Path, sharded: bool) -> None:
-    made, other = make(tmp_path, trainable=("norm",)), Toy(layers=2, bias=True)
+    made, other = make(tmp_path, trainable=("norm", "*.bias")), Toy(layers=2, bias=True)
     state = list(other.state_dict().items())
     for part in (dict(state[:7]), dict(state[7:])) if sharded else (dict(state),):
         made.model.load_state_dict(part, strict=False)
@@ -265,3 +265,14 @@ def test_a_run_that_changed_nothing_is_an_empty_file(tmp_path: Path) -> None:
     with DeltaFile(tmp_path / "d.safetensors") as delta:
         assert delta.records == ()
     losia_fx.load_delta(Toy(), tmp_path / "d.safetensors")
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    made = make(tmp_path, steps=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.distributed.fsdp.fully_shard(made.base, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(DeltaError, match="is a DTensor, sharded: a delta needs the whole weight"):
+            losia_fx.load_delta(made.base, made.file)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -78,6 +78,15 @@ def test_damaged_files(made: Made, tmp_path: Path) -> None:
     losia_fx.load_delta(made.base, file, undo=True)
 
 
+@pytest.mark.parametrize(("good", "bad"), [(b"Toy", b"Tox"), (b"float32", b"float64")])
+def test_not_one_byte_of_the_header_may_differ(made: Made, tmp_path: Path, good: bytes, bad: bytes) -> None:
+    """Not even one that changes no meaning, as the name of the class."""
+    data, file = made.file.read_bytes(), tmp_path / "damaged.safetensors"
+    assert good in data
+    file.write_bytes(data.replace(good, bad, 1))
+    assert "its checksum does not fit" in refused(made, file)
+
+
 def test_every_length_it_is_cut_to_in_the_header(made: Made, tmp_path: Path) -> None:
     good, file = made.file.read_bytes(), tmp_path / "cut.safetensors"
     for length in (*range(20), *range(20, len(good), 997)):
