@@ -222,7 +222,7 @@ class Controller:
     def _advance(self) -> None:
         last, self.step = self.step, self.step + 1
         self._forget_step()
-        drop_taps()
+        drop_taps(int(state.handle) for state in self.states)
         if ends_slot(self.config, last):
             for group in profiled_groups(self.config, len(self.groups), last):
                 if self._reselect(group) is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,7 @@ class Profile(Protocol):
 class Tapped:
     """The input of a product, and how the product goes with the weight as it is stored."""
 
+    handle: int
     x: Tensor
     form: str
     """The product's normal form: "linear", "grouped" or "batched" (see losia_fx.passes.products)."""
@@ -83,7 +84,7 @@ def _tap(
     # Copies: the compilers reuse memory as soon as the graph has no further use for it. They go when their ticket does,
     # that is with the autograd graph, whether a backward came or not.
     kept = None if index is None else index.detach().clone()
-    _tapped[number] = Tapped(x.detach().clone(), form, transposed, expert, kept)
+    _tapped[number] = Tapped(int(handle), x.detach().clone(), form, transposed, expert, kept)
     weakref.finalize(ticket, _tapped.pop, number, None)
     return ticket
 
@@ -138,9 +139,14 @@ def segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             start = end
 
 
-def drop_taps() -> None:
-    """Forgets every tapped input: after an optimizer step no backward of an earlier forward counts any more."""
-    _tapped.clear()
+def drop_taps(handles: Iterable[int]) -> None:
+    """Forgets the inputs tapped for these subnets: after their step no backward of an earlier forward counts any more.
+
+    Those of another model stay: its backward may come after this model's step.
+    """
+    mine = set(handles)
+    for number in [number for number, tapped in _tapped.items() if tapped.handle in mine]:
+        del _tapped[number]
 
 
 def tapped_bytes() -> int:

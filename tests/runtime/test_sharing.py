@@ -449,6 +449,11 @@ def test_varying_lengths_and_batch_sizes_never_end_in_eager(way: str, caught: An
     assert losia_fx.controller(model).step == 14
 
 
+@torch.compiler.nested_compile_region
+def run_region(layer: nn.Module, x: Tensor) -> Tensor:
+    return x + layer(x)
+
+
 class Regions(nn.Module):
     """Its layers are compiled by themselves, once for all of them, inside the one graph."""
 
@@ -457,12 +462,8 @@ class Regions(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        @torch.compiler.nested_compile_region
-        def run(layer: nn.Module, x: Tensor) -> Tensor:
-            return x + layer(x)
-
         for layer in self.layers:
-            x = run(layer, x)
+            x = run_region(layer, x)
         return x
 
 

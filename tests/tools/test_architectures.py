@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from losia_fx.errors import LosiaError
 from losia_fx.tools.architectures import architectures, build
 from losia_fx.tools.shrink_config import LAYERS
+
+from losia_fx.errors import LosiaError
 
 FAMILIES = {
     "llama": {"input_ids", "labels"},

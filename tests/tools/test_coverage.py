@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from losia_fx.tools.architectures import build
+from losia_fx.tools.check_architecture import EXACT, INEXACT, REFUSED, UNBUILT, Result, check
 from rich.console import Console
 
 import losia_fx
 from losia_fx.tools import check_architecture, coverage
-from losia_fx.tools.architectures import build
-from losia_fx.tools.check_architecture import EXACT, INEXACT, REFUSED, UNBUILT, Result, check
 
 
 def printed(results: list[Result]) -> str:
