@@ -13,8 +13,10 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
 
 from .config import LosiaConfig
 from .controller import Controller, Event
+from .delta import load_delta, save_delta
 from .errors import (
     ConfigError,
+    DeltaError,
     LosiaError,
     LosiaWarning,
     OptimizerError,
@@ -31,6 +33,7 @@ from .transform import restore, transform
 __all__ = [
     "ConfigError",
     "Controller",
+    "DeltaError",
     "Event",
     "LosiaConfig",
     "LosiaError",
@@ -43,8 +46,10 @@ __all__ = [
     "TransformError",
     "UnsupportedGraphError",
     "controller",
+    "load_delta",
     "report",
     "restore",
+    "save_delta",
     "subnets",
     "transform",
 ]

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .attach import RAN_OUTSIDE, watch
+from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
 from .errors import LosiaError, LosiaWarning, OptimizerError, listed
@@ -97,6 +98,7 @@ class Controller:
         self.step = 0
         self.history: list[Event] = []
         self.left_out = 0
+        self.full = FullBases()
         self.states: list[SubnetState] = []
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -378,6 +380,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller in list(CONTROLLERS):
         warn_of_weights(controller)
         mine = _checked(controller, optimizer)
+        remember_base(controller, optimizer, mine)
         if mine:
             controller.before(optimizer, mine, _has_closure(args, kwargs))
 

@@ -19,6 +19,10 @@ class OptimizerError(LosiaError):
     """An optimizer that cannot train the subnets: made before the transformation, or of an unsupported kind."""
 
 
+class DeltaError(LosiaError):
+    """A delta file that cannot be made, read, applied or undone; whatever was to be changed is as it was."""
+
+
 class PassPreconditionError(LosiaError):
     """A graph pass was given a graph that does not hold what its plan says."""
 

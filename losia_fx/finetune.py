@@ -127,12 +127,16 @@ def run(args: argparse.Namespace) -> int:
 
 def check_out(settings: FinetuneSettings) -> None:
     """Raises ConfigError unless --out can be made, or is empty, or may be written over."""
-    out = settings.out
+    check_folder(settings.out, settings.model_folder, settings.overwrite)
+
+
+def check_folder(out: Path, model_folder: Path, overwrite: bool) -> None:
+    """As check_out, for any command that writes what it made of a model into a folder of its own."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; name a folder")
-    if out.exists() and settings.model_folder.exists() and out.samefile(settings.model_folder):
+    if out.exists() and model_folder.exists() and out.samefile(model_folder):
         raise ConfigError(f"--out {out}: is the folder of the model itself; name another")
-    if out.exists() and any(out.iterdir()) and not settings.overwrite:
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"--out {out}: is not empty; name another folder, or add --overwrite")
 
 

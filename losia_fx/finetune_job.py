@@ -198,6 +198,10 @@ def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     out, record, names = job.settings.out, job.record, job.data.names
     job.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if record.steps:
+        # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
+        (out / "delta").mkdir(exist_ok=True)
+        losia_fx.save_delta(job.model, out / "delta" / "delta.safetensors")
     write_safely(out / "run.json", lambda path: write_json(path, record, names, job.settings))
     write_safely(out / "losses.png", lambda path: plot_losses(path, record, names))
     write_safely(out / "subnets.png", lambda path: plot_subnets(path, record))
