@@ -103,7 +103,7 @@ class Controller:
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
         self.hooks: list[RemovableHandle] = []
-        self._watched: list[nn.Module] = []
+        self._watched: tuple[set[nn.Module], set[nn.Module]] = (set(), set())
         self.averages_ranks = False
         """DistributedDataParallel averages S.grad over ranks, so G must be averaged too."""
         self._forget_step()
@@ -151,19 +151,15 @@ class Controller:
         self._open_slot()
 
     def watch(self, names: Iterable[str]) -> None:
-        """Has the modules of these names look after weights that no graph runs.
-
-        After transform() the root runs in eager only when Dynamo has given it up: then it and the modules right around
-        look too, for uses that call no module. By string an eager root is the ordinary case.
-        """
+        """Has the modules of these names, and those right around them, look after weights that no graph runs."""
         modules = {plain_name(name): found for name, found in self.root.named_modules(remove_duplicate=False)}
-        wanted = [modules[name] for name in names]
-        if not self.by_string:
-            wanted += [self.root, *(modules[name.rpartition(".")[0]] for name in names)]
-        for module in wanted:
-            if not any(module is known for known in self._watched):
-                self._watched.append(module)
-                self.hooks += watch([module])
+        owners, around = self._watched
+        new_owners = dict.fromkeys(modules[name] for name in names if modules[name] not in owners)
+        parents = [modules[name.rpartition(".")[0]] for name in names if name]
+        new_around = dict.fromkeys(parent for parent in parents if parent not in around)
+        self.hooks += watch(new_owners, new_around)
+        owners.update(new_owners)
+        around.update(new_around)
 
     @property
     def slot_groups(self) -> tuple[int, ...]:

@@ -224,6 +224,15 @@ class SubnetState:
             profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
         (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
+    @torch.no_grad()
+    def take_gradient(self, grad: Tensor) -> None:
+        """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled."""
+        if self.profiling:
+            self.begin_use()
+            self.accumulate(grad, None)
+        block, values = self.block_of(grad).to(self.values.dtype), self.values
+        values.grad = block if values.grad is None else values.grad.add_(block)
+
     # -- the subnet moves -----------------------------------------------------------------------------------------
 
     @torch.no_grad()

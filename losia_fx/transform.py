@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._compat import CompilerFailed, OptimizedModule, compile_call, install_call, plain_call, running_ddp
-from .attach import attach, detach
+from ._compat import CompilerFailed, OptimizedModule, compile_call, install_call, plain_call, running_ddp, whole_graphs
+from .attach import asking_for_gradients, attach, detach
 from .backend import LosiaBackend
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
@@ -135,7 +135,8 @@ class CompiledCall:
         controller.averages_ranks = running_ddp()
         _free_input_gradients(self.root)
         try:
-            result = self._compiled(*args, **kwargs)
+            with asking_for_gradients(controller.states), whole_graphs(controller.averages_ranks):
+                result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
             inner = getattr(failure, "inner_exception", None)
             if isinstance(inner, LosiaError):

@@ -132,7 +132,8 @@ class SubnetRewrite(GraphPass):
                     products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
                     # of a weight multiplied with itself there are two for one node
                     mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
-                    found |= {site.call: product for product in mine if product.node.name == site.node}
+                    for product in (p for p in mine if p.node.name == site.node):
+                        found[site.call] = product
         return found
 
     def ensures(self, gm: fx.GraphModule) -> None:

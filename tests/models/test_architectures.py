@@ -1,4 +1,4 @@
-"""Architectures of every family, from their config classes: exact against plain autograd, every linear accounted for."""
+"""Architectures of every family, tiny: exact against plain autograd, every linear accounted for."""
 
 from __future__ import annotations
 
