@@ -78,7 +78,7 @@ class Run:
             self.make,
             lambda steps: RATES[self.make] * self.decay**steps,
             full=self.learns_in_full,
-            **{key: value for key, value in self.options.items() if not key.endswith("rank_factor") and key != "train_tied_head"},
+            **{k: value for k, value in self.options.items() if not k.endswith(("rank_factor", "tied_head"))},
         )
 
     def begin_string(self, options: dict[str, Any]) -> None:
