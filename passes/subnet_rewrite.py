@@ -13,7 +13,7 @@ from torch import fx
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
 from losia_fx.expert_ops import subnet_batched, subnet_grouped
 from losia_fx.ops import subnet_linear, subnet_weight
-from losia_fx.plan import ProductSite, SubnetPlan, SubnetSlot, WholeSite
+from losia_fx.plan import SubnetPlan, SubnetSlot, WholeSite
 
 from .base import GraphPass, append_placeholders, placeholders, region_of
 from .products import Permutation, Product, find_products, renewed
@@ -132,7 +132,7 @@ class SubnetRewrite(GraphPass):
                     products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
                     # of a weight multiplied with itself there are two for one node
                     mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
-                    found |= {site.call: product for product in mine if product.node.name == site.node}
+                    found.update((site.call, product) for product in mine if product.node.name == site.node)
         return found
 
     def ensures(self, gm: fx.GraphModule) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import pytest
+from losia_fx.tools.architectures import build
 from torch import nn
 
 import losia_fx
 from losia_fx.blocks import block_of, find_blocks, find_heads, group_names, plain_name
-from losia_fx.tools.architectures import build
 
 # model type -> the groups as the part of the names that all members share
 ARCHITECTURES: dict[str, list[str]] = {
@@ -131,7 +131,7 @@ def alone() -> nn.Module:
         (nn.Sequential(linear(), nn.ReLU(), linear()), ["0", "2"]),
         (nn.Sequential(linear(), nn.ReLU()), []),
         (nn.Sequential(Mlp(), nn.ReLU(), Routed()), ["2.experts.0", "2.experts.1", "2.experts.2"]),
-        (nn.ModuleDict({"layers": nn.ModuleList([linear(), linear()]), "blocks": nn.ModuleList([Mlp()])}), ["blocks.0"]),
+        (nn.ModuleDict({"layers": nn.ModuleList([linear()] * 2), "blocks": nn.ModuleList([Mlp()])}), ["blocks.0"]),
         (alone(), []),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)), []),
     ],

@@ -1,11 +1,10 @@
-"""Architectures of every family, from their config classes: exact against plain autograd, every linear accounted for."""
+"""Architectures of every family, from config classes: exact against plain autograd, every linear accounted for."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-
 from losia_fx.tools.check_architecture import EXACT, Result, check
 
 DECODERS = ("llama", "qwen3", "gemma2", "phi", "gpt2", "gpt_neox", "bloom", "opt", "falcon", "cohere", "olmo2")

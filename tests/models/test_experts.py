@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-import transformers.integrations.moe  # noqa: F401  (registers its grouped product)
+import transformers.integrations.moe
+from losia_fx.tools.architectures import SEED, TinyModel, build
 from torch import Tensor, nn
 
 import losia_fx
 from losia_fx.state import states_of
 from losia_fx.subnet import gather
-from losia_fx.tools.architectures import SEED, TinyModel, build
 from tests.models.table import TEXT, Case, tokens
 from tests.runtime.forms import EXPERT_FORMS, EXPERTS, Model
 from tests.runtime.test_trajectory import PERIOD, Run

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from losia_fx.passes.products import Product, find_products, renewed, use_of
 from torch import Tensor, fx
 
-from losia_fx.passes.products import Product, find_products, renewed, use_of
 from tests.runtime.forms import EXPERTS, FORMS, Form, Holder
 
 
@@ -59,7 +60,7 @@ def normal(product: Product, values: Values) -> Tensor:
         assert product.form == "grouped"
         assert product.offsets is not None
         ends = [0, *values.of[product.offsets].tolist()]
-        y = torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False))])
+        y = torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(pairwise(ends))])
     return y if product.after is None else y.permute(product.after)
 
 
