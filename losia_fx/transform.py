@@ -15,8 +15,9 @@ from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import Controller, Role, find_controller, warn_of_weights
 from .errors import LosiaError, LosiaWarning, TransformError, listed
-from .plan_model import plan_model
+from .plan_model import WeightPlan, plan_model
 from .state import SubnetState, states_of
+from .weights import EXPERTS
 
 CALL = "_losia_call"
 """Attribute of a transformed model: its CompiledCall."""
@@ -62,7 +63,9 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     call = CompiledCall(model, settings)
     model.__dict__[CALL] = call
     install_call(model, call)
-    _warn_frozen([plan.name for plan in plans if plan.trained == "frozen" and plan.outside])
+    frozen = [plan for plan in plans if plan.trained == "frozen"]
+    _warn_frozen([plan.name for plan in frozen if plan.outside and plan.kind != EXPERTS])
+    _warn_frozen_experts([plan for plan in frozen if plan.kind == EXPERTS])
     return model
 
 
@@ -100,6 +103,17 @@ def _warn_frozen(names: list[str]) -> None:
         warnings.warn(
             f"losia_fx: {listed(names)}: outside the repeated blocks, so frozen. "
             "Name a classification head in trainable to train it; print(losia_fx.report(model)) shows every weight",
+            LosiaWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_frozen_experts(plans: list[WeightPlan]) -> None:
+    if plans:
+        reasons = "; ".join(sorted({plan.why for plan in plans}))
+        warnings.warn(
+            f"losia_fx: experts left dense: frozen: {listed([plan.name for plan in plans])} ({reasons}). Most of a "
+            "mixture of experts is in such weights, and nothing of them learns",
             LosiaWarning,
             stacklevel=3,
         )

@@ -132,8 +132,7 @@ class SubnetRewrite(GraphPass):
                     products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
                     # of a weight multiplied with itself there are two for one node
                     mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
-                    for product in (p for p in mine if p.node.name == site.node):
-                        found[site.call] = product
+                    found.update((site.call, product) for product in mine if product.node.name == site.node)
         return found
 
     def ensures(self, gm: fx.GraphModule) -> None:

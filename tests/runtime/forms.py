@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (registers its grouped product)
 from torch import Tensor, nn
 
 OUT, IN, EXPERTS, TOKENS = 10, 7, 3, 5

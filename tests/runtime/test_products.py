@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.integrations.moe  # noqa: F401  (registers its grouped product)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
