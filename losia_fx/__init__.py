@@ -11,6 +11,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
     # A checkout that is not installed: passes and tools lie beside this folder (pyproject.toml maps them for wheels).
     __path__.append(str(_here.parent))
 
+from .checkpoint import load_state_dict, state_dict
 from .config import LosiaConfig
 from .controller import Controller, Event
 from .errors import (
@@ -20,6 +21,7 @@ from .errors import (
     OptimizerError,
     PassPostconditionError,
     PassPreconditionError,
+    StateError,
     TransformError,
     UnsupportedGraphError,
 )
@@ -39,12 +41,15 @@ __all__ = [
     "PassPostconditionError",
     "PassPreconditionError",
     "Report",
+    "StateError",
     "Subnet",
     "TransformError",
     "UnsupportedGraphError",
     "controller",
+    "load_state_dict",
     "report",
     "restore",
+    "state_dict",
     "subnets",
     "transform",
 ]

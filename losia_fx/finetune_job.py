@@ -22,10 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import losia_fx
 
+from .files import write_safely
 from .finetune import DEFAULT_LR, FinetuneSettings
 from .run_inputs import RunData, check_device, load, load_data, settle
 from .run_plots import plot_losses, plot_subnets
-from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord, write_safely
+from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord
 from .run_report import print_table, progress_bar, write_json
 from .text import batches
 from .training import cosine_schedule, held_out_loss

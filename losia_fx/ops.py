@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -116,7 +117,8 @@ class Profile(Protocol):
 
 PROFILES: weakref.WeakValueDictionary[int, Profile] = weakref.WeakValueDictionary()
 _tickets = itertools.count(1)
-_tapped: dict[int, Tensor] = {}
+_tapped: dict[int, tuple[int, Tensor]] = {}
+"""Ticket -> handle and x."""
 
 
 def _tap(x: Tensor, handle: Tensor, call: int) -> Tensor:
@@ -127,28 +129,33 @@ def _tap(x: Tensor, handle: Tensor, call: int) -> Tensor:
     ticket = torch.tensor([number])
     # A copy: the compilers reuse x's memory as soon as the graph has no further use for it. It goes when its ticket
     # does, that is with the autograd graph, whether a backward came or not.
-    _tapped[number] = x.detach().clone()
+    _tapped[number] = (int(handle), x.detach().clone())
     weakref.finalize(ticket, _tapped.pop, number, None)
     return ticket
 
 
 def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
     number = int(ticket)
-    x = _tapped.get(number) if number else None
+    tapped = _tapped.get(number) if number else None
     profile = PROFILES.get(int(handle))
-    if x is not None and profile is not None and profile.profiling:
-        profile.accumulate(grad_y, x)
+    if tapped is not None and profile is not None and profile.profiling:
+        profile.accumulate(grad_y, tapped[1])
     return grad_y.new_zeros(1)
 
 
-def drop_taps() -> None:
-    """Forgets every tapped input: after an optimizer step no backward of an earlier forward counts any more."""
-    _tapped.clear()
+def drop_taps(handles: Iterable[int]) -> None:
+    """Forgets the inputs tapped for these subnets: after their step no backward of an earlier forward counts any more.
+
+    Those of another model stay: its backward may come after this model's step.
+    """
+    mine = set(handles)
+    for number in [number for number, (handle, _) in _tapped.items() if handle in mine]:
+        del _tapped[number]
 
 
 def tapped_bytes() -> int:
     """The memory that tapped inputs hold."""
-    return sum(x.untyped_storage().nbytes() for x in _tapped.values())
+    return sum(x.untyped_storage().nbytes() for _, x in _tapped.values())
 
 
 _library.impl("tap", _tap, "CompositeExplicitAutograd")

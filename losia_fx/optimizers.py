@@ -62,6 +62,12 @@ def restart_state(optimizer: Optimizer, values: nn.Parameter) -> None:
         optimizer.state[values] = {"step": torch.zeros_like(state["step"]), "sum": torch.full_like(state["sum"], start)}
 
 
+def has_stepped(optimizer: Optimizer, values: nn.Parameter) -> bool:
+    """Whether the optimizer's state of ``values`` comes from a step. Adagrad has one before any: its count says 0."""
+    state = optimizer.state.get(values) or {"step": 0}
+    return float(state.get("step", 1)) > 0
+
+
 def live_optimizers() -> list[Optimizer]:
     """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies."""
     return [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]

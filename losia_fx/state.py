@@ -223,7 +223,11 @@ class SubnetState:
     @torch.no_grad()
     def gather(self) -> None:
         """S = W[rows][:, cols]."""
-        self.values.copy_(self.weight[self.rows][:, self.cols])
+        self.values.copy_(self.gathered())
+
+    def gathered(self) -> Tensor:
+        """W[rows][:, cols], (r, c) in W's dtype."""
+        return self.weight.detach()[self.rows][:, self.cols]
 
     @torch.no_grad()
     def reload(self) -> None:
@@ -232,7 +236,7 @@ class SubnetState:
         So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
         """
         _by_weight[id(self.weight)] = self
-        loaded, values = self.weight[self.rows][:, self.cols], self.values
+        loaded, values = self.gathered(), self.values
         values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
 
     def random_selection(self, generator: torch.Generator) -> Selection:

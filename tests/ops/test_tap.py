@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losia_fx.ops import PROFILES, drop_taps, localize, subnet_linear, tap, tapped_bytes
+from losia_fx.ops import PROFILES, _tapped, drop_taps, localize, subnet_linear, tap, tapped_bytes
 
 HANDLE = 10**9  # far from what real subnets count up to
 
@@ -31,12 +31,12 @@ class Gatherer:
 @pytest.fixture
 def gatherer() -> Any:
     gc.collect()
-    drop_taps()
+    _tapped.clear()
     made = Gatherer()
     PROFILES[HANDLE] = made
     yield made
     PROFILES.pop(HANDLE, None)
-    drop_taps()
+    _tapped.clear()
 
 
 @pytest.fixture
@@ -176,7 +176,9 @@ def test_a_tapped_input_goes_with_its_compiled_graph(gatherer: Gatherer, handle:
 def test_drop_taps_forgets_forwards_of_before(gatherer: Gatherer, handle: Tensor) -> None:
     layer = Layer(handle)
     y = layer(torch.randn(4, 6))
-    drop_taps()
+    drop_taps([HANDLE + 1])  # another subnet's: that of a second model, whose step comes in between
+    assert tapped_bytes() > 0
+    drop_taps([HANDLE])
     assert tapped_bytes() == 0
     y.sum().backward()  # the subnet's own gradient is right, the importance hears nothing
     assert layer.values.grad is not None
