@@ -5,6 +5,8 @@
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 _here = _Path(__file__).resolve().parent
 if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py").is_file():
@@ -30,10 +32,14 @@ from .report import Report
 from .state import Subnet
 from .transform import restore, transform
 
+if _TYPE_CHECKING:
+    from .callback import LosiaCallback
+
 __all__ = [
     "ConfigError",
     "Controller",
     "Event",
+    "LosiaCallback",
     "LosiaConfig",
     "LosiaError",
     "LosiaWarning",
@@ -53,3 +59,11 @@ __all__ = [
     "subnets",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "LosiaCallback":  # needs transformers, which nothing else here does
+        from .callback import LosiaCallback
+
+        return LosiaCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
