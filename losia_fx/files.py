@@ -57,6 +57,30 @@ def write_folder_safely(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def write_files_safely(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has ``write`` fill a new folder, flushes every file in it and moves them into ``folder``: each is whole."""
+    draft = folder / ".files.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        write(draft)
+        for file in sorted(draft.iterdir()):
+            flush(file)
+            file.replace(folder / file.name)
+        flush(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if it is there, under another name: half of it is never taken for the whole."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.exists():
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+
 def flush(path: Path) -> None:
     """Waits until the file, or the folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folders, and its renames need no help
