@@ -78,8 +78,12 @@ def has_stepped(optimizer: Optimizer, values: nn.Parameter) -> bool:
 
 
 def live_optimizers() -> list[Optimizer]:
-    """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies."""
-    return [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies.
+
+    Not what stands around one (accelerate's): it shows the same groups and state, but its kind is not its own.
+    """
+    found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    return [each for each in found if not isinstance(each.__dict__.get("optimizer"), Optimizer)]
 
 
 def adopt_subnets(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:
