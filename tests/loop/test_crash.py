@@ -2,132 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from losia_fx import finetune_job
 from losia_fx.cli import main
-from losia_fx.finetune import EMBEDDED_MODEL
 from losia_fx.run_state import LOSIA, RUN, WEIGHTS, folders
-
-STEPS = 12
-Run = Callable[..., tuple[int, float]]
+from tests.loop.finetune_runs import Run, assert_same_outcome
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments that name a tiny model with dropout, in bfloat16, and a text."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True).save_pretrained(folder / "model")
-    text = folder / "numbers.txt"
-    text.write_text("".join(f"value_{n} = compute({n % 7})\n" for n in range(1500)), encoding="utf-8")
-    options = ["--steps", str(STEPS), "--period", "2", "--batch-size", "2", "--seq-length", "32", "--lr", "3e-3"]
-    options += ["--accumulate", "2", "--dtype", "bfloat16", "--compiler", "eager", "--device", "cpu"]
-    return ["finetune", "--model", str(folder / "model"), "--data", str(text), *options]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the other processes: bits are promised for the same number of threads only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def argv(inputs: list[str]) -> list[str]:
+    return [*inputs, "--dtype", "bfloat16", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Runs losia-fx in a process of its own, if asked for a limited time only; returns its exit code and seconds."""
-    path = Path(__file__).with_name("zygote.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def order(argv: list[str], kill_after: float | None = None) -> tuple[int, float]:
-        process.stdin.write(json.dumps({"argv": argv, "kill_after": kill_after}) + "\n")
-        process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        return answer["code"], answer["seconds"]
-
-    yield order
-    process.stdin.close()
-    process.wait(timeout=60)
-
-
-def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[Any], list[Any], list[Any]]:
-    """What must be the same of two runs: weights, losses, evaluations, re-selections."""
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    losses = [(step["step"], step["loss"], step["lr"], step["group"]) for step in record["steps"]]
-    return load_file(out / "model.safetensors"), losses, record["evaluations"], record["history"]
-
-
-def assert_same_outcome(one: Path, other: Path) -> None:
-    (weights, *record), (others, *other_record) = outcome(one), outcome(other)
-    assert record == other_record
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, others[name]), name
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: list[str], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def whole(argv: list[str], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that nothing disturbed and that kept no checkpoints, and how long it took."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    code, seconds = run([*inputs, "--out", str(out)])
-    assert code == 0
+    done = run([*argv, "--out", str(out)])
+    assert done.codes == [0], done.err
     assert not (out / "checkpoints").exists()
-    return out, seconds
+    return out, done.seconds
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
-    inputs: list[str], run: Run, whole: tuple[Path, float], kills: int, tmp_path: Path
+    argv: list[str], run: Run, whole: tuple[Path, float], kills: int, tmp_path: Path
 ) -> None:
     out, (undisturbed, seconds) = tmp_path / "out", whole
-    argv = [*inputs, "--out", str(out), "--resume", "--checkpoint-every", "1"]
+    argv = [*argv, "--out", str(out), "--resume", "--checkpoint-every", "1"]
     moments = random.Random(kills)
     killed, seen = 0, []
     for _ in range(kills):
-        code, _ = run(argv, kill_after=moments.uniform(0.2, 1.2) * seconds)
+        (code,), *_ = run(argv, kill_after=moments.uniform(0.2, 1.2) * seconds)
         assert code in (0, -signal.SIGKILL)
         killed += code != 0
         seen.append([folder.name for folder in folders(out)])
         assert len(seen[-1]) <= 3  # the last two, and a third while one of them is on its way
-    code, _ = run(argv)
-    assert code == 0
+    assert run(argv).codes == [0]
     assert killed, seen
     assert_same_outcome(undisturbed, out)
     assert not (out / "checkpoints").exists()
     assert not [path for path in out.iterdir() if path.name.endswith(".draft")]
     before = (out / "run.json").read_bytes()
-    assert run(argv)[0] == 0  # finished: nothing is done again
+    assert run(argv).codes == [0]  # finished: nothing is done again
     assert (out / "run.json").read_bytes() == before
 
 
@@ -144,12 +68,12 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], Any
 
 @pytest.fixture
 def half(
-    inputs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> list[str]:
     """The arguments of a run that Ctrl-C ended after five steps, to be resumed."""
     for name in ("plot_losses", "plot_subnets"):
         monkeypatch.setattr(finetune_job, name, lambda path, *record: path.write_bytes(b""))
-    argv = [*inputs, "--out", str(tmp_path / "out"), "--resume", "--checkpoint-every", "2"]
+    argv = [*argv, "--out", str(tmp_path / "out"), "--resume", "--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
         stop_after(5, patch, lambda: signal.raise_signal(signal.SIGINT))
         assert main(argv) == 130
