@@ -54,9 +54,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def order(argv: list[str], kill_after: float | None = None, ranks: int = 1, victim: int | None = None) -> RunResult:
-        asked = {"argv": argv, "ranks": ranks, "kill_after": kill_after, "victim": victim, "prints": str(prints)}
-        process.stdin.write(json.dumps(asked) + "\n")
+    def order(
+        argv: list[str],
+        kill_after: float | None = None,
+        kill_when: Path | None = None,
+        ranks: int = 1,
+        victim: int | None = None,
+    ) -> RunResult:
+        when = None if kill_when is None else str(kill_when)
+        asked = {"argv": argv, "ranks": ranks, "kill_after": kill_after, "kill_when": when, "victim": victim}
+        process.stdin.write(json.dumps({**asked, "prints": str(prints)}) + "\n")
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
         said = [Path(f"{prints}.{r}.{s}").read_text(encoding="utf-8") for r in range(ranks) for s in ("out", "err")]

@@ -21,7 +21,12 @@ class RunResult(NamedTuple):
 
 class Run(Protocol):
     def __call__(
-        self, argv: list[str], kill_after: float | None = None, ranks: int = 1, victim: int | None = None
+        self,
+        argv: list[str],
+        kill_after: float | None = None,
+        kill_when: Path | None = None,
+        ranks: int = 1,
+        victim: int | None = None,
     ) -> RunResult: ...
 
 

@@ -1,8 +1,9 @@
 """Runs ``losia-fx`` in forked children of a process that has imported everything: a start costs no seconds.
 
-Reads lines of JSON: {"argv": [...], "ranks": how many processes (as torchrun would start them), "kill_after":
-seconds or null, "victim": the rank to kill, or null for all, "prints": file for what they print, ".<rank>" added}.
-Answers each with {"codes": by rank, "seconds"}. The children draw no pictures. Torch may not have run before the fork.
+Reads lines of JSON: {"argv": [...], "ranks": how many processes (as torchrun would start them), "kill_after": seconds
+or null, "kill_when": a folder that has something in it, or null, "victim": the rank to kill, or null for all,
+"prints": file for what they print, ".<rank>.out" and ".<rank>.err" added}. Answers each with {"codes": by rank,
+"seconds"}. The children draw no pictures. Torch may not have run here before the fork.
 """
 
 from __future__ import annotations
@@ -54,8 +55,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _is_time(kill_after: float | None, began: float) -> bool:
+    return kill_after is not None and time.perf_counter() - began > kill_after
+
+
+def _has_something(folder: str | None) -> bool:
+    return folder is not None and any(Path(folder).glob("[!.]*"))
+
+
 def run(
-    argv: list[str], ranks: int, kill_after: float | None, victim: int | None, prints: str
+    argv: list[str], ranks: int, kill_after: float | None, kill_when: str | None, victim: int | None, prints: str
 ) -> tuple[list[int], float]:
     began, port, pids, codes = time.perf_counter(), free_port(), {}, dict[int, int]()
     for rank in range(ranks):
@@ -67,11 +76,11 @@ def run(
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pids[pid]] = os.waitstatus_to_exitcode(status)
-        elif kill_after is not None and time.perf_counter() - began > kill_after:
+        elif _is_time(kill_after, began) or _has_something(kill_when):
             for other, rank in pids.items():
                 if rank not in codes and victim in (None, rank):
                     os.kill(other, signal.SIGKILL)
-            kill_after = None
+            kill_after = kill_when = None
         else:
             time.sleep(0.005)
     return [codes[rank] for rank in range(ranks)], time.perf_counter() - began
