@@ -20,6 +20,7 @@ from tests.loop.toy_runs import OPTIONS, PERIOD, adamw, assert_same, batches, le
 from tests.toys import Toy, loss_of
 
 STEPS = 3 * PERIOD
+SLOW = pytest.mark.slow  # many such variants only add up
 FUSED: Any = lambda parameters: optim.AdamW(parameters, lr=5e-3, fused=True)  # noqa: E731
 ADAGRAD: Any = lambda parameters: optim.Adagrad(parameters, lr=0.05)  # noqa: E731
 FUSED_SGD: Any = lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)  # noqa: E731
@@ -55,7 +56,12 @@ def run(
 
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [(adamw, torch.float32), (FUSED, torch.bfloat16), (ADAGRAD, torch.float32), (FUSED_SGD, torch.float32)],
+    [
+        (adamw, torch.float32),
+        (FUSED, torch.bfloat16),
+        pytest.param(ADAGRAD, torch.float32, marks=SLOW),
+        pytest.param(FUSED_SGD, torch.float32, marks=SLOW),
+    ],
     ids=["adamw", "fused-bfloat16", "adagrad", "fused-sgd"],
 )
 def test_save_state_and_load_state(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -72,7 +78,7 @@ def test_save_state_and_load_state(make: Any, dtype: torch.dtype, tmp_path: Path
         assert_same(whole[1], resumed[1])
 
 
-@pytest.mark.parametrize("make", [adamw, ADAGRAD], ids=["adamw", "adagrad"])
+@pytest.mark.parametrize("make", [ADAGRAD, pytest.param(adamw, marks=SLOW)], ids=["adagrad", "adamw"])
 def test_accelerate_takes_the_path_of_the_reference(make: Any) -> None:
     pair = Pair(make)
     accelerator = Accelerator(cpu=True)
@@ -106,6 +112,7 @@ class Resumable:
         self.taken = state["taken"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="needs lightning")
 def test_lightning(tmp_path: Path) -> None:
     """A LightningModule with two hooks of one line each: trains like a plain loop and resumes to the bit."""

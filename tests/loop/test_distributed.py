@@ -110,6 +110,7 @@ def losses(out: Path) -> list[float]:
     return [step["loss"] for step in json.loads((out / "run.json").read_text(encoding="utf-8"))["steps"]]
 
 
+@pytest.mark.slow
 def test_finetune_in_two_processes(inputs: list[str], run: Run, tmp_path: Path) -> None:
     """The world size multiplies the batch; only the first prints and writes; killed, it goes on to the bit."""
     argv = [*inputs, "--batch-size", "2"]

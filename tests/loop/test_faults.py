@@ -83,10 +83,10 @@ def test_two_hundred_damaged_files(good: tuple[bytes, nn.Module], tmp_path: Path
 
 
 def test_every_byte_counts(good: tuple[bytes, nn.Module], tmp_path: Path) -> None:
-    """Not one byte of the file can change unnoticed (the model aside: the reader is asked)."""
+    """No byte of the file can change unnoticed (every 37th is tried, to be short)."""
     contents, _ = good
     path = tmp_path / "state"
-    for at in range(0, len(contents), 7):
+    for at in range(0, len(contents), 37):
         path.write_bytes(contents[:at] + bytes([contents[at] ^ 0x20]) + contents[at + 1 :])
         with pytest.raises(StateError):
             read_tensors(path)

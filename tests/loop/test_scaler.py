@@ -36,14 +36,13 @@ def clip(model: nn.Module, clip_norm: float | None = None, clip_value: float | N
         nn.utils.clip_grad_value_(model.parameters(), clip_value)
 
 
+SLOW = pytest.mark.slow  # many such variants only add up
+SCALED = [("adamw", "norm"), ("adamw fused", "value"), ("sgd fused", "none")]
+MORE = [*itertools.product(("adamw", "adamw fused"), CLIP), ("sgd", "norm"), ("adagrad fused", "none")]
+
+
 @pytest.mark.parametrize(
-    ("name", "clipped"),
-    [
-        *itertools.product(("adamw", "adamw fused"), CLIP),
-        ("sgd", "norm"),
-        ("sgd fused", "none"),
-        ("adagrad fused", "none"),
-    ],
+    ("name", "clipped"), [*SCALED, *(pytest.param(*c, marks=SLOW) for c in MORE if c not in SCALED)]
 )
 def test_grad_scaler_with_skipped_steps_and_accumulation(name: str, clipped: str) -> None:
     """Two micro-batches a step; every fourth step overflows and is skipped, whoever notices it."""
@@ -76,7 +75,7 @@ def test_grad_scaler_with_skipped_steps_and_accumulation(name: str, clipped: str
     assert any(event.moved > 0 for event in pair.controller.history)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=SLOW)])
 def test_autocast_with_a_scaler_keeps_near_the_reference(fused: bool) -> None:
     """bfloat16 autocast: not to the bit, but on the same way; nothing is left out."""
     torch.manual_seed(0)
@@ -99,8 +98,10 @@ def test_autocast_with_a_scaler_keeps_near_the_reference(fused: bool) -> None:
     assert losia_fx.controller(model).step == 4 * PERIOD
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["everywhere", "outside the subnet"])
+@pytest.mark.parametrize(
+    ("bad", "where"),
+    [(float("nan"), "everywhere"), (float("inf"), "outside"), pytest.param(float("inf"), "everywhere", marks=SLOW)],
+)
 def test_a_gradient_that_is_not_finite_does_not_poison_the_importance(bad: float, where: str) -> None:
     """That step is left out and counted, the others count; the user's loop drops or masks such gradients."""
     model = toy()
@@ -136,7 +137,7 @@ def test_a_gradient_that_is_not_finite_does_not_poison_the_importance(bad: float
         assert torch.equal(one.uncertainty, other.uncertainty)
 
 
-@pytest.mark.parametrize("how", ["swa", "ema", "ema with buffers"])
+@pytest.mark.parametrize("how", ["swa", "ema with buffers", pytest.param("ema", marks=SLOW)])
 def test_averages_of_the_weights(how: str) -> None:
     """The average is that of the dense weights over the steps, saves under ordinary names, and disturbs nothing."""
     model, alone = toy(), toy()
@@ -182,7 +183,7 @@ class Checkpointed(Toy):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=SLOW)])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:losia_fx.*ran outside")
 def test_gradient_checkpointing(reentrant: bool, compiler: str) -> None:
@@ -191,7 +192,8 @@ def test_gradient_checkpointing(reentrant: bool, compiler: str) -> None:
     Pair(MAKE["adamw"], model, compiler=compiler).rounds()
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:losia_fx.*ran outside")
 def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     model = tiny_llama(layers=1).double()

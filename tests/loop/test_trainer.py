@@ -97,6 +97,7 @@ def trainer_of(model: nn.Module, out: Path, callback: bool = True, checkpoint: P
     return made
 
 
+@pytest.mark.slow
 def test_importing_losia_fx_imports_no_transformers() -> None:
     code = "import losia_fx, sys; assert 'transformers' not in sys.modules; assert losia_fx.state_dict"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
