@@ -215,20 +215,22 @@ class Controller:
         """``mine``: this optimizer's subnets. ``closure``: the gradients are made within the step."""
         if optimizer not in self._optimizers:
             # Others may own subnets too and step after this one: t waits for all of them.
-            self._optimizers.update(other for other in live_optimizers() if owned_states(other, self.states))
-        self._check_resumed(optimizer, mine)
+            others = [each for each in live_optimizers() if owned_states(each, self.states)]
+            self._check_moments([each for each in others if each not in self._optimizers])
+            self._optimizers.update(others)
+        if self._loaded:
+            self.check_weights()
+            self._loaded = False
         for state in mine:
             if self._rewarm_share(state) < 1.0:
                 self._before[state] = state.values.detach().clone()
         if not closure:
             self._fits.update(self._fit(optimizer, mine))
 
-    def _check_resumed(self, optimizer: Optimizer, mine: list[SubnetState]) -> None:
-        """The two ways of half a resume, which would train on without a word."""
-        if self._loaded:
-            self._loaded = False
-            self.check_weights()
-        elif self.step == 0 and not self.by_string and any(has_stepped(optimizer, s.values) for s in mine):
+    def _check_moments(self, fresh: list[Optimizer]) -> None:
+        """Warns of optimizers, seen for the first time, that were resumed where the subnets were not."""
+        resumed = self._loaded or self.step > 0 or self.by_string  # by string, moments of W come along
+        if not resumed and any(has_stepped(each, s.values) for each in fresh for s in owned_states(each, self.states)):
             warnings.warn(
                 "losia_fx: the optimizer goes on from an earlier run, but the subnets do not: their places were drawn "
                 "anew and the moments belong to others. Load the LoSiA state too (losia_fx.load_state_dict; for a "

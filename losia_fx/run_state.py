@@ -85,13 +85,14 @@ class RunState:
         folder = found[-1]
         tensors, plain = read_tensors(folder / RUN)
         self._check_identity(folder, plain)
-        weights = self._weights(folder)
+        loaded = read_tensors(folder / WEIGHTS)
         try:
+            weights = _read_weights(self.model, *loaded)
             record = _read_record(self.record, plain["record"], tensors)
             optimizer = _read_optimizer(self.optimizer, plain["learning_rates"], tensors)
             schedule = _read_schedule(self.scheduler, plain["scheduler"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise StateError(f"{folder / RUN}: does not hold what a checkpoint holds: {error!r}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise StateError(f"{folder}: does not hold what a checkpoint of this model holds: {error!r}") from None
         load_state(self.model, folder / LOSIA)
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
@@ -110,16 +111,6 @@ class RunState:
             texts = [f"--{n.replace('_', '-')} was {before.get(n)} and is {self.identity[n]}" for n in differ]
             raise StateError(f"{folder}: a run goes on with the settings it began with: {listed(texts)}")
 
-    def _weights(self, folder: Path) -> dict[str, Tensor]:
-        tensors, plain = read_tensors(folder / WEIGHTS)
-        tied = plain.get("tied", {})
-        weights = {**tensors, **{name: tensors[of] for name, of in tied.items() if of in tensors}}
-        for name, own in self.model.state_dict().items():
-            found = weights.get(name)
-            if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
-                raise StateError(f"{folder / WEIGHTS}: {name} is missing, or of another shape than the model's")
-        return weights
-
     def _run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values of everything that is neither a weight nor LoSiA's."""
         tensors, record = _record_parts(self.record)
@@ -133,6 +124,21 @@ class RunState:
             "scheduler": schedule,
             "record": record,
         }
+
+
+def _read_weights(model: nn.Module, tensors: dict[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Tensor]:
+    weights = {**tensors, **{name: tensors[owner] for name, owner in plain["tied"].items()}}
+    own = model.state_dict()
+    wrong = [
+        n for n in own.keys() | weights.keys() if n not in own or n not in weights or not _alike(own[n], weights[n])
+    ]
+    if wrong:
+        raise ValueError(f"{listed(sorted(wrong))}: missing, unknown or of another shape or dtype")
+    return weights
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _tied(weights: Mapping[str, Tensor]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -204,3 +205,18 @@ def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     pair.reference.model.load_state_dict(plain.state_dict())
     model.train()
     pair.rounds(1)
+
+
+@pytest.mark.parametrize("name", ["sgd fused", "adamw fused"])
+def test_a_first_step_that_is_skipped_is_not_taken_for_a_resumed_optimizer(name: str) -> None:
+    """A fused optimizer makes its state in a step that found_inf then takes back."""
+    model = toy()
+    optimizer, scaler = MAKE[name](learning(model)), GradScaler("cpu", init_scale=2.0**10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", losia_fx.LosiaWarning)
+        for factor in (float("inf"), 1.0):
+            scaler.scale(loss_of(model, batch()) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert losia_fx.controller(model).step == 1
