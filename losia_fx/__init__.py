@@ -16,8 +16,10 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
 from .checkpoint import load_state_dict, state_dict
 from .config import LosiaConfig
 from .controller import Controller, Event
+from .delta import load_delta, save_delta
 from .errors import (
     ConfigError,
+    DeltaError,
     LosiaError,
     LosiaWarning,
     OptimizerError,
@@ -38,6 +40,7 @@ if _TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "Controller",
+    "DeltaError",
     "Event",
     "LosiaCallback",
     "LosiaConfig",
@@ -52,9 +55,11 @@ __all__ = [
     "TransformError",
     "UnsupportedGraphError",
     "controller",
+    "load_delta",
     "load_state_dict",
     "report",
     "restore",
+    "save_delta",
     "state_dict",
     "subnets",
     "transform",

@@ -5,10 +5,12 @@ Checked against torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule as OptimizedModule
 from torch._dynamo.eval_frame import skip_code
@@ -21,12 +23,13 @@ __all__ = [
     "compile_call",
     "fake_inputs",
     "graph_task_id",
+    "grouped_products",
     "inner_compiler",
     "install_call",
-    "is_checkpoint",
     "is_compiled_in_place",
     "keep_saved_tensors",
     "plain_call",
+    "region_inputs",
     "running_ddp",
     "runs_uncompiled",
 ]
@@ -60,9 +63,34 @@ def inner_compiler(name: str) -> Callable[..., Any]:
     return torch._dynamo.lookup_backend(name)
 
 
-def is_checkpoint(target: Any) -> bool:
-    """Whether an fx target is Dynamo's node for a checkpointed region: args[0] its body, args[1:] the body's inputs."""
-    return target is torch.ops.higher_order.tag_activation_checkpoint
+def region_inputs(target: Any) -> int | None:
+    """Where the inputs of a region start in its node's args: args[0] is its body, whose placeholders they match.
+
+    Regions are Dynamo's nodes for activation checkpointing and for torch.compiler.nested_compile_region; the second has
+    a name that identifies the body as args[1]. None for any other fx target.
+    """
+    if target is torch.ops.higher_order.tag_activation_checkpoint:
+        return 1
+    return 2 if target is torch.ops.higher_order.invoke_subgraph else None
+
+
+def grouped_products() -> frozenset[Any]:
+    """The fx targets (x, weight, offs=...) -> y that multiply rows sorted by expert: F.grouped_mm, its older private
+    name, and the operator that transformers has for dtypes which those do not take under a compiler."""
+    found: set[Any] = {F.grouped_mm, torch._grouped_mm}
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # only once transformers is imported
+        packet = torch.ops.transformers.grouped_mm_fallback
+        found |= {packet, packet.default}
+    return frozenset(found)
+
+
+def no_view(y: torch.Tensor) -> torch.Tensor:
+    """``y``, of which nobody else knows, in a form that an autograd.Function may return and its user change in place.
+
+    The compilers' decomposition of F.linear ends in a view where x is not contiguous; the kernel's never does.
+    """
+    owned: torch.Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return owned
 
 
 def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,12 +122,20 @@ def running_ddp() -> bool:
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
-def keep_saved_tensors() -> Any:
+@contextmanager
+def keep_saved_tensors() -> Iterator[None]:
     """Context for compiling: the backward may run twice (retain_graph), as it may without a compiler.
 
-    AOTAutograd otherwise lets it reuse the memory of what the forward saved.
+    AOTAutograd otherwise lets it reuse the memory of what the forward saved. A graph compiled without that has None for
+    the list of such tensors, which the check before a backward that retains its graph (torch 2.13) takes for some: an
+    empty list is what it understands.
     """
-    return torch._functorch.config.patch(donated_buffer=False)
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is not None and metadata.bw_donated_idxs is None:
+        metadata.bw_donated_idxs = []
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ._compat import runs_uncompiled
-from .ops import subnet_linear, tap
-from .state import ATTRIBUTE, SubnetState, find, resolve
+from .ops import subnet_linear, subnet_weight
+from .state import ATTRIBUTE, SubnetState, resolve
+from .taps import tap
 
 RAN_OUTSIDE: weakref.WeakSet[SubnetState] = weakref.WeakSet()
 """Subnets whose weight ran outside a rewritten graph since the controller last looked."""
@@ -89,20 +90,37 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
     return applied
 
 
-def eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, through the subnet of ``weight`` where it has one. For everything that no graph of ours covers."""
     state = resolve(weight) if torch.is_grad_enabled() else None
     if state is None:
-        return F.linear(x, weight, bias)
+        return F.linear(input, weight, bias)
     RAN_OUTSIDE.add(state)
-    ticket = tap(x.detach(), state.handle, 0)
-    cols = None if state.whole_cols else state.cols
-    result: Tensor = subnet_linear(x, weight, state.values, state.rows, cols, bias, ticket, state.handle, 0)
+    ticket = tap(input.detach(), state.handle, 0)
+    result: Tensor = subnet_linear(
+        input, weight, state.values, state.rows, state.picked_cols, bias, ticket, state.handle, 0
+    )
     return result
 
 
+def eager_weight(value: Any) -> Any:
+    """``value``; a weight that has a subnet in a form whose gradient, of whatever is done with it, goes there."""
+    if not isinstance(value, nn.Parameter) or not torch.is_grad_enabled():
+        return value
+    state = resolve(value)
+    if state is None:
+        return value
+    RAN_OUTSIDE.add(state)
+    return _whole(state)
+
+
+def _whole(state: SubnetState) -> Tensor:
+    whole: Tensor = subnet_weight(state.weight, state.values, state.rows, state.picked_cols, state.handle, 0)
+    return whole
+
+
 class _EagerSubnets(TorchFunctionMode):
-    """Sends every F.linear to ``eager_linear``, and notes what else takes a weight that has a subnet."""
+    """Sends every F.linear to ``eager_linear``, and every other use of a weight through ``eager_weight``."""
 
     @runs_uncompiled
     def __torch_function__(
@@ -117,21 +135,33 @@ class _EagerSubnets(TorchFunctionMode):
 def _run_outside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.linear:
         named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-        return eager_linear(named["input"], named["weight"], named.get("bias"))
-    result = func(*args, **kwargs)
-    if isinstance(result, (Tensor, tuple)):
-        _note_use(func, args)
-    return result
+        return eager_linear(eager_weight(named["input"]), named["weight"], eager_weight(named.get("bias")))
+    if _asks_about_itself(func):
+        return func(*args, **kwargs)
+    return func(*(_replaced(value) for value in args), **{key: _replaced(value) for key, value in kwargs.items()})
 
 
-def _note_use(func: Any, args: tuple[Any, ...]) -> None:
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":  # weight.data, weight.shape and the like
-        return
-    for value in args:
-        state = find(value) if isinstance(value, nn.Parameter) else None
-        if state is not None and state.left_alone is None:
-            state.left_alone = f"used by {name} outside of a graph, which does not know its subnet"
+_TRANSPOSES = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
+
+
+def _asks_about_itself(func: Any) -> bool:
+    """Whether a function is about the very tensor it is given (its data, its copy, a write to it), not its value."""
+    name = str(getattr(func, "__name__", func))
+    if name == "__get__":
+        return func not in _TRANSPOSES
+    return name in _OF_THE_TENSOR or name.startswith("is_") or (name.endswith("_") and not name.endswith("__"))
+
+
+_OF_THE_TENSOR = frozenset(
+    "__set__ __setitem__ __deepcopy__ __reduce_ex__ __hash__ __repr__ __format__ __len__ detach dim ndimension size "
+    "numel nelement element_size stride storage_offset data_ptr untyped_storage get_device".split()
+)
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, nn.Parameter) for entry in value):
+        return type(value)(eager_weight(entry) for entry in value)
+    return eager_weight(value)
 
 
 class _Entered(threading.local):

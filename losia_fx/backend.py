@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from losia_fx.passes import (
-    Use,
+    Uses,
     copy_graph_module,
     default_pipeline,
     find_uses,
     graph_modules,
-    is_linear,
-    linear_arguments,
+    placeholders,
     plan_subnets,
+    region_of,
 )
 
 from ._compat import fake_inputs, inner_compiler, keep_saved_tensors
-from .attach import compiled_region, eager_linear
+from .attach import compiled_region, eager_linear, eager_weight
 from .config import LosiaConfig
 from .errors import ConfigError, LosiaWarning
 from .plan import SubnetPlan, SubnetSlot
-from .state import SubnetState, find, resolve
+from .state import GRAPH_USES, GraphUses, SubnetState, find, resolve
 
 log = logging.getLogger("losia_fx")
 
@@ -52,24 +53,23 @@ class LosiaBackend:
         _refuse_options(options)
         if not torch.is_grad_enabled():
             return gm.forward  # nothing learns here: the plain graph, uncompiled
-        uses = find_uses(gm)
-        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        weights = _linear_weights(names, uses, example_inputs)
-        if self.adopt is not None:
-            self.adopt(list(weights.values()))
-        parameters = {name: value for name, value in zip(names, example_inputs, strict=True) if _is_parameter(value)}
-        states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
-        plan = plan_subnets(gm, uses, {name: state.facts for name, state in states.items()})
-        _note_left(plan, states)
-        if not weights:
+        names = [node.name for node in placeholders(gm)]
+        parameters = {n: value for n, value in zip(names, example_inputs, strict=True) if _is_weight(value)}
+        if not parameters:
             return self._compile(gm, example_inputs)
-        return CompiledGraph(self, gm, example_inputs, plan, [names.index(name) for name in weights])
-
-    def rewrite(self, gm: fx.GraphModule, plan: SubnetPlan) -> fx.GraphModule:
-        """A rewritten copy of the graph; ``gm`` stays as it is."""
-        rewritten = copy_graph_module(gm)
-        default_pipeline(plan, self.config)(rewritten)
-        return rewritten
+        copy = copy_graph_module(gm)  # a body that several regions share is several there: the plan tells them apart
+        uses = find_uses(copy, {name: value.dim() for name, value in parameters.items()})
+        adoptable: list[int] = []
+        if self.adopt is not None:
+            adoptable = [names.index(name) for name, found in uses.items() if found.only_products]
+            self.adopt([example_inputs[position] for position in adoptable])
+        states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
+        plan = plan_subnets(copy, {name: state.facts for name, state in states.items()})
+        _note_uses(parameters, uses, plan)
+        if plan.slots:
+            default_pipeline(plan, self.config)(copy)
+        weights = [names.index(name) for name in parameters]
+        return CompiledGraph(self, gm, copy, example_inputs, plan, weights, adoptable)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with keep_saved_tensors():
@@ -84,27 +84,31 @@ class CompiledGraph:
         self,
         backend: LosiaBackend,
         gm: fx.GraphModule,
+        rewritten: fx.GraphModule,
         example_inputs: Sequence[Any],
         plan: SubnetPlan,
         weights: Sequence[int],
+        adoptable: Sequence[int],
     ) -> None:
+        """gm: the graph as Dynamo gave it. weights: positions of all parameters among the inputs; adoptable: of those
+        that may be given a subnet."""
         self._adopt = backend.adopt
+        self._adoptable = adoptable
         self._gm = gm
         self._uncompiled: fx.GraphModule | None = None
         self._slots = plan.slots
         self._handles = backend.config.profiles
         slotted = {slot.position for slot in plan.slots}
         self._bare = [position for position in weights if position not in slotted]
-        rewritten = backend.rewrite(gm, plan) if plan.slots else gm
         extra = self._state(example_inputs)
         assert extra is not None
         self._compiled = backend._compile(rewritten, [*example_inputs, *fake_inputs(extra)])
 
     def __call__(self, *inputs: Any) -> Any:
-        extra = self._state(inputs)
-        if extra is None:
-            return self._run_uncompiled(inputs)
         with compiled_region():
+            extra = self._state(inputs)
+            if extra is None:
+                return self._run_uncompiled(inputs)
             return self._compiled(*inputs, *extra)
 
     def _state(self, inputs: Sequence[Any]) -> list[Tensor] | None:
@@ -112,7 +116,7 @@ class CompiledGraph:
         tensors: list[Tensor] = []
         handles: list[Tensor] = []
         if self._adopt is not None:
-            arrived = [inputs[position] for position in (*(slot.position for slot in self._slots), *self._bare)]
+            arrived = [inputs[position] for position in self._adoptable]
             if any(find(weight) is None for weight in arrived):
                 self._adopt(arrived)
         for slot in self._slots:
@@ -135,42 +139,53 @@ class CompiledGraph:
                 LosiaWarning,
                 stacklevel=2,
             )
-        with compiled_region():
-            return self._uncompiled(*inputs)
+        return self._uncompiled(*inputs)
 
 
 def _fits(state: SubnetState, slot: SubnetSlot) -> bool:
     facts = slot.facts
-    return state.size == (facts.rows, facts.cols) and state.whole_cols == facts.whole_cols
+    same_size = state.size == (facts.rows, facts.cols) and state.whole_cols == facts.whole_cols
+    return same_size and state.weight.dim() == facts.dims
 
 
 def uncompiled_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which every linear asks for its weight's subnet when it runs."""
+    """A copy in which every use of an input asks, when it runs, whether that is a weight with a subnet."""
     copy = copy_graph_module(gm)
     for module in graph_modules(copy):
         for node in list(module.graph.nodes):
-            if is_linear(node):
-                node.args, node.kwargs, node.target = linear_arguments(node), {}, eager_linear
+            if node.op == "call_function" and node.target is F.linear:
+                node.target = eager_linear
+        for holder in placeholders(module):
+            others = [user for user in holder.users if not _sees_to_itself(module, user, holder)]
+            if others:
+                with module.graph.inserting_after(placeholders(module)[-1]):
+                    weight = module.graph.call_function(eager_weight, (holder,))
+                for user in others:
+                    user.replace_input_with(holder, weight)
         module.recompile()
     return copy
 
 
-def _linear_weights(names: Sequence[str], uses: Sequence[Use], inputs: Sequence[Any]) -> dict[str, nn.Parameter]:
-    """The parameters, by placeholder, that are weights of linears and nothing else."""
-    linear = {use.holder for use in uses if use.linear} - {use.holder for use in uses if not use.linear}
-    return {name: value for name, value in zip(names, inputs, strict=True) if name in linear and _is_parameter(value)}
+def _sees_to_itself(module: fx.GraphModule, user: fx.Node, holder: fx.Node) -> bool:
+    """Regions look at their own inputs, and eager_linear at its weight; what is handed out keeps its identity."""
+    if user.target is eager_linear:
+        given = {**dict(zip(("input", "weight", "bias"), user.args, strict=False)), **user.kwargs}
+        return given["weight"] is holder and holder not in (given["input"], given.get("bias"))
+    return user.op == "output" or region_of(module, user) is not None
 
 
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, nn.Parameter)
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.dim() >= 2
 
 
-def _note_left(plan: SubnetPlan, states: dict[str, SubnetState]) -> None:
-    """For the controller's warning and the report."""
-    by_name = {state.name: state for state in states.values()}
-    for left in plan.left:
-        by_name[left.fqn].left_alone = by_name[left.fqn].left_alone or left.reason
-        log.debug("%s: node %s left alone: %s", left.fqn, left.node, left.reason)
+def _note_uses(parameters: Mapping[str, nn.Parameter], uses: Mapping[str, Uses], plan: SubnetPlan) -> None:
+    """For the report."""
+    for name, found in uses.items():
+        GRAPH_USES.setdefault(parameters[name], GraphUses()).named |= found.names
+    for whole in plan.whole:
+        slot = plan.slots[whole.slot]
+        GRAPH_USES[parameters[slot.weight]].whole.add(whole.use)
+        log.info("%s: used by %s: trained by its full gradient", slot.facts.fqn, whole.use)
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

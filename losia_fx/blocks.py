@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
+
+from .weights import holds_weights, holds_weights_itself, is_bare
 
 
 def find_blocks(root: nn.Module) -> list[str]:
     """Dotted names of the repeated blocks, in the order of the module tree; [] where nothing repeats.
 
-    A block is an entry of an outermost ModuleList, or of a Sequential whose entries are of one class, that has linears
-    inside. Lists of bare linears count only where no such block exists.
+    A block is an entry of an outermost ModuleList, or one of several of a class in a Sequential, that has linear
+    weights inside. Where such an entry is a stage, itself little but a list of blocks, those are the blocks, and the
+    stage comes after them for what is left of it. Lists of bare linears count only where no such block exists.
     """
     composite: list[str] = []
     bare: list[str] = []
@@ -24,26 +28,40 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
+Entries = list[tuple[str, nn.Module]]
+
+
 def _search(module: nn.Module, prefix: str, composite: list[str], bare: list[str]) -> None:
-    entries = [(f"{prefix}{name}", child) for name, child in module.named_children() if _has_linear(child)]
-    if entries and _is_repeated(module, entries):
-        inside = [name for name, child in entries if not isinstance(child, nn.Linear)]
-        composite += inside
-        if not inside:
-            bare += [name for name, _ in entries]
-        return
+    entries = [(f"{prefix}{name}", child) for name, child in module.named_children() if holds_weights(child)]
+    repeated, linears = _repeated(module, entries)
+    bare += linears
     for name, child in entries:
-        _search(child, f"{name}.", composite, bare)
+        if name in repeated:
+            composite += [*_blocks_of_stage(name, child), name]
+        elif name not in linears:
+            _search(child, f"{name}.", composite, bare)
 
 
-def _is_repeated(module: nn.Module, entries: list[tuple[str, nn.Module]]) -> bool:
-    if isinstance(module, nn.ModuleList):
-        return True
-    return isinstance(module, nn.Sequential) and len(entries) > 1 and len({type(child) for _, child in entries}) == 1
+def _repeated(module: nn.Module, entries: Entries) -> tuple[set[str], list[str]]:
+    """Names of the entries that are blocks, and of those that are bare linears in a row."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return set(), []
+    blocks = [(name, child) for name, child in entries if not is_bare(child)]
+    linears = [name for name, child in entries if is_bare(child)]
+    if isinstance(module, nn.Sequential):
+        count = Counter(type(child) for _, child in blocks)
+        blocks = [(name, child) for name, child in blocks if count[type(child)] > 1]
+        linears = linears if len(linears) > 1 else []
+    return {name for name, _ in blocks}, linears
 
 
-def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Linear) for child in module.modules())
+def _blocks_of_stage(name: str, stage: nn.Module) -> list[str]:
+    """The blocks that a stage is made of: all its linear weights but one at most (a downsampling) are in them."""
+    inner: list[str] = []
+    _search(stage, f"{name}.", inner, [])
+    weights = [f"{name}.{path}" for path, child in stage.named_modules() if holds_weights_itself(child)]
+    outside = [path for path in weights if block_of(path, inner) is None]
+    return inner if inner and len(outside) <= 1 else []
 
 
 def block_of(name: str, blocks: Iterable[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .errors import LosiaError
 
-COMMANDS = {"finetune": "losia_fx.finetune"}
+COMMANDS = {"finetune": "losia_fx.finetune", "delta": "losia_fx.delta_command"}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -36,6 +36,8 @@ class LosiaConfig:
     trainable: patterns of other parameters to train in full (norms, biases, a classification head).
     seed: of the first rows and columns, and of importance="random".
     compiler: what compiles the rewritten graph.
+    train_tied_head: whether an output head that shares its weight with the embedding learns too, by rows, from both
+        uses; by default it stays as it is.
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
@@ -55,6 +57,7 @@ class LosiaConfig:
     trainable: tuple[str, ...] = ()
     seed: int = 0
     compiler: str = "inductor"
+    train_tied_head: bool = False
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -66,8 +69,9 @@ class LosiaConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("importance", self.importance, IMPORTANCES)
         _choice("compiler", self.compiler, COMPILERS)
-        if not isinstance(self.rewarm, bool):
-            raise ConfigError(f"rewarm={self.rewarm!r}: give True or False")
+        for option in ("rewarm", "train_tied_head"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
         for option in ("target", "exclude", "trainable"):
             object.__setattr__(self, option, _patterns(option, getattr(self, option)))
 

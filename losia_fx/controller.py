@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import snapshot
 from .attach import RAN_OUTSIDE, watch
+from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
 from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
@@ -29,12 +30,12 @@ from .localize import (
     fit_gradient,
     importance_of,
     score_of,
+    select_experts,
     select_rows,
     select_subnet,
     share_moved,
     smooth,
 )
-from .ops import drop_taps
 from .optimizers import (
     adopt_subnets,
     follow_optimizers,
@@ -48,6 +49,7 @@ from .optimizers import (
 )
 from .schedule import ends_slot, profiled_groups, rewarm_factor
 from .state import COPIES, Profile, SubnetState, states_of
+from .taps import drop_taps
 
 log = logging.getLogger("losia_fx")
 
@@ -70,6 +72,17 @@ class Event:
     """Share of the group's whole score that the new subnets hold, 0 to 1; None where nothing was scored."""
 
 
+@dataclass(frozen=True)
+class Role:
+    """What is planned for a parameter."""
+
+    trained: str
+    """"subnet", "full" or "frozen"."""
+    why: str
+    kind: str | None
+    """Of linear weight (losia_fx.weights.kind_of)."""
+
+
 class Controller:
     """The schedule of one model's subnets.
 
@@ -81,12 +94,13 @@ class Controller:
         self.root, self.config, self.by_string = root, config, by_string
         self.required_grad: dict[str, bool] = {}
         """requires_grad of every parameter before the transformation."""
-        self.roles: dict[str, tuple[str, str]] = {}
-        """Parameter name -> (trained, why), as planned."""
+        self.roles: dict[str, Role] = {}
+        """By parameter name, as planned."""
         root.__dict__[CONTROLLER] = self
         self.step = 0
         self.history: list[Event] = []
         self.left_out = 0
+        self.full = FullBases()
         self.states: list[SubnetState] = []
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -285,7 +299,7 @@ class Controller:
                 continue
             if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
                 grad = torch.zeros_like(state.weight, dtype=torch.float32)
-            pairs[state] = (seen, grad.index_select(0, state.rows).index_select(1, state.cols))
+            pairs[state] = (seen, state.block_of(grad))
         fits = {state: fit_gradient(*pair) for state, pair in pairs.items()}
         factors = [fit.factor for fit in fits.values() if fit is not None]
         if factors:
@@ -366,6 +380,8 @@ class Controller:
         score = self._score(state.profile)
         if not score.any():
             return None
+        if score.dim() == 3:
+            return select_experts(score, (state.rows, state.cols))
         return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
 
     def _move(self, state: SubnetState, selection: Selection) -> float:
@@ -418,6 +434,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller in list(CONTROLLERS):
         warn_of_weights(controller)
         mine = _checked(controller, optimizer)
+        remember_base(controller, optimizer, mine)
         if mine:
             controller.before(optimizer, mine, _has_closure(args, kwargs))
 
@@ -456,28 +473,18 @@ def _checked(controller: Controller, optimizer: Optimizer) -> list[SubnetState]:
 
 
 def warn_of_weights(controller: Controller) -> None:
-    """One warning for the weights that ran outside a rewritten graph since the last look, one for those not reached."""
+    """One warning for the weights that ran outside a rewritten graph since the last look."""
     ran = [state for state in controller.states if state in RAN_OUTSIDE]
     RAN_OUTSIDE.difference_update(ran)
     outside = [state for state in ran if not state.ran_outside]
-    unreached = [state for state in controller.states if state.left_alone is not None and not state.left_alone_said]
     for state in outside:
         state.ran_outside = True
-    for state in unreached:
-        state.left_alone_said = True
     if outside:
         warnings.warn(
             f"losia_fx: {len(outside)} weights ran outside a rewritten graph ({listed([s.name for s in outside])}); "
             "they train through their subnets all the same, but uncompiled. Usual causes: a graph break under gradient "
             "checkpointing, too many recompilations (TORCH_LOGS=graph_breaks,recompiles shows both), or calling a part "
             "of the model by itself",
-            LosiaWarning,
-            stacklevel=2,
-        )
-    if unreached:
-        warnings.warn(
-            f"losia_fx: {len(unreached)} weights do not learn: {listed([s.name for s in unreached])} "
-            f"({unreached[0].left_alone}). Name them in trainable to train them in full, or in exclude",
             LosiaWarning,
             stacklevel=2,
         )

@@ -145,16 +145,20 @@ def run(args: argparse.Namespace) -> int:
 def check_out(settings: FinetuneSettings) -> None:
     """Raises ConfigError unless --out can be made, or is empty, or may be written over, or holds a run to resume."""
     out = settings.out
+    resumable = (out / CHECKPOINTS).is_dir() or is_finished(out)
+    if settings.resume and not settings.overwrite and not resumable and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
+    check_folder(out, settings.model_folder, settings.overwrite or settings.resume)
+
+
+def check_folder(out: Path, model_folder: Path, overwrite: bool) -> None:
+    """As check_out, for any command that writes what it made of a model into a folder of its own."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; name a folder")
-    if out.exists() and settings.model_folder.exists() and out.samefile(settings.model_folder):
+    if out.exists() and model_folder.exists() and out.samefile(model_folder):
         raise ConfigError(f"--out {out}: is the folder of the model itself; name another")
-    if not out.exists() or not any(out.iterdir()) or settings.overwrite:
-        return
-    if not settings.resume:
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"--out {out}: is not empty; name another folder, or add --overwrite")
-    if not (out / CHECKPOINTS).is_dir() and not is_finished(out):
-        raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
 
 
 def is_finished(out: Path) -> bool:

@@ -262,6 +262,10 @@ def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.save_pretrained(folder)
 
     write_files_safely(out, save)
+    if record.steps:
+        # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
+        (out / "delta").mkdir(exist_ok=True)
+        losia_fx.save_delta(job.model, out / "delta" / "delta.safetensors")
     write_safely(out / "losses.png", lambda path: plot_losses(path, record, names))
     write_safely(out / "subnets.png", lambda path: plot_subnets(path, record))
     write_safely(out / RUN_FILE, lambda path: write_json(path, record, names, job.settings))

@@ -78,12 +78,33 @@ def select_rows(score: Tensor, rows: int) -> Selection:
     return Selection(chosen, cols, score.index_select(0, chosen).sum())
 
 
+def select_experts(score: Tensor, old: tuple[Tensor, Tensor]) -> Selection:
+    """``select_subnet`` for each expert by itself; one whose score is zero saw no token, and keeps its subnet.
+
+    score (E, out_features, in_features); old and returned: rows (E, r) and cols (E, c).
+    """
+    rows, cols = old[0].clone(), old[1].clone()
+    captured = score.new_zeros(())
+    for expert, part in enumerate(score):
+        if part.any():
+            chosen = select_subnet(part, rows.shape[1], cols.shape[1])
+            rows[expert], cols[expert] = chosen.rows, chosen.cols
+            captured = captured + chosen.captured
+    return Selection(rows, cols, captured)
+
+
 def share_moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> float:
-    """The share, 0 to 1, of the elements of the subnet (rows, cols) ``new`` that were not in ``old``."""
-    kept = 1.0
-    for before, after in zip(old, new, strict=True):
-        kept *= int(torch.isin(after, before).sum()) / max(1, len(after))
-    return 1.0 - kept
+    """The share, 0 to 1, of the elements of the subnet (rows, cols) ``new`` that were not in ``old``.
+
+    Of experts, rows (E, r) and cols (E, c), the mean.
+    """
+    kept = [torch.stack([torch.isin(a, b).float().mean() for a, b in zip(*_by_expert(*pair), strict=True)])
+            for pair in zip(new, old, strict=True)]  # fmt: skip
+    return 1.0 - float((kept[0] * kept[1]).mean())
+
+
+def _by_expert(*indices: Tensor) -> list[Tensor]:
+    return [index if index.dim() == 2 else index.unsqueeze(0) for index in indices]
 
 
 class Fit(NamedTuple):

@@ -1,36 +1,32 @@
-"""The ops of a rewritten graph: ``losia::subnet_linear``, ``losia::tap``, ``losia::localize``.
+"""``losia::subnet_linear``, the product of a rewritten graph, and ``losia::subnet_weight``, any other use of a weight.
 
-``subnet_linear`` is one node in a dump, has a CompositeImplicitAutograd body and so is plain aten after AOTAutograd:
-compilers fuse and cache it like anything else. ``tap`` and ``localize`` stay opaque; they carry the input of a linear
-from its forward to its backward while its group is being profiled, and cost a call and nothing else while it is not.
-
-The compilers' caches on disk know an op by its name and not by its body: a changed body under an old name would run
-old gradients in a new process. So the overload is the body's version, and tests/ops/test_version.py ties it to a hash.
+Forward and dL/dx are the dense ones; the gradient of the weight is that of its subnet alone. The products of expert
+weights are in expert_ops.py.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VERSION = "v1"
+from ._compat import no_view
+from .library import define
+from .subnet import gather
 
-_library = torch.library.Library("losia", "DEF")
-_library.define(
-    f"subnet_linear.{VERSION}(Tensor x, Tensor weight, Tensor values, Tensor rows, Tensor? cols, Tensor? bias=None, "
-    "Tensor? ticket=None, Tensor? handle=None, int call=0) -> Tensor"
-)
-# A CUDA graph would replay the kernels and leave out what these two do on the host.
-_library.define("tap(Tensor x, Tensor handle, int call) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
-_library.define(
-    "localize(Tensor grad_y, Tensor ticket, Tensor handle, int call) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,)
-)
+PROFILED = "Tensor? ticket=None, Tensor? handle=None, int call=0"
+"""The last arguments of a product: tap's ticket, the handle that names the subnet, and a number that tells two uses of
+one weight in a graph apart."""
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x as autocast hands it to a product: float64 it leaves as it is."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -40,14 +36,13 @@ class _SubnetLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, values, rows, cols, bias, ticket, handle, call = inputs
         ctx.x_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         # The head needs every column (cols is None); everything else keeps its share of x and lets x go.
         kept = x if cols is None else x.index_select(-1, cols)
         ctx.save_for_backward(kept, weight, rows, ticket, handle)
         ctx.call, ctx.values_dtype = call, values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,8 +78,11 @@ def _subnet_linear(
     return y
 
 
-_library.impl(f"subnet_linear.{VERSION}", _subnet_linear, "CompositeImplicitAutograd")
-subnet_linear = getattr(torch.ops.losia.subnet_linear, VERSION)
+subnet_linear = define(
+    "subnet_linear",
+    f"Tensor x, Tensor weight, Tensor values, Tensor rows, Tensor? cols, Tensor? bias=None, {PROFILED}",
+    _subnet_linear,
+)
 """F.linear(x, weight, bias) whose gradient goes to ``values`` instead of ``weight``.
 
 x (..., in), weight (out, in), values (r, c), rows (r,) and cols (c,) sorted int64, or cols None for every column;
@@ -106,75 +104,44 @@ def subnet_linear_reference(x: Tensor, weight: Tensor, values: Tensor, rows: Ten
     return F.linear(x, weight.detach() + through)
 
 
-class Profile(Protocol):
-    """What a subnet offers to tap and localize: ``losia_fx.state.SubnetState`` in training, stand-ins in tests."""
+class _SubnetWeight(torch.autograd.Function):
+    """W itself; of what comes back for all of it, the subnet's part goes on to S."""
 
-    @property
-    def profiling(self) -> bool: ...
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        weight, values, rows, cols, handle, call = inputs
+        ctx.save_for_backward(rows, cols, handle)
+        ctx.call, ctx.values_dtype = call, values.dtype
+        return weight.view_as(weight)  # type: ignore[no-any-return]
 
-    def accumulate(self, grad_y: Tensor, x: Tensor) -> None: ...
-
-
-PROFILES: weakref.WeakValueDictionary[int, Profile] = weakref.WeakValueDictionary()
-_tickets = itertools.count(1)
-_tapped: dict[int, tuple[int, Tensor]] = {}
-"""Ticket -> handle and x."""
-
-
-def _tap(x: Tensor, handle: Tensor, call: int) -> Tensor:
-    profile = PROFILES.get(int(handle))
-    if profile is None or not profile.profiling:
-        return torch.zeros(1, dtype=torch.int64)
-    number = next(_tickets)
-    ticket = torch.tensor([number])
-    # A copy: the compilers reuse x's memory as soon as the graph has no further use for it. It goes when its ticket
-    # does, that is with the autograd graph, whether a backward came or not.
-    _tapped[number] = (int(handle), x.detach().clone())
-    weakref.finalize(ticket, _tapped.pop, number, None)
-    return ticket
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        rows, cols, handle = ctx.saved_tensors
+        grad_values = gather(grad, rows, cols)
+        if handle is not None:
+            grad_values = grad_values + torch.ops.losia.localize_whole(grad, handle, ctx.call)
+        return None, grad_values.to(ctx.values_dtype), None, None, None, None
 
 
-def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
-    number = int(ticket)
-    tapped = _tapped.get(number) if number else None
-    profile = PROFILES.get(int(handle))
-    if tapped is not None and profile is not None and profile.profiling:
-        profile.accumulate(grad_y, tapped[1])
-    return grad_y.new_zeros(1)
+def _subnet_weight(
+    weight: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    cols: Tensor | None,
+    handle: Tensor | None = None,
+    call: int = 0,
+) -> Tensor:
+    whole: Tensor = _SubnetWeight.apply(weight, values, rows, cols, handle, call)  # type: ignore[no-untyped-call]
+    return whole
 
 
-def drop_taps(handles: Iterable[int]) -> None:
-    """Forgets the inputs tapped for these subnets: after their step no backward of an earlier forward counts any more.
+subnet_weight = define(
+    "subnet_weight",
+    "Tensor weight, Tensor values, Tensor rows, Tensor? cols, Tensor? handle=None, int call=0",
+    _subnet_weight,
+)
+"""The weight itself, for any use: its full gradient is made, and the block of the subnet goes to ``values``.
 
-    Those of another model stay: its backward may come after this model's step.
-    """
-    mine = set(handles)
-    for number in [number for number, (handle, _) in _tapped.items() if handle in mine]:
-        del _tapped[number]
-
-
-def tapped_bytes() -> int:
-    """The memory that tapped inputs hold."""
-    return sum(x.untyped_storage().nbytes() for _, x in _tapped.values())
-
-
-_library.impl("tap", _tap, "CompositeExplicitAutograd")
-_library.impl("localize", _localize, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("losia::tap", lib=_library)
-def _tap_fake(x: Tensor, handle: Tensor, call: int) -> Tensor:
-    return torch.empty(1, dtype=torch.int64)
-
-
-@torch.library.register_fake("losia::localize", lib=_library)
-def _localize_fake(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
-    return grad_y.new_empty(1)
-
-
-tap = torch.ops.losia.tap.default
-"""Keeps a copy of x, if the subnet that ``handle`` names is being profiled, and returns its ticket (int64, one element,
-on the CPU; 0 where nothing was kept)."""
-localize = torch.ops.losia.localize.default
-"""Adds grad_y^T x to the full gradient of the subnet that ``handle`` names; x is what ``ticket`` stands for. Returns
-one zero of grad_y's dtype."""
+Exact whatever is done with the weight; costs what a dense gradient costs, for the time of its backward.
+"""

@@ -106,5 +106,5 @@ def adopt_subnets(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:
 
 def _gathered(value: Any, state: SubnetState) -> Any:
     if isinstance(value, Tensor) and value.shape == state.weight.shape:
-        return value[state.rows][:, state.cols].to(state.values.dtype)
+        return state.block_of(value).to(state.values.dtype)
     return value

@@ -10,8 +10,8 @@ class SubnetFacts:
     """One weight's subnet as a compiler sees it. Two weights with equal roles can share a graph."""
 
     fqn: str
-    shape: tuple[int, int]
-    """Of W: (out_features, in_features)."""
+    shape: tuple[int, ...]
+    """Of W as the module stores it: (out_features, in_features), or (experts, out_features, in_features)."""
     rows: int
     cols: int
     whole_cols: bool
@@ -20,9 +20,8 @@ class SubnetFacts:
     """Of S."""
 
     @property
-    def role(self) -> tuple[object, ...]:
-        """What a compiled graph has built in."""
-        return (self.shape, self.rows, self.cols, self.whole_cols, self.dtype)
+    def dims(self) -> int:
+        return len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class SubnetSlot:
 
 
 @dataclass(frozen=True)
-class LinearSite:
-    """A linear node that is to be rewritten."""
+class ProductSite:
+    """A product of an input and a weight that is to be rewritten: only the subnet's part of dL/dW is computed."""
 
     node: str
     body: tuple[str, ...]
@@ -61,22 +60,37 @@ class LinearSite:
     slot: int
     call: int
     """Number of this use among all rewritten uses of the graph."""
+    use: str
+    """How the graph writes the product: "linear", "addmm", "matmul", "einsum", "grouped_mm", "bmm"."""
 
 
 @dataclass(frozen=True)
-class LeftAlone:
-    """A use of a weight with a subnet that no pass can rewrite."""
+class WholeSite:
+    """Uses of a weight that no product rewrite covers: they get dL/dW in full, and the subnet's part is cut out of it.
 
-    fqn: str
-    node: str
-    reason: str
+    Exact for whatever is done with the weight, at the cost of the full gradient.
+    """
+
+    holder: str
+    """The placeholder for W in its graph."""
+    users: tuple[str, ...]
+    body: tuple[str, ...]
+    slot: int
+    call: int
+    use: str
+    """What the users are, for the report."""
 
 
 @dataclass(frozen=True)
 class SubnetPlan:
     slots: tuple[SubnetSlot, ...]
-    sites: tuple[LinearSite, ...]
-    left: tuple[LeftAlone, ...] = ()
+    sites: tuple[ProductSite, ...]
+    whole: tuple[WholeSite, ...] = ()
 
-    def sites_in(self, body: tuple[str, ...]) -> tuple[LinearSite, ...]:
-        return tuple(site for site in self.sites if site.body == body)
+    @property
+    def places(self) -> list[ProductSite | WholeSite]:
+        return [*self.sites, *self.whole]
+
+    def slots_within(self, body: tuple[str, ...]) -> list[int]:
+        """The slots whose weights are used in this body or in one nested in it, in order."""
+        return sorted({place.slot for place in self.places if place.body[: len(body)] == body})

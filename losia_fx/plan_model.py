@@ -11,6 +11,7 @@ from torch import nn
 from .blocks import block_of, find_blocks, find_heads, plain_name
 from .config import LosiaConfig, matches
 from .errors import ConfigError, TransformError
+from .weights import is_embedding, kind_of, reparametrised
 
 
 @dataclass
@@ -25,7 +26,8 @@ class WeightPlan:
     """"subnet", "full" or "frozen"."""
     why: str
     whole_cols: bool = False
-    linear: bool = False
+    kind: str | None = None
+    """Of linear weight (losia_fx.weights.kind_of); None for any other parameter."""
     outside: bool = False
     """A linear outside the repeated blocks that nobody excluded: a classification head, most often."""
 
@@ -37,9 +39,9 @@ def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     match nothing.
     """
     plans = judge_weights(root, config)
-    linears = [plan for plan in plans if plan.linear]
+    linears = [plan for plan in plans if plan.kind is not None]
     if not linears:
-        raise TransformError(f"{type(root).__name__} has no torch.nn.Linear: there is nothing to train through subnets")
+        raise TransformError(f"{type(root).__name__} has no linear layer: there is nothing to train through subnets")
     if not any(plan.trained == "subnet" for plan in plans):
         reasons = "; ".join(sorted({plan.why for plan in linears}))
         raise TransformError(f"no linear weight of {type(root).__name__} would learn: {reasons}")
@@ -54,7 +56,7 @@ def judge_weights(root: nn.Module, config: LosiaConfig, everywhere: bool = False
     heads = {id(weight) for head in find_heads(root) if (weight := head._parameters.get("weight")) is not None}
     blocks = find_blocks(root)
     plans = [_judge(plan, config, blocks, heads, everywhere) for plan in _parameters(root)]
-    _check_patterns(config, plans, [plan for plan in plans if plan.linear])
+    _check_patterns(config, plans, [plan for plan in plans if plan.kind is not None])
     return plans
 
 
@@ -68,14 +70,16 @@ def _parameters(root: nn.Module) -> list[WeightPlan]:
 
 
 def _judge(plan: WeightPlan, config: LosiaConfig, blocks: list[str], heads: set[int], everywhere: bool) -> WeightPlan:
-    plan.linear = any(isinstance(owner, nn.Linear) and key == "weight" for _, owner, key in plan.owners)
+    plan.kind = next((k for _, owner, key in plan.owners if (k := kind_of(owner, key, plan.parameter))), None)
     plan.whole_cols = id(plan.parameter) in heads
     named = matches(plan.name, config.trainable)
     if named is not None and plan.parameter.is_floating_point():
         plan.trained, plan.why = "full", f"named in trainable: {named!r}"
-    elif plan.linear:
+    elif plan.kind is not None:
         refusal = _refusal(plan, config, blocks, everywhere)
         plan.trained, plan.why = ("frozen", refusal) if refusal else ("subnet", _role(plan, blocks))
+    elif any(reparametrised(owner, key) for _, owner, key in plan.owners):
+        plan.why = "part of a reparametrised weight (weight norm or the like): left dense; name it in trainable"
     else:
         plan.why = f"{'bias' if plan.name.endswith('bias') else 'no linear weight'}; name it in trainable to train it"
     return plan
@@ -85,7 +89,7 @@ def _role(plan: WeightPlan, blocks: list[str]) -> str:
     if plan.whole_cols:
         return "output head: rows only"
     block = next((block_of(name, blocks) for name in _module_names(plan)), None)
-    return f"linear of block {block}" if block else "linear"
+    return f"{plan.kind} of block {block}" if block else str(plan.kind)
 
 
 def _module_names(plan: WeightPlan) -> list[str]:
@@ -98,8 +102,9 @@ def _refusal(plan: WeightPlan, config: LosiaConfig, blocks: list[str], everywher
     excluded = next((hit for name in names if (hit := matches(name, config.exclude))), None)
     checks = [
         (excluded is not None, f"named in exclude: {excluded!r}"),
-        (any(not isinstance(owner, nn.Linear) for _, owner, _ in plan.owners), "tied to an embedding: left dense"),
-        (plan.parameter.dim() != 2 or not plan.parameter.is_floating_point(), f"stored as {_kind(plan.parameter)}"),
+        (_is_tied(plan) and not config.train_tied_head, "tied to an embedding: left dense; train_tied_head trains it"),
+        (plan.parameter.dim() not in (2, 3), f"stored as {_stored(plan.parameter)}"),
+        (not plan.parameter.is_floating_point(), f"stored as {_stored(plan.parameter)}"),
         (not _is_plain(plan), f"type {type(plan.parameter).__name__}: left dense"),
         (plan.whole_cols and config.output_rank_factor == 0, "output head, and output_rank_factor is 0"),
     ]
@@ -120,7 +125,11 @@ def _is_plain(plan: WeightPlan) -> bool:
     return type(plan.parameter) is nn.Parameter and type(plan.parameter.data) is torch.Tensor
 
 
-def _kind(parameter: nn.Parameter) -> str:
+def _is_tied(plan: WeightPlan) -> bool:
+    return any(is_embedding(owner) for _, owner, _ in plan.owners)
+
+
+def _stored(parameter: nn.Parameter) -> str:
     return f"{parameter.dim()}-D {str(parameter.dtype).removeprefix('torch.')}: left dense"
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from torch import nn
 
 from .blocks import plain_name
-from .controller import Controller
+from .controller import Controller, Role
+from .errors import listed
 from .schedule import round_length
+from .state import GRAPH_USES
+from .weights import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,15 @@ class WeightReport:
     name: str
     shape: tuple[int, ...]
     trained: str
-    """"subnet", "full", "frozen" or "left out" (has a subnet that no pass can reach)."""
-    subnet: tuple[int, int] | None
+    """"subnet", "full" or "frozen"."""
+    subnet: tuple[int, ...] | None
+    """Shape of S: (r, c), or (E, r, c) of experts."""
     group: int | None
     why: str
+    kind: str | None
+    """Of linear weight; None for any other parameter."""
+    used: str
+    """What compiled graphs do with it; "" until one has run."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +59,31 @@ class Report:
                 totals["full" if weight.trained == "full" else "frozen"] += size
         return totals
 
+    @property
+    def coverage(self) -> float:
+        """The share, 0 to 1, of the elements of all linear weights that lie in a weight with a subnet."""
+        linear = [weight for weight in self.weights if weight.kind is not None]
+        covered = sum(_product(weight.shape) for weight in linear if weight.trained == "subnet")
+        return covered / max(1, sum(_product(weight.shape) for weight in linear))
+
     def __rich__(self) -> Group:
         table = Table(title="losia_fx: what learns", title_justify="left")
-        for column in ("weight", "shape", "trained", "subnet", "group", "why"):
+        for column in ("weight", "shape", "trained", "subnet", "group", "why", "used by"):
             table.add_column(
                 column, overflow="fold", justify="right" if column in ("shape", "subnet", "group") else "left"
             )
         for weight in self.weights:
             subnet = "" if weight.subnet is None else _shape(weight.subnet)
             group = "" if weight.group is None else str(weight.group)
-            table.add_row(weight.name, _shape(weight.shape), weight.trained, subnet, group, weight.why)
+            row = (weight.name, _shape(weight.shape), weight.trained, subnet, group, weight.why, weight.used)
+            table.add_row(*row)
         totals = self.totals()
         everything = sum(totals.values())
         summary = (
             f"{totals['subnet']:,} elements learn through subnets, {totals['full']:,} in full, of {everything:,} "
-            f"({100 * (totals['subnet'] + totals['full']) / everything:.2f}%); {self.groups} groups, "
-            f"a round is {self.round_steps} optimizer steps"
+            f"({100 * (totals['subnet'] + totals['full']) / everything:.2f}%); weights with a subnet hold "
+            f"{self.coverage:.1%} of all linear weights' elements; {self.groups} groups, a round is "
+            f"{self.round_steps} optimizer steps"
         )
         return Group(table, summary, *self.notes)
 
@@ -85,19 +103,25 @@ def report_of(controller: Controller) -> Report:
             continue
         name = plain_name(full_name)
         state = states.get(name)
-        trained, why = controller.roles.get(name, ("full" if parameter.requires_grad else "frozen", "requires_grad"))
-        if state is None:
-            rows.append(WeightReport(name, tuple(parameter.shape), trained, None, None, why))
-            continue
-        if state.left_alone is not None:
-            trained, why = "left out", state.left_alone
-        elif controller.by_string:
+        role = controller.roles.get(name, Role("full" if parameter.requires_grad else "frozen", "requires_grad", None))
+        trained, why = role.trained, role.why
+        if state is not None and controller.by_string:
             trained, why = "subnet", "output head: rows only" if state.whole_cols else "linear"
-        rows.append(WeightReport(name, tuple(parameter.shape), trained, state.size, state.group, why))
+        subnet, group = (None, None) if state is None else (tuple(state.values.shape), state.group)
+        shape, kind = tuple(parameter.shape), role.kind if state is None else role.kind or "linear"
+        rows.append(WeightReport(name, shape, trained, subnet, group, why, kind, _used(parameter)))
     notes += _notes(controller, rows)
     return Report(
         tuple(rows), len(controller.groups), round_length(controller.config, len(controller.groups)), tuple(notes)
     )
+
+
+def _used(parameter: nn.Parameter) -> str:
+    uses = GRAPH_USES.get(parameter)
+    if uses is None:
+        return ""
+    said = ", ".join(sorted(uses.named))
+    return f"{said}; full gradient for {', '.join(sorted(uses.whole))}" if uses.whole else said
 
 
 def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:
@@ -119,9 +143,15 @@ def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:
         names = [row.name for row in rows if row.why.startswith(start) and row.trained == "frozen"]
         if names:
             notes.append(f"{text}: {', '.join(names)}")
-    left = [row.name for row in rows if row.trained == "left out"]
-    if left:
-        notes.append(f"do not learn, although they have a subnet: {', '.join(left)}")
+    dense = [row.name for row in rows if "full gradient for" in row.used]
+    if dense:
+        notes.append(
+            "used in ways that no pass rewrites, so trained exactly, but at the cost of a full gradient: "
+            f"{listed(dense)}"
+        )
+    experts = [row.name for row in rows if row.kind == EXPERTS and row.trained == "frozen"]
+    if experts:
+        notes.append(f"experts left dense: frozen: {listed(experts)}")
     ran = [state.name for state in controller.states if state.ran_outside]
     if ran:
         notes.append(f"ran outside a rewritten graph (exact, but uncompiled): {', '.join(ran)}")

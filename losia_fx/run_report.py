@@ -72,7 +72,8 @@ def print_table(console: Console, record: RunRecord, names: Names, settings: Fin
     done = f"{len(record.steps)} of {settings.steps} steps"
     state = f"[yellow]interrupted after {done}: the checkpoint holds what was learnt until then[/]"
     console.print(state if record.interrupted else f"{done} done")
-    console.print(f"written to {settings.out}: checkpoint, run.json, losses.png, subnets.png", soft_wrap=True)
+    delta = "delta/delta.safetensors, " if record.steps else ""
+    console.print(f"written to {settings.out}: checkpoint, {delta}run.json, losses.png, subnets.png", soft_wrap=True)
 
 
 def write_json(path: Path, record: RunRecord, names: Names, settings: FinetuneSettings) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from .base_history import history_tensors, restore_history
 from .checkpoint import load_state, save_state
 from .errors import StateError, listed
 from .files import read_tensors, remove_folder, write_folder_safely, write_tensors
 from .finetune import CHECKPOINTS, FinetuneSettings
+from .inspect import controller
 from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord
 
 WEIGHTS, LOSIA, RUN = "weights.safetensors", "losia.safetensors", "run.safetensors"
@@ -94,6 +96,8 @@ class RunState:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise StateError(f"{folder}: does not hold what a checkpoint of this model holds: {error!r}") from None
         load_state(self.model, folder / LOSIA)
+        base = {name.removeprefix("base."): t for name, t in tensors.items() if name.startswith("base.")}
+        restore_history(controller(self.model), base)
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(schedule)
@@ -114,6 +118,7 @@ class RunState:
     def _run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values of everything that is neither a weight nor LoSiA's."""
         tensors, record = _record_parts(self.record)
+        tensors |= {f"base.{name}": tensor for name, tensor in history_tensors(controller(self.model)).items()}
         state = self.optimizer.state_dict()
         for index, entries in state["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entries.items()}

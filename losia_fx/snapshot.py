@@ -82,7 +82,7 @@ def apply(controller: Controller, state: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def strays(states: Iterable[SubnetState]) -> list[str]:
     """Names of the weights in which W[rows, cols] is not S: weights of another checkpoint than the state's."""
-    return [state.name for state in states if not _same(state.gathered(), state.values)]
+    return [state.name for state in states if not _same(state.block_of(state.weight.detach()), state.values)]
 
 
 def _same(weight: Tensor, values: Tensor) -> bool:

@@ -9,26 +9,41 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ._compat import graph_task_id
 from .config import LosiaConfig, subnet_size
 from .localize import Selection
-from .ops import PROFILES
+from .pieces import BaseHistory
 from .plan import SubnetFacts
+from .subnet import draw, gather, scatter
+from .taps import PROFILES
 
 ATTRIBUTE = "_losia_subnets"
 """Of an owner module: its SubnetStates by the name of the weight within it."""
 
 COPIES: weakref.WeakSet[SubnetState] = weakref.WeakSet()
 """States of copied modules whose controller has not been copied with them (yet)."""
+
+
+@dataclass
+class GraphUses:
+    """What graphs have been seen to do with a parameter, in fx's words ("linear", "addmm", "embedding", ...)."""
+
+    named: set[str] = field(default_factory=set)
+    whole: set[str] = field(default_factory=set)
+    """Of a weight with a subnet, those that cost its full gradient."""
+
+
+GRAPH_USES: MutableMapping[Tensor, GraphUses] = WeakIdKeyDictionary()
 
 _handles = itertools.count(1)
 _by_weight: weakref.WeakValueDictionary[int, SubnetState] = weakref.WeakValueDictionary()
@@ -41,13 +56,13 @@ class Subnet:
     name: str
     """Of the weight, in named_parameters() before the transformation."""
     weight: nn.Parameter
-    """W, (out_features, in_features) as the module stores it, dense and up to date."""
+    """W as the module stores it, dense and up to date: (out, in), or (E, out, in) where it holds E experts."""
     values: nn.Parameter
-    """S = W[rows][:, cols], (r, c); float32 where W is narrower."""
+    """S = W[rows][:, cols], (r, c), or (E, r, c): one block an expert; float32 where W is narrower."""
     rows: Tensor
-    """(r,) sorted int64, dimension 0 of W."""
+    """(r,) or (E, r), sorted int64: indices into dimension -2 of W."""
     cols: Tensor
-    """(c,) sorted int64, dimension 1 of W."""
+    """(c,) or (E, c), sorted int64: indices into dimension -1 of W."""
     group: int
 
 
@@ -80,11 +95,9 @@ class SubnetState:
         self.profile: Profile | None = None
         self.rewarm_from: int | None = None
         self.ran_outside = False
-        self.left_alone: str | None = None
-        """Why no pass could rewrite what W is used for."""
-        self.left_alone_said = False
         self.hooks: list[RemovableHandle] = []
-        out_features, in_features = self.weight.shape
+        self.base = BaseHistory()
+        out_features, in_features = self.weight.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
         self._enlist()
@@ -134,23 +147,27 @@ class SubnetState:
 
     @property
     def facts(self) -> SubnetFacts:
-        out_features, in_features = self.weight.shape
         dtype = str(self.values.dtype).removeprefix("torch.")
-        return SubnetFacts(self.name, (out_features, in_features), *self.size, self.whole_cols, dtype)
+        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype)
 
     def inputs(self) -> tuple[Tensor, ...]:
         """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
         values, rows = self.values, self.rows
         return (values, rows) if self.whole_cols else (values, rows, self.cols)
 
+    @property
+    def picked_cols(self) -> Tensor | None:
+        """cols, or None where every column learns."""
+        return None if self.whole_cols else self.cols
+
     # -- birth and death ------------------------------------------------------------------------------------------
 
     def register(self, rows: Tensor, cols: Tensor) -> None:
-        """Puts S, rows and cols onto the owner module. rows (r,) and cols (c,) sorted int64."""
+        """Puts S, rows and cols onto the owner module. rows (r,) or (E, r) and cols (c,) or (E, c), sorted int64."""
         weight = self.weight
         rows, cols = rows.to(weight.device), cols.to(weight.device)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        values = nn.Parameter(weight.detach()[rows][:, cols].to(dtype))
+        values = nn.Parameter(gather(weight.detach(), rows, None if self.whole_cols else cols).to(dtype))
         self.owner.register_parameter(self.values_name, values)
         self.owner.register_buffer(self.rows_name, rows, persistent=False)
         self.owner.register_buffer(self.cols_name, cols, persistent=False)
@@ -186,11 +203,8 @@ class SubnetState:
     def profiling(self) -> bool:
         return self.profile is not None
 
-    def accumulate(self, grad_y: Tensor, x: Tensor) -> None:
-        """Adds grad_y^T x to G. grad_y (..., out), x (..., in).
-
-        G lives and dies with S.grad: the first use of the weight in a backward that finds no gradient on S starts anew.
-        """
+    def begin_use(self) -> None:
+        """G lives and dies with S.grad: the first use of W in a backward that finds no gradient on S starts it anew."""
         profile = self.profile
         assert profile is not None
         backward, seen = graph_task_id(), self.values.grad
@@ -198,36 +212,36 @@ class SubnetState:
             profile.backward = backward
             if seen is None or not seen.any():
                 profile.grad = None
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
-        grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)).float()
-        profile.grad = grad if profile.grad is None else profile.grad.add_(grad)
+
+    def accumulate(self, grad: Tensor, expert: int | None) -> None:
+        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it."""
+        profile = self.profile
+        assert profile is not None
+        if profile.grad is None:
+            if expert is None:
+                profile.grad = grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+                return
+            profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
     # -- the subnet moves -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def write_back(self) -> None:
         """W[rows, cols] = S."""
-        weight, values = self.weight, self.values.detach().to(self.weight.dtype)
-        if self.whole_cols:
-            weight.index_copy_(0, self.rows, values)
-        else:
-            weight.index_put_((self.rows[:, None], self.cols), values)
+        scatter(self.weight, self.rows, self.picked_cols, self.values.detach().to(self.weight.dtype))
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
-        """Makes rows (r,) and cols (c,) the subnet's, in place: graphs and optimizers keep their tensors."""
+        """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors."""
+        self.base.visit(self.weight, rows, cols)
         self.rows.copy_(rows)
         self.cols.copy_(cols)
-        self.gather()
+        self.values.copy_(self.block_of(self.weight))
 
-    @torch.no_grad()
-    def gather(self) -> None:
-        """S = W[rows][:, cols]."""
-        self.values.copy_(self.gathered())
-
-    def gathered(self) -> Tensor:
-        """W[rows][:, cols], (r, c) in W's dtype."""
-        return self.weight.detach()[self.rows][:, self.cols]
+    def block_of(self, full: Tensor) -> Tensor:
+        """full[rows][:, cols] of a tensor of W's shape, a copy."""
+        return gather(full, self.rows, self.picked_cols)
 
     @torch.no_grad()
     def reload(self) -> None:
@@ -236,16 +250,13 @@ class SubnetState:
         So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
         """
         _by_weight[id(self.weight)] = self
-        loaded, values = self.gathered(), self.values
+        loaded, values = self.block_of(self.weight), self.values
         values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+        self.base.loaded(self.weight)
 
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on the CPU."""
-        drawn = []
-        for size, count, whole in zip(self.weight.shape, self.size, (False, self.whole_cols), strict=True):
-            picked = torch.arange(size) if whole else torch.randperm(size, generator=generator)[:count].sort().values
-            drawn.append(picked)
-        return Selection(drawn[0], drawn[1], torch.zeros(()))
+        return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros(()))
 
 
 def find(weight: Tensor) -> SubnetState | None:

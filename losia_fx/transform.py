@@ -13,7 +13,7 @@ from .attach import attach, detach
 from .backend import LosiaBackend
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
-from .controller import Controller, find_controller, warn_of_weights
+from .controller import Controller, Role, find_controller, warn_of_weights
 from .errors import LosiaError, LosiaWarning, TransformError, listed
 from .plan_model import plan_model
 from .state import SubnetState, states_of
@@ -46,7 +46,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     plans = plan_model(model, settings)
     controller = Controller(model, settings)
     controller.required_grad = {plan.name: plan.parameter.requires_grad for plan in plans}
-    controller.roles = {plan.name: (plan.trained, plan.why) for plan in plans}
+    controller.roles = {plan.name: Role(plan.trained, plan.why, plan.kind) for plan in plans}
     states = []
     for plan in plans:
         plan.parameter.requires_grad_(plan.trained == "full")

@@ -3,9 +3,10 @@
 from losia_fx.config import LosiaConfig
 from losia_fx.plan import SubnetPlan
 
-from .base import GraphPass, PassPipeline, copy_graph_module, graph_modules
+from .base import GraphPass, PassPipeline, copy_graph_module, graph_modules, placeholders, region_of
 from .insert_localization import InsertLocalization
-from .match_linear import Use, find_uses, is_linear, linear_arguments, plan_subnets
+from .match_linear import Uses, find_uses, plan_subnets
+from .products import Product, find_products
 from .subnet_rewrite import SubnetRewrite
 
 
@@ -21,13 +22,15 @@ __all__ = [
     "GraphPass",
     "InsertLocalization",
     "PassPipeline",
+    "Product",
     "SubnetRewrite",
-    "Use",
+    "Uses",
     "copy_graph_module",
     "default_pipeline",
+    "find_products",
     "find_uses",
     "graph_modules",
-    "is_linear",
-    "linear_arguments",
+    "placeholders",
     "plan_subnets",
+    "region_of",
 ]

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from losia_fx._compat import is_checkpoint
+from losia_fx._compat import region_inputs
 
 log = logging.getLogger("losia_fx")
 
@@ -71,16 +71,34 @@ class PassPipeline:
         return PassResult(gm, modified)
 
 
-def checkpoint_body(gm: fx.GraphModule, node: fx.Node) -> tuple[str, fx.GraphModule] | None:
-    """Name and body of a checkpointed region's node: its args[1:] are the body's placeholders, one to one."""
-    if node.op != "call_function" or not is_checkpoint(node.target):
+@dataclass(frozen=True)
+class Region:
+    """A node that runs a nested GraphModule: a checkpointed region, or one compiled by itself."""
+
+    node: fx.Node
+    name: str
+    """Of the body, in the GraphModule around it."""
+    body: fx.GraphModule
+    inputs: int
+    """Where the inputs start in node.args; they match the body's placeholders one to one."""
+
+    def passed(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(placeholder of the body, node passed for it), for the inputs that are nodes."""
+        pairs = zip(placeholders(self.body), self.node.args[self.inputs :], strict=False)
+        return [(holder, outer) for holder, outer in pairs if isinstance(outer, fx.Node)]
+
+
+def region_of(gm: fx.GraphModule, node: fx.Node) -> Region | None:
+    """The region that ``node`` is, if it is one."""
+    inputs = region_inputs(node.target) if node.op == "call_function" else None
+    if inputs is None:
         return None
     holder = node.args[0]
     assert isinstance(holder, fx.Node)
     name = str(holder.target)
     body = gm.get_submodule(name)
     assert isinstance(body, fx.GraphModule)
-    return name, body
+    return Region(node, name, body, inputs)
 
 
 def graph_modules(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
@@ -106,8 +124,8 @@ def append_placeholders(graph: fx.Graph, names: Iterable[str]) -> list[fx.Node]:
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that may be edited, nested GraphModules included; parameters and buffers are shared.
 
-    Each checkpointed region gets a body of its own. Dynamo's compile id is left out of ``meta``: with it AOTAutograd
-    would ask every placeholder, those that we append too, for its source in the user's code.
+    Each region gets a body of its own, for its own weights' subnets. Dynamo's compile id is left out of ``meta``: with
+    it AOTAutograd would ask every placeholder, those that we append too, for its source in the user's code.
     """
     graph = fx.Graph()
     output = graph.output(graph.graph_copy(gm.graph, {}))
@@ -116,15 +134,15 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     copy.meta.update({key: value for key, value in gm.meta.items() if key != "dynamo_compile_id"})
     used: set[str] = set()
     for node in list(graph.nodes):
-        nested = checkpoint_body(copy, node)
-        if nested is None:
+        region = region_of(copy, node)
+        if region is None:
             continue
-        name, body = nested
-        own = name if name not in used else f"{name}_{node.name}"
+        own = region.name if region.name not in used else f"{region.name}_{node.name}"
         used.add(own)
-        copy.add_submodule(own, copy_graph_module(body))
-        if own != name:
+        copy.add_submodule(own, copy_graph_module(region.body))
+        if own != region.name:
             with graph.inserting_before(node):
-                node.args = (graph.get_attr(own), *node.args[1:])
+                # what identifies the body, where something does, must change with it
+                node.args = (graph.get_attr(own), *([own] * (region.inputs - 1)), *node.args[region.inputs :])
     copy.recompile()
     return copy

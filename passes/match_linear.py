@@ -1,90 +1,120 @@
-"""Analysis: which nodes use which parameter, and the plan that follows. Edits nothing."""
+"""Analysis: which nodes use which weight, in what form, and the plan that follows. Edits nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import fx
 
-from losia_fx.plan import LeftAlone, LinearSite, SubnetFacts, SubnetPlan, SubnetSlot
+from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetSlot, WholeSite
 
-from .base import checkpoint_body, placeholders
-
-
-@dataclass(frozen=True)
-class Use:
-    """A node that takes a graph's input directly."""
-
-    holder: str
-    """Name of the outermost graph's placeholder."""
-    node: str
-    body: tuple[str, ...]
-    linear: bool
-    """The input is the weight of this F.linear, and nothing else of it."""
-    target: str
+from .base import placeholders, region_of
+from .products import Product, find_products, use_of
 
 
-def linear_arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """x, weight and bias of an F.linear node, from args or kwargs."""
-    names = dict(zip(("input", "weight", "bias"), node.args, strict=False))
-    found = {**names, **node.kwargs}
-    x, weight, bias = found["input"], found["weight"], found.get("bias")
-    assert isinstance(x, fx.Node)
-    assert isinstance(weight, fx.Node)
-    assert bias is None or isinstance(bias, fx.Node)
-    return x, weight, bias
+@dataclass
+class Uses:
+    """What a graph does with one of its inputs, in the graph itself and in the bodies nested in it."""
+
+    products: list[tuple[tuple[str, ...], Product]] = field(default_factory=list)
+    """(body, product)"""
+    others: list[tuple[tuple[str, ...], fx.Node, list[fx.Node]]] = field(default_factory=list)
+    """(body, placeholder there, its users that are no product and lead to none)"""
+
+    @property
+    def only_products(self) -> bool:
+        return bool(self.products) and not self.others
+
+    @property
+    def names(self) -> set[str]:
+        """What is done with the input, in a word each."""
+        others = {use_of(user) for _, _, users in self.others for user in users}
+        return others | {product.use for _, product in self.products}
 
 
-def is_linear(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is F.linear
+def find_uses(gm: fx.GraphModule, dims: Mapping[str, int]) -> dict[str, Uses]:
+    """What the graph does with the inputs that ``dims`` names, by placeholder; dims: dimensions of each weight."""
+    holders = {node.name: node for node in placeholders(gm)}
+    return {name: _uses(gm, (), holders[name], count) for name, count in dims.items()}
 
 
-def find_uses(gm: fx.GraphModule) -> list[Use]:
-    """Every use of every input of the graph, those inside checkpointed bodies included, in graph order."""
-    return _uses(gm, (), {node: node.name for node in placeholders(gm)})
-
-
-def _uses(gm: fx.GraphModule, body: tuple[str, ...], origin: Mapping[fx.Node, str]) -> list[Use]:
-    found = []
-    for node in gm.graph.nodes:
-        nested = checkpoint_body(gm, node)
-        if nested is not None:
-            name, child = nested
-            passed = zip(placeholders(child), node.args[1:], strict=False)
-            inner = {holder: origin[outer] for holder, outer in passed if outer in origin}
-            found += _uses(child, (*body, name), inner)
-            continue
-        for used in node.all_input_nodes:
-            if used in origin and node.op != "placeholder":
-                linear = is_linear(node) and [arg is used for arg in linear_arguments(node)] == [False, True, False]
-                found.append(Use(origin[used], node.name, body, linear, _name_of(node)))
+def _uses(gm: fx.GraphModule, body: tuple[str, ...], holder: fx.Node, dims: int) -> Uses:
+    found = Uses()
+    products, others = find_products(holder, dims)
+    found.products += [(body, product) for product in products]
+    left = []
+    for user in others:
+        region = region_of(gm, user)
+        if region is not None:
+            for inner in [inside for inside, outer in region.passed() if outer is holder]:
+                nested = _uses(region.body, (*body, region.name), inner, dims)
+                found.products += nested.products
+                found.others += nested.others
+        elif user.op != "output":  # what is handed out keeps its identity: later graphs find its subnet by that
+            left.append(user)
+    if left:
+        found.others.append((body, holder, left))
     return found
 
 
-def _name_of(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
-def plan_subnets(gm: fx.GraphModule, uses: Sequence[Use], facts: Mapping[str, SubnetFacts]) -> SubnetPlan:
+def plan_subnets(gm: fx.GraphModule, facts: Mapping[str, SubnetFacts]) -> SubnetPlan:
     """The plan for the weights that ``facts`` names by placeholder.
 
-    A weight that is also used otherwise is left alone altogether: its subnet would see only a part of its gradient.
+    Products are rewritten as such. Whatever else is done with a weight, and a product that another weight has taken
+    (of two weights multiplied with each other), gets the full gradient cut down to the subnet.
     """
+    uses = find_uses(gm, {name: fact.dims for name, fact in facts.items()})
     position = {node.name: index for index, node in enumerate(placeholders(gm))}
     slots: list[SubnetSlot] = []
-    sites: list[LinearSite] = []
-    left: list[LeftAlone] = []
+    sites: list[ProductSite] = []
+    whole: list[WholeSite] = []
+    taken: set[fx.Node] = set()
+    calls = iter(range(10**9))
     for holder, fact in facts.items():
-        mine = [use for use in uses if use.holder == holder]
-        others = [use for use in mine if not use.linear]
-        if others:
-            left += [LeftAlone(fact.fqn, use.node, f"used by {use.target}, which no pass rewrites") for use in others]
+        mine = uses[holder]
+        if not mine.products and not mine.others:
             continue
-        if not mine:
-            continue
-        slots.append(SubnetSlot(len(slots), holder, position[holder], fact))
-        for use in mine:
-            sites.append(LinearSite(use.node, use.body, slots[-1].index, len(sites)))
-    return SubnetPlan(tuple(slots), tuple(sites), tuple(left))
+        slot = SubnetSlot(len(slots), holder, position[holder], fact)
+        slots.append(slot)
+        fitting, unfit = _sort(mine.products, fact, taken)
+        for body, product in fitting:
+            sites.append(ProductSite(product.node.name, body, slot.index, next(calls), product.use))
+        whole += _whole_sites([*mine.others, *unfit], slot, calls)
+    return SubnetPlan(tuple(slots), tuple(sites), tuple(whole))
+
+
+Other = tuple[tuple[str, ...], fx.Node, list[fx.Node]]
+
+
+def _sort(
+    products: Iterable[tuple[tuple[str, ...], Product]], fact: SubnetFacts, taken: set[fx.Node]
+) -> tuple[list[tuple[tuple[str, ...], Product]], list[Other]]:
+    """The products to rewrite, taken from now on; and the users of the placeholder behind which one cannot be.
+
+    That is one taken already, or one whose input comes from the weight by the same way.
+    """
+    branches: dict[tuple[tuple[str, ...], fx.Node], list[Product]] = {}
+    for body, product in products:
+        branches.setdefault((body, product.branch), []).append(product)
+    fitting: list[tuple[tuple[str, ...], Product]] = []
+    unfit: list[Other] = []
+    for (body, branch), behind in branches.items():
+        nodes = {product.node for product in behind}
+        alone = len(nodes) == len(behind) and not nodes & taken
+        if alone and not any(fact.whole_cols and product.transposed for product in behind):
+            fitting += [(body, product) for product in behind]
+            taken |= nodes
+        else:
+            unfit.append((body, behind[0].holder, [branch]))
+    return fitting, unfit
+
+
+def _whole_sites(others: Iterable[Other], slot: SubnetSlot, calls: Iterator[int]) -> Iterator[WholeSite]:
+    joined: dict[tuple[tuple[str, ...], fx.Node], list[fx.Node]] = {}
+    for body, holder, users in others:
+        joined.setdefault((body, holder), []).extend(users)
+    for (body, holder), users in joined.items():
+        names = tuple(dict.fromkeys(user.name for user in users))
+        said = ", ".join(sorted({use_of(user) for user in users}))
+        yield WholeSite(holder.name, names, body, slot.index, next(calls), said)

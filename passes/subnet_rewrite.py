@@ -1,39 +1,37 @@
-"""linear -> losia.subnet_linear: the same value, the gradient to S instead of W."""
+"""Products of a weight -> losia.subnet_*: the same value, the gradient to S instead of W."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
-from losia_fx.ops import subnet_linear
-from losia_fx.plan import LinearSite, SubnetPlan, SubnetSlot
+from losia_fx.expert_ops import subnet_batched, subnet_grouped
+from losia_fx.ops import subnet_linear, subnet_weight
+from losia_fx.plan import SubnetPlan, SubnetSlot, WholeSite
 
-from .base import GraphPass, append_placeholders, checkpoint_body
-from .match_linear import is_linear, linear_arguments
+from .base import GraphPass, append_placeholders, placeholders, region_of
+from .products import Permutation, Product, find_products, renewed
 
 Inputs = dict[int, tuple[fx.Node, ...]]
+"""The placeholders of each slot's state in one body."""
+Edit = Callable[[fx.GraphModule, tuple[str, ...], Inputs], None]
+"""Edits one body, given its place and the state's placeholders there."""
 
-SITE = "losia_site"
-"""Key in a node's meta: the name that the plan knows it by, for the passes after the one that replaced it."""
+CALL, PRODUCT = "losia_call", "losia_product"
+"""Keys in a rewritten node's meta: the number of its site in the plan, and the product that it was."""
 
 
 def thread_inputs(
-    gm: fx.GraphModule,
-    plan: SubnetPlan,
-    names: Callable[[SubnetSlot], Iterable[str]],
-    edit: Callable[[fx.Graph, fx.Node, LinearSite, Inputs], None],
-) -> int:
-    """Gives the graph new placeholders for every slot, hands them on to the bodies that need them, and edits each site.
-
-    Returns the number of sites.
-    """
-    inputs = {slot.index: tuple(append_placeholders(gm.graph, names(slot))) for slot in plan.slots}
-    _thread(gm, (), plan, names, edit, inputs)
-    return len(plan.sites)
+    gm: fx.GraphModule, plan: SubnetPlan, names: Callable[[SubnetSlot], Iterable[str]], edit: Edit
+) -> None:
+    """Gives the graph new placeholders for every slot, hands them on to the bodies that need them, and edits each."""
+    _thread(gm, (), plan, names, edit, [slot.index for slot in plan.slots])
 
 
 def _thread(
@@ -41,72 +39,169 @@ def _thread(
     body: tuple[str, ...],
     plan: SubnetPlan,
     names: Callable[[SubnetSlot], Iterable[str]],
-    edit: Callable[[fx.Graph, fx.Node, LinearSite, Inputs], None],
-    inputs: Inputs,
+    edit: Edit,
+    slots: list[int],
 ) -> None:
-    sites = {site.node: site for site in plan.sites_in(body)}
+    inputs = {slot: tuple(append_placeholders(gm.graph, names(plan.slots[slot]))) for slot in slots}
     for node in list(gm.graph.nodes):
-        site = sites.get(node.meta.get(SITE, node.name))
-        if site is not None:
-            edit(gm.graph, node, site, inputs)
-        nested = checkpoint_body(gm, node)
-        if nested is None:
+        region = region_of(gm, node)
+        if region is None:
             continue
-        inner = (*body, nested[0])
-        used = sorted({site.slot for site in plan.sites if site.body[: len(inner)] == inner})
-        if not used:
-            continue
-        child = nested[1]
-        own = {slot: tuple(append_placeholders(child.graph, names(plan.slots[slot]))) for slot in used}
-        node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
-        _thread(child, inner, plan, names, edit, own)
+        inner = (*body, region.name)
+        used = plan.slots_within(inner)
+        if used:
+            node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
+            _thread(region.body, inner, plan, names, edit, used)
+            _outputs_may_learn(region.body)
+    edit(gm, body, inputs)
+
+
+def _outputs_may_learn(body: fx.GraphModule) -> None:
+    """Forgets which outputs of a region asked for no gradient: with frozen weights none did, with a subnet they do.
+
+    torch.compiler.nested_compile_region goes by that.
+    """
+    for node in body.graph.output_node().all_input_nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+            del node.meta["example_value"]
 
 
 @dataclass(frozen=True)
 class SubnetRewrite(GraphPass):
-    """linear(x, W, b) -> losia.subnet_linear(x, W, S, rows, cols, b).
+    """linear(x, W, b) -> losia.subnet_linear(x, W, S, rows, cols, b), and so on for every product of a planned weight;
+    whatever else takes W takes losia.subnet_weight(W, S, rows, cols) instead.
 
     Appends placeholders for S, rows and cols a slot, behind the last one, in plan order.
-    Raises PassPreconditionError where a planned node is no linear of this graph.
+    Raises PassPreconditionError where a planned node is no product of its weight in this graph.
     """
 
     name: ClassVar[str] = "subnet-rewrite"
     plan: SubnetPlan
 
     def requires(self, gm: fx.GraphModule) -> None:
+        found = self._products(gm)
         for site in self.plan.sites:
-            graph = _body(gm, site.body).graph
-            if not any(node.name == site.node and is_linear(node) for node in graph.nodes):
+            if site.call not in found:
                 fqn = self.plan.slots[site.slot].facts.fqn
-                raise PassPreconditionError(f"{self.name}: {fqn}: node {site.node!r} is no linear of this graph")
+                raise PassPreconditionError(f"{self.name}: {fqn}: node {site.node!r} is no product of it in this graph")
+        for whole in self.plan.whole:
+            names = {node.name for node in _body(gm, whole.body).graph.nodes}
+            missing = [name for name in (whole.holder, *whole.users) if name not in names]
+            if missing:
+                fqn = self.plan.slots[whole.slot].facts.fqn
+                raise PassPreconditionError(f"{self.name}: {fqn}: this graph has no node {missing[0]!r} that uses it")
 
     def apply(self, gm: fx.GraphModule) -> int:
-        return thread_inputs(gm, self.plan, lambda slot: slot.input_names, self._rewrite)
+        found = self._products(gm)
+
+        def edit(part: fx.GraphModule, body: tuple[str, ...], inputs: Inputs) -> None:
+            for whole in self.plan.whole:
+                if whole.body == body:
+                    _take_whole(part.graph, whole, inputs[whole.slot])
+            for site in self.plan.sites:
+                if site.body == body:
+                    _rewrite(part.graph, renewed(found[site.call]), site.call, inputs[site.slot])
+
+        thread_inputs(gm, self.plan, lambda slot: slot.input_names, edit)
+        return len(self.plan.sites) + len(self.plan.whole)
+
+    def _holders(self, gm: fx.GraphModule) -> dict[tuple[tuple[str, ...], int], list[str]]:
+        """(body, slot) -> names of the placeholders that stand for the slot's weight there."""
+        found: dict[tuple[tuple[str, ...], int], list[str]] = {}
+        for slot in self.plan.slots:
+            todo: list[tuple[tuple[str, ...], fx.GraphModule, fx.Node]]
+            todo = [((), gm, node) for node in placeholders(gm) if node.name == slot.weight]
+            while todo:
+                body, part, holder = todo.pop()
+                found.setdefault((body, slot.index), []).append(holder.name)
+                for region in filter(None, (region_of(part, user) for user in holder.users)):
+                    inside = (*body, region.name)
+                    todo += [(inside, region.body, inner) for inner, outer in region.passed() if outer is holder]
+        return found
+
+    def _products(self, gm: fx.GraphModule) -> dict[int, Product]:
+        """The planned products that are in the graph, by the call of their site."""
+        holders = self._holders(gm)
+        whole = {(site.body, site.slot, user) for site in self.plan.whole for user in site.users}
+        found: dict[int, Product] = {}
+        for site in self.plan.sites:
+            names = holders.get((site.body, site.slot), [])
+            for holder in _body(gm, site.body).graph.find_nodes(op="placeholder"):
+                if holder.name in names:
+                    products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
+                    # of a weight multiplied with itself there are two for one node
+                    mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
+                    found |= {site.call: product for product in mine if product.node.name == site.node}
+        return found
 
     def ensures(self, gm: fx.GraphModule) -> None:
-        for body in {site.body for site in self.plan.sites}:
-            count = len(_body(gm, body).graph.find_nodes(op="call_function", target=subnet_linear))
-            if count != len(self.plan.sites_in(body)):
+        for body in {site.body for site in self.plan.places}:
+            done = sum(CALL in node.meta for node in _body(gm, body).graph.nodes)
+            planned = sum(site.body == body for site in self.plan.places)
+            if done != planned:
                 raise PassPostconditionError(
-                    f"{self.name}: {count} rewritten nodes in {'.'.join(body) or 'the graph'}, "
-                    f"{len(self.plan.sites_in(body))} planned"
+                    f"{self.name}: {done} rewritten nodes in {'.'.join(body) or 'the graph'}, {planned} planned"
                 )
 
-    @staticmethod
-    def _rewrite(graph: fx.Graph, node: fx.Node, site: LinearSite, inputs: Inputs) -> None:
-        x, weight, bias = linear_arguments(node)
-        values, rows, *cols = inputs[site.slot]
-        with graph.inserting_before(node):
-            new = graph.call_function(subnet_linear, (x, weight, values, rows, cols[0] if cols else None, bias))
-        # Same value, same meta: example_value, stack_trace and nn_module_stack stay true.
-        new.meta = {**node.meta, SITE: site.node}
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+
+def _take_whole(graph: fx.Graph, site: WholeSite, state: tuple[fx.Node, ...]) -> None:
+    """The users get the weight by losia.subnet_weight."""
+    nodes = {node.name: node for node in graph.nodes}
+    weight = nodes[site.holder]
+    values, rows, *cols = state
+    with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+        whole = graph.call_function(subnet_weight, (weight, values, rows, cols[0] if cols else None))
+    whole.meta = {**weight.meta, CALL: site.call}
+    for user in site.users:
+        nodes[user].replace_input_with(weight, whole)
+
+
+def _rewrite(graph: fx.Graph, product: Product, call: int, state: tuple[fx.Node, ...]) -> None:
+    node = product.node
+    with graph.inserting_before(node):
+        values, rows, cols = _oriented(graph, product, state)
+        weight = _swapped(graph, product.view.node) if product.flipped else product.view.node
+        x = _permuted(graph, product.x, product.before)
+        if product.form == "linear":
+            new = graph.call_function(subnet_linear, (x, weight, values, rows, cols, product.bias))
+        elif product.form == "grouped":
+            new = graph.call_function(subnet_grouped, (x, weight, values, rows, cols, product.offsets))
+        else:
+            new = graph.call_function(subnet_batched, (x, weight, values, rows, cols))
+        result = _permuted(graph, new, product.after)
+    # Same value, same meta: example_value, stack_trace and nn_module_stack stay true.
+    result.meta = dict(node.meta)
+    kept = node.meta if result is new else {key: node.meta[key] for key in node.meta if key != "example_value"}
+    new.meta = {**kept, CALL: call, PRODUCT: product}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _oriented(graph: fx.Graph, product: Product, state: tuple[fx.Node, ...]) -> list[fx.Node | None]:
+    """S, rows and cols as the normal form wants them: of the chosen experts, and transposed where the weight is."""
+    parts: list[fx.Node | None] = [*state, *([None] * (3 - len(state)))]
+    expert = product.view.expert
+    if expert is not None:
+        parts = [part and graph.call_function(operator.getitem, (part, expert)) for part in parts]
+    values, rows, cols = parts
+    if not product.transposed:
+        return [values, rows, cols]
+    assert values is not None
+    return [_swapped(graph, values), cols, rows]
+
+
+def _swapped(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return graph.call_method("transpose", (node, -2, -1))
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, order: Permutation | None) -> fx.Node:
+    return node if order is None else graph.call_method("permute", (node, order))
 
 
 def _body(gm: fx.GraphModule, path: tuple[str, ...]) -> fx.GraphModule:
+    child: Any = gm
     for name in path:
-        child = gm.get_submodule(name)
-        assert isinstance(child, fx.GraphModule)
-        gm = child
-    return gm
+        child = child.get_submodule(name)
+    assert isinstance(child, fx.GraphModule)
+    return child

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from losia_fx.passes.base import graph_modules
 from torch import Tensor, fx, nn
 
-from losia_fx.passes import find_uses, plan_subnets
+from losia_fx.passes import plan_subnets
 from losia_fx.plan import SubnetFacts, SubnetPlan
 
 INTO, OUT = 8, 6
@@ -28,7 +28,7 @@ def trace(function: Callable[..., Any]) -> fx.GraphModule:
 
 
 def plan_of(gm: fx.GraphModule, weights: Mapping[str, SubnetFacts]) -> SubnetPlan:
-    return plan_subnets(gm, find_uses(gm), weights)
+    return plan_subnets(gm, weights)
 
 
 def text(gm: fx.GraphModule) -> str:
@@ -79,6 +79,10 @@ def two_weights(x: Tensor, up: Tensor, down: Tensor, b: Tensor) -> Tensor:
 
 def no_linear(x: Tensor, w: Tensor) -> Tensor:
     return torch.relu(x * w)
+
+
+def unused(x: Tensor, w: Tensor) -> Tensor:
+    return torch.relu(x)
 
 
 def checkpointed(regions: int = 2, share_body: bool = False) -> fx.GraphModule:

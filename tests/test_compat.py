@@ -74,7 +74,7 @@ def test_inner_compiler(name: str) -> None:
         torch.testing.assert_close(result[0] if isinstance(result, tuple) else result, 2 * torch.ones(2))
 
 
-def test_is_checkpoint() -> None:
+def test_region_inputs_of_a_checkpoint() -> None:
     targets: list[Any] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -85,8 +85,59 @@ def test_is_checkpoint() -> None:
         return checkpoint(torch.sin, x, use_reentrant=False)
 
     torch.compile(step, backend=backend, fullgraph=True)(torch.ones(2, requires_grad=True))
-    assert any(_compat.is_checkpoint(target) for target in targets)
-    assert not _compat.is_checkpoint(torch.relu)
+    assert 1 in [_compat.region_inputs(target) for target in targets]
+    assert _compat.region_inputs(torch.relu) is None
+
+
+def test_region_inputs_of_a_region_compiled_by_itself() -> None:
+    nodes: list[torch.fx.Node] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes.extend(gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
+        return _compat.inner_compiler("aot_eager")(gm, inputs)
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+    torch.compile(lambda x: region(region(x)), backend=backend, fullgraph=True)(torch.ones(2))
+    node, _ = nodes
+    assert _compat.region_inputs(node.target) == 2
+    assert isinstance(node.args[1], str)  # what identifies the body, before the inputs
+
+
+def test_grouped_products_are_what_dynamo_writes() -> None:
+    targets: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(node.target for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    x, w = torch.randn(16, 32, dtype=torch.bfloat16), torch.randn(2, 32, 16, dtype=torch.bfloat16)
+    ends = torch.tensor([8, 16], dtype=torch.int32)
+    torch.compile(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends), backend=backend)()
+    assert targets
+    assert set(targets) <= _compat.grouped_products()
+
+
+def test_no_view_can_be_changed_in_place_where_a_compiler_makes_a_view() -> None:
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            return _compat.no_view(torch.nn.functional.linear(x, w))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return torch.ones(4, 5, 7), None
+
+    def changed(x: Tensor, w: Tensor) -> Tensor:
+        return Linear.apply(x.mT, w).add_(1.0)  # type: ignore[no-any-return]
+
+    x, w = torch.randn(4, 7, 5, requires_grad=True), torch.randn(10, 7)
+    y = torch.compile(changed, backend="aot_eager")(x, w)
+    torch.testing.assert_close(y, x.mT @ w.t() + 1.0)
+    assert torch.equal(_compat.no_view(w), w)
+    assert _compat.no_view(w).data_ptr() == w.data_ptr()
 
 
 def test_plain_call_runs_hooks_and_nothing_compiled() -> None:
@@ -166,11 +217,13 @@ def test_keep_saved_tensors_lets_a_compiled_backward_run_twice() -> None:
             return _compat.inner_compiler("aot_eager")(gm, inputs)
 
     before = torch._functorch.config.donated_buffer
+    compiled = torch.compile(lambda x: torch.exp(torch.sin(x)).sum(), backend=backend)
     x = torch.randn(3, requires_grad=True)
-    y = torch.compile(lambda x: torch.exp(torch.sin(x)).sum(), backend=backend)(x)
+    compiled(x).backward()  # the first backward, the one that compiles, is an ordinary one
+    first, x.grad = x.grad, None
+    assert first is not None
+    y = compiled(x)
     y.backward(retain_graph=True)
-    assert x.grad is not None
-    first = x.grad.clone()
     y.backward()
     torch.testing.assert_close(x.grad, 2 * first)
     assert torch._functorch.config.donated_buffer == before

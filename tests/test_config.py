@@ -28,6 +28,7 @@ DEFAULTS = {
     "trainable": (),
     "seed": 0,
     "compiler": "inductor",
+    "train_tied_head": False,
 }
 
 
@@ -49,6 +50,7 @@ WRONG: dict[str, list[Any]] = {
     "beta1": [-0.1, 1, 1.0, math.nan, "0.85", None, True],
     "beta2": [-0.1, 1, 1.0, math.nan, "0.85", None, True],
     "rewarm": [0, 1, None, "yes", 2],
+    "train_tied_head": [0, None, "no"],
     "target": [("",), (1,), ("a", None)],
     "exclude": [None, ("",), (1,)],
     "trainable": [None, ("",), (b"a",)],

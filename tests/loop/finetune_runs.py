@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -43,3 +44,10 @@ def assert_same_outcome(one: Path, other: Path) -> None:
     assert weights.keys() == others.keys()
     for name, value in weights.items():
         assert torch.equal(value, others[name]), name
+    first, second = (read_delta(out / "delta" / "delta.safetensors") for out in (one, other))
+    assert first == second  # both tell the difference to the first base, not to a checkpoint
+
+
+def read_delta(path: Path) -> tuple[str, dict[str, list[Any]]]:
+    with safe_open(path, "pt") as opened:
+        return opened.metadata()["delta"], {name: opened.get_tensor(name).tolist() for name in sorted(opened.keys())}

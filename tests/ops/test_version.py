@@ -1,4 +1,4 @@
-"""The op's body and its version move together."""
+"""The ops' bodies and their version move together."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ import inspect
 
 import torch
 
-from losia_fx import ops
+from losia_fx import expert_ops, library, ops, subnet
 
 BODIES = {
-    "v1": "a6c429bc69b49359f6c0757909e052734f902103ed2c111ccb2d98f21ce35346",
+    "v1": "6fb44b75615f1539269240fc6d05054a7fa4483a4c535dfbd9f88f223e6f1d17",
+    "v2": "bcab9f4db2ef0933f73e7d4051a28e2d4dfacc0bbc13dfcfbd58ae25a0b06eb9",
 }
-"""Version -> sha256 of the source of _SubnetLinear and _subnet_linear. Add a line; never change one."""
+"""Version -> sha256 of the sources of all bodies. Add a line; never change one."""
+
+OPS = {
+    "subnet_linear": ops.subnet_linear,
+    "subnet_weight": ops.subnet_weight,
+    "subnet_grouped": expert_ops.subnet_grouped,
+    "subnet_batched": expert_ops.subnet_batched,
+}
 
 
-def body() -> str:
-    source = inspect.getsource(ops._SubnetLinear) + inspect.getsource(ops._subnet_linear)
-    return hashlib.sha256(source.encode()).hexdigest()
+def bodies() -> str:
+    parts = [
+        *(ops.autocasted, ops._SubnetLinear, ops._subnet_linear, ops._SubnetWeight, ops._subnet_weight, subnet.gather),
+        *(expert_ops._SubnetGrouped, expert_ops._subnet_grouped, expert_ops._grouped_product),
+        *(expert_ops._SubnetBatched, expert_ops._subnet_batched),
+    ]
+    return hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode()).hexdigest()
 
 
 def test_a_changed_body_has_a_new_version() -> None:
-    assert BODIES.get(ops.VERSION) == body(), (
-        f"the body of losia::subnet_linear is not that of version {ops.VERSION!r}. The compilers' disk caches know the "
-        "op by name and not by body: a process that finds an old entry would run the OLD gradients. Set ops.VERSION to "
-        f"a new name and add it here with {body()!r}"
+    assert BODIES.get(library.VERSION) == bodies(), (
+        f"the bodies of the ops are not those of version {library.VERSION!r}. The compilers' disk caches know an op by "
+        "its name and not by its body: a process that finds an old entry would run the OLD gradients. Set "
+        f"library.VERSION to a new name and add it here with {bodies()!r}"
     )
 
 
 def test_the_overload_is_the_version() -> None:
-    assert ops.subnet_linear is getattr(torch.ops.losia.subnet_linear, ops.VERSION)
-    assert ops.subnet_linear.name() == f"losia::subnet_linear.{ops.VERSION}"
-    assert torch.ops.losia.subnet_linear.overloads() == [ops.VERSION]
+    for name, op in OPS.items():
+        packet = getattr(torch.ops.losia, name)
+        assert op is getattr(packet, library.VERSION)
+        assert op.name() == f"losia::{name}.{library.VERSION}"
+        assert packet.overloads() == [library.VERSION]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import fx
 
-from losia_fx.ops import PROFILES, subnet_linear, tap
+from losia_fx.ops import subnet_linear
 from losia_fx.passes import InsertLocalization, SubnetRewrite, copy_graph_module
 from losia_fx.plan import SubnetPlan
+from losia_fx.taps import PROFILES, tap
 from tests import graphs
 from tests.graphs import INTO
 
@@ -73,7 +74,7 @@ def test_meta_is_kept() -> None:
 
 
 def test_no_site_is_no_change() -> None:
-    gm = graphs.trace(graphs.no_linear)
+    gm = graphs.trace(graphs.unused)
     plan = graphs.plan_of(gm, {"w": graphs.facts("w")})
     before = graphs.text(gm)
     assert not InsertLocalization(plan)(gm).modified
@@ -93,8 +94,12 @@ class Gatherer:
     def __init__(self) -> None:
         self.grad = torch.zeros(INTO, INTO)
 
-    def accumulate(self, grad_y: torch.Tensor, x: torch.Tensor) -> None:
-        self.grad += grad_y.t() @ x
+    def begin_use(self) -> None:
+        pass
+
+    def accumulate(self, grad: torch.Tensor, expert: int | None) -> None:
+        assert expert is None
+        self.grad += grad
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -10,42 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losia_fx.passes import Use, find_uses
-from losia_fx.plan import LeftAlone
+from losia_fx.passes import find_uses
+from losia_fx.plan import SubnetPlan
 from tests import graphs
 
 
-def linears(uses: list[Use]) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(use.holder, use.node, use.body) for use in uses if use.linear]
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (graphs.plain, [("w", "linear", ())]),
-        (graphs.without_bias, [("w", "linear", ())]),
-        (graphs.by_keywords, [("w", "linear", ())]),
-        (graphs.some_keywords, [("w", "linear", ())]),
-        (graphs.used_twice, [("w", "linear", ()), ("w", "linear_1", ())]),
-        (graphs.used_otherwise, [("w", "linear", ())]),
-        (graphs.two_weights, [("up", "linear", ()), ("down", "linear_1", ())]),
-        (graphs.no_linear, []),
-    ],
-)
-def test_uses(function: Callable[..., Any], expected: list[tuple[str, str, tuple[str, ...]]]) -> None:
-    assert linears(find_uses(graphs.trace(function))) == expected
-
-
-def test_every_other_use_is_said_too() -> None:
-    uses = find_uses(graphs.trace(graphs.used_otherwise))
-    (other,) = [use for use in uses if use.holder == "w" and not use.linear]
-    assert other.node == "sum_1"
-    assert other.target == "sum"
-
-
-def test_an_input_and_a_bias_are_no_weights() -> None:
-    uses = find_uses(graphs.trace(graphs.plain))
-    assert {(use.holder, use.linear) for use in uses} == {("x", False), ("w", True), ("b", False)}
+def places(plan: SubnetPlan) -> tuple[list[tuple[str, str]], list[tuple[tuple[str, ...], str]]]:
+    """(node, use) of the products, (users, use) of what takes a weight whole."""
+    return [(site.node, site.use) for site in plan.sites], [(site.users, site.use) for site in plan.whole]
 
 
 def weight_as_input(x: Tensor, w: Tensor) -> Tensor:
@@ -64,22 +36,6 @@ def weight_as_input_by_keyword(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(input=w, weight=w)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        weight_as_input,
-        weight_as_bias,
-        weight_as_bias_by_keyword,
-        weight_as_input_by_keyword,
-    ],
-)
-def test_a_weight_that_is_something_else_of_its_linear_too_is_left_alone(function: Callable[..., Any]) -> None:
-    gm = graphs.trace(function)
-    plan = graphs.plan_of(gm, {"w": graphs.facts("w")})
-    assert not plan.sites
-    assert [left.fqn for left in plan.left] == ["w"]
-
-
 def returned(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(x, w), w
 
@@ -88,20 +44,57 @@ def in_a_list(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w) + torch.cat([w, w])[:, :1].sum()
 
 
-def by_method(x: Tensor, w: Tensor) -> Tensor:
-    return F.linear(x, w) @ w.t().t()
+def view_used_twice(x: Tensor, w: Tensor) -> Tensor:
+    t = w.t()
+    return x @ t + t.sum()
 
 
-@pytest.mark.parametrize("function", [graphs.used_otherwise, in_a_list, by_method, returned])
-def test_a_weight_used_by_something_else_too_is_left_alone_with_a_reason(function: Callable[..., Any]) -> None:
-    gm = graphs.trace(function)
-    plan = graphs.plan_of(gm, {"w": graphs.facts("model.w")})
-    assert plan.slots == plan.sites == ()
-    (left,) = plan.left
-    assert isinstance(left, LeftAlone)
-    assert left.fqn == "model.w"
-    assert left.node in {node.name for node in gm.graph.nodes}
-    assert left.reason
+@pytest.mark.parametrize(
+    ("function", "products", "whole"),
+    [
+        (graphs.plain, [("linear", "linear")], []),
+        (graphs.without_bias, [("linear", "linear")], []),
+        (graphs.by_keywords, [("linear", "linear")], []),
+        (graphs.some_keywords, [("linear", "linear")], []),
+        (graphs.used_twice, [("linear", "linear"), ("linear_1", "linear")], []),
+        (graphs.used_otherwise, [("linear", "linear")], [(("sum_1",), "sum")]),
+        (graphs.no_linear, [], [(("mul",), "mul")]),
+        (graphs.unused, [], []),
+        (weight_as_input, [], [(("linear",), "linear")]),
+        (weight_as_bias, [], [(("linear",), "linear")]),
+        (weight_as_bias_by_keyword, [], [(("linear",), "linear")]),
+        (weight_as_input_by_keyword, [], [(("linear",), "linear")]),
+        (in_a_list, [("linear", "linear")], [(("cat",), "cat")]),
+        (view_used_twice, [], [(("t",), "t")]),  # both behind one view: it is taken whole
+        (returned, [("linear", "linear")], []),  # what is handed out keeps its identity
+    ],
+)
+def test_plan(function: Callable[..., Any], products: list[Any], whole: list[Any]) -> None:
+    assert places(graphs.plan_of(graphs.trace(function), {"w": graphs.facts("w")})) == (products, whole)
+
+
+@pytest.mark.parametrize(
+    ("function", "only"),
+    [(graphs.plain, True), (graphs.used_otherwise, False), (graphs.no_linear, False), (graphs.unused, False)],
+)
+def test_only_products(function: Callable[..., Any], only: bool) -> None:
+    uses = find_uses(graphs.trace(function), {"w": 2})
+    assert uses["w"].only_products == only
+
+
+def test_a_product_of_two_weights_is_rewritten_for_one_of_them() -> None:
+    def product(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return F.linear(x, torch.matmul(w, v.t()))
+
+    gm = graphs.trace(product)
+    gm.graph.find_nodes(op="call_function", target=torch.matmul)[0].meta["example_value"] = torch.empty(6, 6)
+    for holder in gm.graph.find_nodes(op="placeholder"):
+        holder.meta["example_value"] = torch.empty(6, 8)
+    for node in gm.graph.find_nodes(op="call_method", target="t"):
+        node.meta["example_value"] = torch.empty(8, 6)
+    plan = graphs.plan_of(gm, {"w": graphs.facts("w"), "v": graphs.facts("v")})
+    assert places(plan) == ([("matmul", "matmul")], [(("t",), "t")])
+    assert [plan.slots[site.slot].weight for site in plan.places] == ["w", "v"]
 
 
 def test_weights_without_facts_are_not_planned() -> None:
@@ -109,15 +102,12 @@ def test_weights_without_facts_are_not_planned() -> None:
     plan = graphs.plan_of(gm, {"down": graphs.facts("down")})
     assert [(site.node, site.slot) for site in plan.sites] == [("linear_1", 0)]
     assert [(slot.weight, slot.position) for slot in plan.slots] == [("down", 2)]
-    assert plan.left == ()
+    assert plan.whole == ()
 
 
 def test_a_weight_without_a_use_gets_no_slot() -> None:
-    def unused(x: Tensor, w: Tensor) -> Tensor:
-        return torch.relu(x)
-
-    plan = graphs.plan_of(graphs.trace(unused), {"w": graphs.facts("w")})
-    assert plan.slots == plan.sites == plan.left == ()
+    plan = graphs.plan_of(graphs.trace(graphs.unused), {"w": graphs.facts("w")})
+    assert plan.slots == plan.sites == plan.whole == ()
 
 
 def test_a_weight_used_twice_is_one_slot_with_two_calls() -> None:
@@ -142,10 +132,11 @@ def test_names_of_placeholders_are_ours() -> None:
 @pytest.mark.parametrize("share_body", [False, True])
 def test_linears_in_checkpointed_bodies(share_body: bool) -> None:
     gm = graphs.checkpointed(share_body=share_body)
-    uses = find_uses(gm)
     bodies = [("body_0",), ("body_0",) if share_body else ("body_1",)]
-    assert linears(uses) == [("w_0", "linear", bodies[0]), ("w_1", "linear", bodies[1])]
-    assert {use.holder for use in uses} == {"x", "w_0", "b_0", "w_1", "b_1"}
+    uses = find_uses(gm, {"w_0": 2, "w_1": 2})
+    found = {name: [(body, product.node.name) for body, product in use.products] for name, use in uses.items()}
+    assert found == {"w_0": [(bodies[0], "linear")], "w_1": [(bodies[1], "linear")]}
+    assert all(use.only_products for use in uses.values())
 
 
 def test_analysis_edits_nothing() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from losia_fx import PassPostconditionError, PassPreconditionError
 from losia_fx.ops import subnet_linear
-from losia_fx.passes import SubnetRewrite, copy_graph_module
+from losia_fx.passes import SubnetRewrite, copy_graph_module, subnet_rewrite
 from losia_fx.plan import SubnetPlan
 from tests import graphs
 from tests.graphs import INTO, OUT
@@ -108,9 +108,7 @@ def test_checkpointed_bodies_compute_the_same(share_body: bool) -> None:
     dense = {key: value.grad for key, value in inputs.items()}
     weights = {f"w_{i}": graphs.facts(f"w_{i}", size, size) for i in range(2)}
     copy = copy_graph_module(gm)
-    from losia_fx.passes import find_uses, plan_subnets
-
-    plan = plan_subnets(copy, find_uses(copy), weights)
+    plan = graphs.plan_of(copy, weights)
     rewritten = SubnetRewrite(plan)(copy).graph_module
     state = graphs.State(inputs, plan)
     rows, cols = torch.tensor(graphs.ROWS), torch.tensor(graphs.COLS)
@@ -127,8 +125,8 @@ def test_checkpointed_bodies_compute_the_same(share_body: bool) -> None:
         assert inputs[key].grad is None
 
 
-def test_no_site_is_no_change() -> None:
-    gm = graphs.trace(graphs.no_linear)
+def test_no_use_is_no_change() -> None:
+    gm = graphs.trace(graphs.unused)
     before = graphs.text(gm)
     result = SubnetRewrite(graphs.plan_of(gm, {"w": graphs.facts("w")}))(gm)
     assert not result.modified
@@ -200,6 +198,6 @@ def test_requires_a_linear(node: str) -> None:
 
 def test_ensures_what_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     gm, plan, _ = make("plain")
-    monkeypatch.setattr(SubnetRewrite, "_rewrite", staticmethod(lambda graph, node, site, inputs: None))
+    monkeypatch.setattr(subnet_rewrite, "_rewrite", lambda graph, product, call, state: None)
     with pytest.raises(PassPostconditionError, match="subnet-rewrite"):
         SubnetRewrite(plan)(gm)

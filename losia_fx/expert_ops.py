@@ -1,0 +1,161 @@
+"""The products of expert weights: ``losia::subnet_grouped`` and ``losia::subnet_batched``.
+
+As in ops.py: forward and dL/dx are the dense ones, the gradient of the weight is that of its subnet alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import define
+from .ops import PROFILED, autocasted
+from .taps import segments
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """torch's kernel where its compilers take it (bfloat16), else a loop over the experts."""
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight, offs=offsets)
+    y: Tensor = torch.ops.losia.grouped_mm(x, weight, offsets)
+    return y
+
+
+@torch.library.custom_op("losia::grouped_mm", mutates_args=())
+def _grouped_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], weight.shape[2])
+    for expert, rows in segments(offsets):
+        torch.mm(x[rows], weight[expert], out=y[rows])
+    return y
+
+
+@_grouped_loop.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("losia::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, grad_y: Tensor, offsets: Tensor) -> Tensor:
+    """x_e^T g_e of every expert, (E, r, c). x (tokens, r) and grad_y (tokens, c), their rows sorted by expert."""
+    result = x.new_zeros(offsets.shape[0], x.shape[1], grad_y.shape[1])
+    for expert, rows in segments(offsets):
+        torch.mm(x[rows].t(), grad_y[rows], out=result[expert])
+    return result
+
+
+@_grouped_outer.register_fake
+def _(x: Tensor, grad_y: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], grad_y.shape[1])
+
+
+class _SubnetGrouped(torch.autograd.Function):
+    """y_e = x_e w_e for rows of x sorted by expert; dL/dS_e = x_e[:, rows_e]^T g_e[:, cols_e]."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, values, rows, cols, offsets, ticket, handle, call = inputs
+        # The expert of each token; rows past the last expert's end belong to none, and come out of no sum.
+        tokens = torch.arange(x.shape[0], device=x.device)
+        experts = torch.bucketize(tokens, offsets.long(), right=True).clamp_max(offsets.shape[0] - 1)
+        ctx.save_for_backward(x.gather(1, rows[experts]), weight, cols, experts, offsets, ticket, handle)
+        ctx.call, ctx.values_dtype = call, values.dtype
+        return _grouped_product(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        kept, weight, cols, experts, offsets, ticket, handle = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _grouped_product(grad_y, weight.mT, offsets)
+        if ctx.needs_input_grad[2]:
+            grad_values = torch.ops.losia.grouped_outer(kept, grad_y.gather(1, cols[experts]), offsets)
+            if ticket is not None:
+                grad_values = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
+            grad_values = grad_values.to(ctx.values_dtype)
+        return grad_x, None, grad_values, None, None, None, None, None, None
+
+
+def _subnet_grouped(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    offsets: Tensor,
+    ticket: Tensor | None = None,
+    handle: Tensor | None = None,
+    call: int = 0,
+) -> Tensor:
+    y: Tensor = _SubnetGrouped.apply(x, weight, values, rows, cols, offsets, ticket, handle, call)  # type: ignore[no-untyped-call]
+    return y
+
+
+subnet_grouped = define(
+    "subnet_grouped",
+    f"Tensor x, Tensor weight, Tensor values, Tensor rows, Tensor cols, Tensor offsets, {PROFILED}",
+    _subnet_grouped,
+)
+"""F.grouped_mm(x, weight, offs=offsets) whose gradient goes to ``values``.
+
+x (tokens, in) with its rows sorted by expert, weight (E, in, out), values (E, r, c), rows (E, r) of in and cols (E, c)
+of out, offsets (E,) where each expert's rows of x end. Returns y (tokens, out).
+"""
+
+
+class _SubnetBatched(torch.autograd.Function):
+    """y_i = x_i w_i; dL/dS_i = x_i[:, rows_i]^T g_i[:, cols_i]."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, values, rows, cols, ticket, handle, call = inputs
+        ctx.x_dtype = x.dtype
+        x = autocasted(x)
+        kept = x.gather(2, rows.unsqueeze(1).expand(-1, x.shape[1], -1))
+        ctx.save_for_backward(kept, weight, cols, ticket, handle)
+        ctx.call, ctx.values_dtype = call, values.dtype
+        return torch.bmm(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grads
+        kept, weight, cols, ticket, handle = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.bmm(grad_y, weight.mT.to(grad_y.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            picked = grad_y.gather(2, cols.unsqueeze(1).expand(-1, grad_y.shape[1], -1))
+            grad_values = torch.bmm(kept.mT, picked)
+            if ticket is not None:
+                grad_values = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
+            grad_values = grad_values.to(ctx.values_dtype)
+        return grad_x, None, grad_values, None, None, None, None, None
+
+
+def _subnet_batched(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    ticket: Tensor | None = None,
+    handle: Tensor | None = None,
+    call: int = 0,
+) -> Tensor:
+    y: Tensor = _SubnetBatched.apply(x, weight, values, rows, cols, ticket, handle, call)  # type: ignore[no-untyped-call]
+    return y
+
+
+subnet_batched = define(
+    "subnet_batched",
+    f"Tensor x, Tensor weight, Tensor values, Tensor rows, Tensor cols, {PROFILED}",
+    _subnet_batched,
+)
+"""torch.bmm(x, weight) whose gradient goes to ``values``.
+
+x (n, tokens, in), weight (n, in, out), values (n, r, c), rows (n, r) of in and cols (n, c) of out. Returns y (n,
+tokens, out).
+"""

@@ -1,0 +1,45 @@
+"""The block W[rows][:, cols] of a weight, in both layouts: taken out, put back, drawn at random.
+
+A matrix (out, in) has rows (r,) and cols (c,); an expert weight (E, out, in) a subnet an expert, rows (E, r) and cols
+(E, c). Indices are sorted and distinct, int64. rows index dimension -2 of the weight as stored, cols dimension -1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather(full: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
+    """full[rows][:, cols], (r, c) or (E, r, c), a copy; cols None stands for every column."""
+    if full.dim() == 2:
+        picked = full.index_select(0, rows)
+        return picked if cols is None else picked.index_select(1, cols)
+    assert cols is not None
+    picked = full.gather(1, rows.unsqueeze(-1).expand(-1, -1, full.shape[-1]))
+    return picked.gather(2, cols.unsqueeze(-2).expand(-1, rows.shape[-1], -1))
+
+
+def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
+    """full[rows][:, cols] = values, in place; values of full's dtype."""
+    if cols is None:
+        full.index_copy_(0, rows, values)
+    elif full.dim() == 2:
+        full.index_put_((rows.unsqueeze(-1), cols), values)
+    else:
+        experts = torch.arange(full.shape[0], device=full.device)
+        full.index_put_((experts[:, None, None], rows.unsqueeze(-1), cols.unsqueeze(-2)), values)
+
+
+def draw(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random rows and cols for a weight of ``shape``, on the CPU; a dimension that learns whole is not drawn."""
+    count = shape[0] if len(shape) == 3 else 1
+    pairs = [tuple(_some(n, k, generator) for n, k in zip(shape[-2:], size, strict=True)) for _ in range(count)]
+    rows, cols = (torch.stack(drawn) for drawn in zip(*pairs, strict=True))
+    return (rows, cols) if len(shape) == 3 else (rows[0], cols[0])
+
+
+def _some(size: int, count: int, generator: torch.Generator) -> Tensor:
+    if count == size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=generator)[:count].sort().values

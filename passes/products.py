@@ -1,0 +1,366 @@
+"""How a graph uses a weight: from its placeholder, through views and casts, to the products that take it.
+
+Every product is brought to one of three normal forms, so that a rewrite knows three ops and not all that torch can
+write: ``linear`` (x w^T), ``grouped`` (rows of x sorted by expert, x_e w_e) and ``batched`` (a matrix of x an expert).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from losia_fx._compat import grouped_products
+
+Permutation = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a node holds of a weight: all of it or, of an expert weight (E, ., .), one expert or a list of experts."""
+
+    node: fx.Node
+    dims: int
+    transposed: bool = False
+    """The last two dimensions are swapped against what the module stores."""
+    expert: int | fx.Node | None = None
+    gathered: bool = False
+    """``expert`` is a list of them, int64 (n,), and the view (n, ., .)."""
+    unbound: bool = False
+    """A tuple of experts, as torch.unbind gives it."""
+    path: tuple[fx.Node, ...] = ()
+    """The nodes from the weight's placeholder (left out) to ``node``."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product in normal form: y = after(form(before(x), w)), w the view, or its transpose where ``flipped``.
+
+    Normal are (out, in) for linear, (E, in, out) for grouped and batched.
+    """
+
+    form: str
+    use: str
+    node: fx.Node
+    view: View
+    x: fx.Node
+    flipped: bool = False
+    bias: fx.Node | None = None
+    before: Permutation | None = None
+    after: Permutation | None = None
+    offsets: fx.Node | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """The normal form's weight is the transpose of what the module stores."""
+        return self.view.transposed != self.flipped
+
+    @property
+    def branch(self) -> fx.Node:
+        """The user of the weight's placeholder that leads here: the node itself, or its first view."""
+        return self.view.path[0] if self.view.path else self.node
+
+    @property
+    def holder(self) -> fx.Node:
+        """The weight's placeholder."""
+        source = self.branch if self.view.path else None
+        held = self.view.node if source is None else source.args[0]
+        assert isinstance(held, fx.Node)
+        return held
+
+
+def find_products(holder: fx.Node, dims: int) -> tuple[list[Product], list[fx.Node]]:
+    """The products of the weight that ``holder`` stands for, and the users of ``holder`` that lead to anything else.
+
+    holder: a placeholder of a weight with ``dims`` dimensions. Users that are regions of their own (checkpointed
+    bodies) or the output are for the caller to look at; they are in neither list.
+    """
+    view = View(holder, dims)
+    products: list[Product] = []
+    others: list[fx.Node] = []
+    for user in holder.users:
+        found = _follow(view, user)
+        if found is None:
+            others.append(user)
+        else:
+            products += found
+    return products, others
+
+
+def renewed(product: Product) -> Product:
+    """The same product as it stands in the graph now: rewriting another may have replaced its input."""
+    found = _product(product.view, product.node)
+    assert found is not None
+    return found
+
+
+def _follow(view: View, user: fx.Node) -> list[Product] | None:
+    """The products behind one user of a view; None where any way from there leads to something else."""
+    product = _product(view, user)
+    if product is not None:
+        return [product]
+    following = _view(view, user)
+    if following is None:
+        return None
+    found: list[Product] = []
+    for next_user in user.users:
+        behind = _follow(following, next_user)
+        if behind is None:
+            return None
+        found += behind
+    return found
+
+
+# -- reading a node --------------------------------------------------------------------------------------------------
+
+_NAMES: dict[Callable[..., Any], str] = {
+    F.linear: "linear",
+    operator.matmul: "matmul",
+    torch.matmul: "matmul",
+    torch.mm: "matmul",
+    torch.addmm: "addmm",
+    torch.bmm: "bmm",
+    torch.einsum: "einsum",
+    operator.getitem: "getitem",
+    getattr: "getattr",
+    torch.t: "t",
+    torch.transpose: "transpose",
+    torch.swapaxes: "transpose",
+    torch.swapdims: "transpose",
+    torch.permute: "permute",
+    torch.select: "select",
+    torch.unbind: "unbind",
+}
+_METHODS = {"mm": "matmul", "__matmul__": "matmul", "swapaxes": "transpose", "swapdims": "transpose"}
+_CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
+
+
+def use_of(node: fx.Node) -> str:
+    """What a node does, in one word: the same for a function, an operator and a method."""
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target), str(node.target))
+    if node.op == "call_function" and callable(node.target):
+        if node.target in grouped_products():
+            return "grouped_mm"
+        return _NAMES.get(node.target) or str(getattr(node.target, "__name__", node.target))
+    return node.op
+
+
+def _dims(node: Any) -> int | None:
+    """Dimensions of a node's value, where the tracer says."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else None
+
+
+def _size(node: fx.Node, dim: int) -> Any:
+    """Length of a dimension of a node's value, where the tracer says."""
+    value = node.meta.get("example_value")
+    return value.shape[dim] if isinstance(value, torch.Tensor) and -value.dim() <= dim < value.dim() else None
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether two lengths are the same for all that is known: products that broadcast have no normal form."""
+    return first is None or second is None or first is second or bool(first == second)
+
+
+def _bound(node: fx.Node, *names: str) -> dict[str, Any] | None:
+    """The arguments by name; None where there are others than these."""
+    if len(node.args) > len(names) or not set(node.kwargs) <= set(names):
+        return None
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+# -- views and casts -------------------------------------------------------------------------------------------------
+
+
+def _view(view: View, user: fx.Node) -> View | None:
+    """What ``user`` holds of the weight, if it is a view or a cast of ``view``."""
+    if not user.args or user.args[0] is not view.node or view.node in user.args[1:]:
+        return None
+    name = use_of(user)
+    if view.unbound:
+        index = user.args[1] if name == "getitem" else None
+        return _step(view, user, dims=2, expert=index, unbound=False) if isinstance(index, int) else None
+    if name in _CASTS:
+        return _step(view, user)
+    if _swaps_last(name, user, view.dims):
+        return _step(view, user, transposed=not view.transposed)
+    return _expert(view, name, user) if view.dims == 3 and view.expert is None else None
+
+
+def _step(view: View, user: fx.Node, **changes: Any) -> View:
+    return replace(view, node=user, path=(*view.path, user), **changes)
+
+
+def _swaps_last(name: str, user: fx.Node, dims: int) -> bool:
+    last = {dims - 1, dims - 2}
+    given = user.args[1:]
+    if name == "t":
+        return dims == 2
+    if name == "getattr":
+        return given[0] == "mT" or (given[0] == "T" and dims == 2)
+    flat = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    if not user.kwargs and all(isinstance(dim, int) for dim in flat):
+        order = [dim % dims for dim in flat]  # type: ignore[operator]
+        if name == "transpose":
+            return set(order) == last
+        if name == "permute":
+            return order == [*range(dims - 2), dims - 1, dims - 2]
+    return False
+
+
+def _expert(view: View, name: str, user: fx.Node) -> View | None:
+    """One expert, or several, taken out of (E, ., .)."""
+    given = user.args[1:]
+    if name == "unbind" and given in ((), (0,)) and not user.kwargs:
+        return _step(view, user, unbound=True)
+    index = given[0] if name == "getitem" else given[1] if name == "select" and len(given) > 1 else None
+    if name == "select" and given[0] != 0:
+        return None
+    if isinstance(index, int) and not isinstance(index, bool):
+        return _step(view, user, dims=2, expert=index)
+    if isinstance(index, fx.Node) and name == "getitem":
+        value = index.meta.get("example_value")
+        whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+        if whole and _dims(index) == 0:
+            return _step(view, user, dims=2, expert=index)
+        if whole and _dims(index) == 1:
+            return _step(view, user, expert=index, gathered=True)
+    return None
+
+
+# -- products --------------------------------------------------------------------------------------------------------
+
+
+def _product(view: View, user: fx.Node) -> Product | None:
+    """The normal form of ``user``, if it is a product of an input and ``view``, and ``view`` is nothing else of it."""
+    if view.unbound:
+        return None
+    name = use_of(user)
+    read = _READERS.get((name, view.dims))
+    product = None if read is None else read(view, user)
+    return None if product is None or product.x is view.node or product.bias is view.node else product
+
+
+def _linear(view: View, user: fx.Node) -> Product | None:
+    given = _bound(user, "input", "weight", "bias")
+    if given is None or given["weight"] is not view.node:
+        return None
+    return Product("linear", "linear", user, view, given["input"], bias=given.get("bias"))
+
+
+def _addmm(view: View, user: fx.Node) -> Product | None:
+    given = _bound(user, "input", "mat1", "mat2")
+    if given is None or given["mat2"] is not view.node or _dims(given["input"]) != 1:
+        return None
+    if not _agree(_size(given["input"], 0), _size(view.node, 1)):
+        return None  # a bias of one element for all of y's
+    return Product("linear", "addmm", user, view, given["mat1"], flipped=True, bias=given["input"])
+
+
+def _operands(user: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    first, second = user.args if len(user.args) == 2 and not user.kwargs else (None, None)
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+
+
+def _swapped(dims: int) -> Permutation:
+    return (*range(dims - 2), dims - 1, dims - 2)
+
+
+def _matmul(view: View, user: fx.Node) -> Product | None:
+    operands = _operands(user)
+    if operands is None:
+        return None
+    x = operands[0] if operands[1] is view.node else operands[1]
+    if operands[1] is view.node:
+        return Product("linear", "matmul", user, view, x, flipped=True)
+    dims = _dims(x)
+    if dims is None:
+        return None
+    order = None if dims < 2 else _swapped(dims)
+    return Product("linear", "matmul", user, view, x, before=order, after=order)
+
+
+def _bmm(view: View, user: fx.Node) -> Product | None:
+    operands = _operands(user)
+    if operands is None or any(_dims(operand) != 3 for operand in operands):
+        return None
+    if not _agree(*(_size(operand, 0) for operand in operands)):
+        return None
+    name = use_of(user)
+    if operands[1] is view.node:
+        return Product("batched", name, user, view, operands[0])
+    order = _swapped(3)
+    return Product("batched", name, user, view, operands[1], flipped=True, before=order, after=order)
+
+
+def _grouped(view: View, user: fx.Node) -> Product | None:
+    x, weight, *more = user.args
+    given = {**dict(zip(("offs", "bias", "out_dtype"), more, strict=False)), **user.kwargs}
+    offsets = given.pop("offs", None)
+    if weight is not view.node or view.gathered or any(value is not None for value in given.values()):
+        return None
+    if not isinstance(x, fx.Node) or not isinstance(offsets, fx.Node) or _dims(x) != 2:
+        return None
+    return Product("grouped", "grouped_mm", user, view, x, offsets=offsets)
+
+
+def _einsum(view: View, user: fx.Node) -> Product | None:
+    equation, *operands = user.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or user.kwargs:
+        return None
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    x = operands[0] if operands[1] is view.node else operands[1]
+    letters = dict(zip(operands, inputs.split(","), strict=False))
+    if not arrow or not isinstance(x, fx.Node) or len(letters) != 2:
+        return None
+    return _contraction(view, user, x, letters[x], letters[view.node], output)
+
+
+def _contraction(view: View, user: fx.Node, x: fx.Node, of_x: str, of_w: str, of_y: str) -> Product | None:
+    """An einsum as a linear: one letter of w is summed over and x's, the other is y's alone."""
+    summed = [letter for letter in of_w if letter in of_x and letter not in of_y]
+    free = [letter for letter in of_w if letter not in of_x and letter in of_y]
+    if len(of_w) != 2 or len(summed) != 1 or len(free) != 1:
+        return None
+    if not _agree(_size(x, _place(of_x, summed[0])), _size(view.node, of_w.index(summed[0]))):
+        return None  # one of them is broadcast
+    kept = of_x.replace(summed[0], "")
+    if "." in of_x:  # batch dimensions without letters: only where nothing needs to move
+        plain = of_x == kept + summed[0] and of_y == kept + free[0]
+        moves: tuple[Permutation | None, Permutation | None] | None = (None, None) if plain else None
+    elif len(set(of_x)) != len(of_x) or sorted(of_y) != sorted(kept + free[0]):
+        moves = None
+    else:
+        moves = _order(of_x, kept + summed[0]), _order(kept + free[0], of_y)
+    if moves is None:
+        return None
+    return Product("linear", "einsum", user, view, x, of_w[0] == summed[0], before=moves[0], after=moves[1])
+
+
+def _place(letters: str, letter: str) -> int:
+    """Which dimension it is, counted from the side on which no "..." stands between."""
+    before, _, after = letters.partition(letter)
+    return len(before) if "." not in before else -1 - len(after)
+
+
+def _order(have: str, want: str) -> Permutation | None:
+    return None if have == want else tuple(have.index(letter) for letter in want)
+
+
+_READERS: dict[tuple[str, int], Callable[[View, fx.Node], Product | None]] = {
+    ("linear", 2): _linear,
+    ("addmm", 2): _addmm,
+    ("matmul", 2): _matmul,
+    ("einsum", 2): _einsum,
+    ("bmm", 3): _bmm,
+    ("matmul", 3): _bmm,
+    ("grouped_mm", 3): _grouped,
+}

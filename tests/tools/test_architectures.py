@@ -1,0 +1,76 @@
+"""Tiny models of any architecture: real in structure, and every part of them with a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from losia_fx.tools.architectures import architectures, build
+from losia_fx.tools.size_rules import LAYERS
+
+from losia_fx.errors import LosiaError
+
+FAMILIES = {
+    "llama": {"input_ids", "labels"},
+    "mixtral": {"input_ids", "labels"},
+    "t5": {"input_ids", "decoder_input_ids", "labels"},
+    "vit": {"pixel_values", "labels"},
+    "wav2vec2": {"input_values", "labels"},
+    "llava": {"input_ids", "pixel_values", "labels"},
+    "detr": {"pixel_values"},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_plain_step(model_type: str) -> None:
+    tiny = build(model_type)
+    assert set(tiny.batch) == FAMILIES[model_type]
+    assert tiny.model.training
+    assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
+    loss = tiny.loss(tiny.model(**tiny.batch))
+    loss.backward()
+    assert torch.isfinite(loss)
+    grads = [p.grad for p in tiny.model.parameters() if p.grad is not None]
+    assert sum(bool(grad.any()) for grad in grads) > len(list(tiny.model.parameters())) // 2
+
+
+def test_structure_is_kept() -> None:
+    config = build("mixtral").model.config
+    assert config.num_hidden_layers == LAYERS
+    assert config.num_local_experts == 4
+    assert config.num_experts_per_tok == 2
+    assert config.num_key_value_heads < config.num_attention_heads
+    kinds = set(build("qwen3_next").model.config.layer_types)
+    assert kinds == {"linear_attention", "full_attention"}
+
+
+def test_dtype() -> None:
+    tiny = build("llama", torch.float64)
+    assert {p.dtype for p in tiny.model.parameters()} == {torch.float64}
+    assert tiny.model(**tiny.batch).logits.dtype == torch.float64
+    floats = {v.dtype for v in build("vit", torch.float64).batch.values() if v.is_floating_point()}
+    assert floats == {torch.float64}
+
+
+def test_same_every_time() -> None:
+    first, second = build("llama"), build("llama")
+    torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(first.batch, second.batch, rtol=0, atol=0)
+
+
+def test_nothing_is_zeros_or_ones() -> None:
+    constant = [name for name, p in build("bert").model.named_parameters() if p.numel() > 1 and p.unique().numel() == 1]
+    assert constant == []
+
+
+def test_list() -> None:
+    names = architectures()
+    assert list(names) == sorted(set(names))
+    assert set(FAMILIES) < set(names)
+    assert len(names) > 280
+    assert "clip" in names
+    assert "qwen2_vl_text" not in names  # a part of qwen2_vl
+
+
+def test_unknown_type() -> None:
+    with pytest.raises(LosiaError, match="'lama': transformers has no such model type"):
+        build("lama")
