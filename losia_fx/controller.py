@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from . import snapshot
 from .attach import RAN_OUTSIDE, watch
 from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
-from .errors import LosiaError, LosiaWarning, OptimizerError, listed
+from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
 from .localize import (
     Fit,
     Selection,
@@ -40,6 +41,7 @@ from .optimizers import (
     follow_optimizers,
     found_inf,
     grad_scale,
+    has_stepped,
     live_optimizers,
     owned_states,
     restart_state,
@@ -106,6 +108,8 @@ class Controller:
         self._watched: tuple[set[nn.Module], set[nn.Module]] = (set(), set())
         self.averages_ranks = False
         """DistributedDataParallel averages S.grad over ranks, so G must be averaged too."""
+        self._loaded = False
+        """A state came in, and no step has been taken from it yet."""
         self._forget_step()
         self._enlist()
 
@@ -139,6 +143,38 @@ class Controller:
             hook.remove()
         self.states, self.groups = [], []
         self.root.__dict__.pop(CONTROLLER, None)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As losia_fx.state_dict(model); accelerator.register_for_checkpointing(controller) takes it from here."""
+        return snapshot.collect(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As losia_fx.load_state_dict(model, state)."""
+        snapshot.check(self, state)
+        snapshot.apply(self, state)
+
+    def resume(self, step: int, left_out: int, history: Sequence[Sequence[Any]], stepped: set[SubnetState]) -> None:
+        """Goes on from ``step``; the subnets have been brought back already."""
+        self.step, self.left_out = step, left_out
+        self.history = [Event(*event) for event in history]
+        self._forget_step()
+        self._stepped = stepped
+        self._loaded = True
+
+    @property
+    def stepped(self) -> frozenset[SubnetState]:
+        """Subnets that an optimizer has stepped, and another's have not been yet: the step is not complete."""
+        return frozenset(self._stepped)
+
+    def check_weights(self) -> None:
+        """Raises StateError where the model's weights are not those that the loaded state belongs to."""
+        if strays := snapshot.strays(self.states):
+            raise StateError(
+                f"{listed(strays)}: the weights do not hold the subnets of the LoSiA state that was loaded. Load the "
+                "model's weights of the same checkpoint as well (in either order)"
+            )
 
     # -- what the schedule says -----------------------------------------------------------------------------------
 
@@ -189,12 +225,29 @@ class Controller:
         """``mine``: this optimizer's subnets. ``closure``: the gradients are made within the step."""
         if optimizer not in self._optimizers:
             # Others may own subnets too and step after this one: t waits for all of them.
-            self._optimizers.update(other for other in live_optimizers() if owned_states(other, self.states))
+            others = [each for each in live_optimizers() if owned_states(each, self.states)]
+            self._check_moments([each for each in others if each not in self._optimizers])
+            self._optimizers.update(others)
+        if self._loaded:
+            self.check_weights()
+            self._loaded = False
         for state in mine:
             if self._rewarm_share(state) < 1.0:
                 self._before[state] = state.values.detach().clone()
         if not closure:
             self._fits.update(self._fit(optimizer, mine))
+
+    def _check_moments(self, fresh: list[Optimizer]) -> None:
+        """Warns of optimizers, seen for the first time, that were resumed where the subnets were not."""
+        resumed = self._loaded or self.step > 0 or self.by_string  # by string, moments of W come along
+        if not resumed and any(has_stepped(each, s.values) for each in fresh for s in owned_states(each, self.states)):
+            warnings.warn(
+                "losia_fx: the optimizer goes on from an earlier run, but the subnets do not: their places were drawn "
+                "anew and the moments belong to others. Load the LoSiA state too (losia_fx.load_state_dict; for a "
+                "Trainer, losia_fx.LosiaCallback)",
+                LosiaWarning,
+                stacklevel=2,
+            )
 
     def after(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         if found_inf(optimizer):
@@ -290,6 +343,7 @@ class Controller:
         """
         if not 0 <= group < len(self.groups):
             raise LosiaError(f"group {group} does not exist: there are {len(self.groups)}, counted from 0")
+        self._optimizers.update(live_optimizers())  # before the first step none is known
         event = self._reselect(group)
         if event is None:
             raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")

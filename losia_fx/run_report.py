@@ -50,7 +50,7 @@ def progress_bar(
     )
     every = max(1, settings.steps // LINES_WITHOUT_TERMINAL)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=settings.steps)
+        task = progress.add_task("compiling", total=settings.steps, completed=len(record.steps))
 
         def show(step: StepRecord) -> None:
             group = "none" if step.group is None else record.group_label(step.group)
