@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule as OptimizedModule
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import TracingContext
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 
 __all__ = [
     "CompilerFailed",
     "OptimizedModule",
     "aot_compiler",
     "compile_call",
+    "compiled_apart",
     "fake_inputs",
     "graph_task_id",
     "grouped_products",
@@ -64,6 +66,14 @@ def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
+@contextmanager
+def compiled_apart() -> Iterator[None]:
+    """Context for compiling a second graph in a backend call: what that notes down is not mistaken for the first's."""
+    context = TracingContext.try_get()
+    with tracing(TracingContext(None if context is None else context.fake_mode)):
+        yield
+
+
 def inner_compiler(name: str) -> Callable[..., Any]:
     """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
     return torch._dynamo.lookup_backend(name)
@@ -75,8 +85,9 @@ Keep = Callable[[fx.GraphModule], None]
 def aot_compiler(name: str, forward: Keep, backward: Keep) -> Callable[..., Any]:
     """A backend that shows the graphs that AOTAutograd makes for the compiler ``name``, and runs them as they are.
 
+    Both are shown when the graph is compiled; by default the backward would be when it first runs.
     inductor gets its own decompositions; it and aot_eager recompute in the backward what is cheap (the min-cut
-    partition), eager keeps all that autograd keeps. What is public of this (functorch.compile) has no decompositions.
+    partition), eager keeps all that autograd keeps. torch's own backends show no graph.
     """
     partition: Callable[..., Any] = min_cut_rematerialization_partition
     options: dict[str, Any] = {}
@@ -96,10 +107,13 @@ def aot_compiler(name: str, forward: Keep, backward: Keep) -> Callable[..., Any]
 
         return compiler
 
-    compiled: Callable[..., Any] = aot_autograd(
-        fw_compiler=shown(forward), bw_compiler=shown(backward), partition_fn=partition, **options
-    )
-    return compiled
+    aot = aot_autograd(fw_compiler=shown(forward), bw_compiler=shown(backward), partition_fn=partition, **options)
+
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return aot(gm, inputs)
+
+    return compile_both
 
 
 def input_index(node: fx.Node) -> int | None:

@@ -135,7 +135,7 @@ class CompiledCall:
         controller = find_controller(self.root)
         assert controller is not None
         controller.averages_ranks = running_ddp()
-        free_input_gradients(self.root)
+        _free_input_gradients(self.root)
         try:
             result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
@@ -147,7 +147,7 @@ class CompiledCall:
         return result
 
 
-def free_input_gradients(root: nn.Module) -> None:
+def _free_input_gradients(root: nn.Module) -> None:
     """Takes off the hook with which transformers' checkpointing makes embeddings ask for a gradient.
 
     It breaks the graph and brings a gradient that nobody needs. Reentrant checkpointing needs it, so there it stays.

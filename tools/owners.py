@@ -24,7 +24,7 @@ of its weight. Of any other node: the weight whose product it is part of, if tha
 GROUP = "losia_group"
 """Number of that weight's group."""
 MARK = "losia_site"
-"""Key in meta["custom"], which torch hands on from a node to those that are made of it: number of a site in the plan."""
+"""Key in meta["custom"], which torch hands on from a node to what is made of it: the number of a site in the plan."""
 CALL = "losia_call"
 """losia_fx.passes puts the same number into the meta of a node that a rewrite has made."""
 
@@ -111,12 +111,10 @@ def _annotate_nodes(
         owner = names.owner(node)
         if call is not None:
             _place(node, owner, weights[call], groups)
-        elif owner is not None or node.op in ("placeholder", "output"):
-            node.meta[OWNER] = owner or ""
-        elif node.users:  # what a pass has put there for the node that uses it
-            _copy_place(next(iter(node.users)), node)
+        elif owner is None and node.op == "call_function" and not node.meta.get("stack_trace") and node.users:
+            _copy_place(next(iter(node.users)), node)  # put there by a pass, for the node that uses it
         else:
-            node.meta[OWNER] = ""
+            node.meta[OWNER] = owner or ""
 
 
 def _place(node: fx.Node, owner: str | None, weight: str, groups: Mapping[str, int]) -> None:
