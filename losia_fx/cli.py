@@ -14,7 +14,11 @@ from typing import NoReturn
 
 from .errors import LosiaError
 
-COMMANDS = {"finetune": "losia_fx.finetune"}
+COMMANDS = {
+    "finetune": "losia_fx.finetune",
+    "dump": "losia_fx.tools.dump_command",
+    "diff": "losia_fx.tools.diff_command",
+}
 
 
 class _Parser(argparse.ArgumentParser):

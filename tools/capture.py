@@ -129,7 +129,7 @@ class _Recorder:
 
         def keep(stage: str, after: fx.GraphModule) -> None:
             kept = copy_graph_module(after)
-            annotate(kept, self._names, fqns, plan, self._groups)
+            annotate(kept, self._names, fqns, plan, self._groups, before=graph.stages.get(DYNAMO))
             graph.stages[stage] = kept
 
         keep(DYNAMO, gm)
