@@ -58,7 +58,8 @@ def _outer(x: Any, grad_y: Any, *_: Any) -> int:
     return int(2 * math.prod(x.shape) * grad_y.shape[-1])
 
 
-def _both(grad_y: Any, x: Any, weight: Any, *_: Any) -> int:
+def _both(x: Any, weight: Any, *_: Any) -> int:
+    """The gradients of x and of the weight."""
     return 2 * _product(x, weight)
 
 

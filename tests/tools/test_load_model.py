@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.architectures import make_config
+from losia_fx.tools.architectures import build
 from losia_fx.tools.load_model import Example, load_model
 
 from losia_fx import ConfigError
@@ -24,6 +24,11 @@ def empty(): return torch.nn.Linear(3, 2), ()
 def raises(): raise KeyError("lost")
 value = 3
 """
+
+
+def write_config(path: Path, model_type: str, **changes: Any) -> None:
+    config: Any = build(model_type).model.config
+    path.write_text(json.dumps({**config.to_dict(), **changes}, default=str))
 
 
 @pytest.fixture
@@ -48,10 +53,8 @@ def test_embedded_model() -> None:
 
 @pytest.mark.parametrize(("model_type", "name"), [("bert", "BertForMaskedLM"), ("mixtral", "MixtralForCausalLM")])
 def test_config_file(tmp_path: Path, model_type: str, name: str) -> None:
-    config = make_config(model_type)
-    config.architectures = [name]
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(), default=str))
+    write_config(path, model_type, architectures=[name])
     first, second = load_model(str(path)), load_model(str(path))
     assert type(first.model).__name__ == name
     torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
@@ -60,7 +63,7 @@ def test_config_file(tmp_path: Path, model_type: str, name: str) -> None:
 
 def test_config_file_without_a_class(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(make_config("vit").to_dict(), default=str))
+    write_config(path, "vit", architectures=None)
     loaded = load_model(str(path))
     assert type(loaded.model).__name__ == "ViTForImageClassification"
     assert "pixel_values" in loaded.example.kwargs
