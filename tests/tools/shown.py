@@ -9,13 +9,13 @@ from tempfile import gettempdir, mkdtemp
 from typing import Any
 
 import pytest
-from losia_fx.tools import capture as capture_module
-from losia_fx.tools import load_model as load_module
 from losia_fx.tools.architectures import build
 from losia_fx.tools.capture import Captured, capture
 from losia_fx.tools.load_model import Loaded, load_model
 
 from losia_fx import LosiaConfig
+from losia_fx.tools import capture as capture_module
+from losia_fx.tools import load_model as load_module
 
 MODELS = ("embedded", "llama", "bert", "mixtral")
 """The model that ships with the package, a decoder, an encoder, a mixture of experts."""
@@ -68,5 +68,5 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def linears(name: str) -> int:
-    """How many weights of the model get a subnet: q, k, v, o and the MLP's a layer, routers and experts, and the head."""
+    """How many weights get a subnet: projections, MLPs, routers and experts of the layers, and the head."""
     return {"embedded": 4 * 7 + 1, "llama": 2 * 7 + 1, "bert": 2 * 6, "mixtral": 2 * 7 + 1}[name]
