@@ -37,7 +37,7 @@ def node_flops(node: fx.Node) -> int:
     """FLOPs of a product, a convolution or an attention; 0 of any other node, and where a size is symbolic."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[arg-type]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     grouped = GROUPED.get(node.target.name().partition(".")[0])
     try:
         if grouped is not None:

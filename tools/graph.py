@@ -7,20 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import fx
 
 from losia_fx.errors import LosiaError
 
+from .capture import BACKWARD, DYNAMO, FORWARD, CapturedGraph
+from .costs import held_by_weight
 from .owners import REWRITTEN
 from .records import NodeRecord, records
 
-if TYPE_CHECKING:
-    import networkx
-
-    DiGraph = networkx.DiGraph[str]
-
+DiGraph: TypeAlias = Any
+"""networkx.DiGraph, which has no types of its own; its nodes are names."""
 ROOT = ""
 """The node that stands before all inputs where dominators are looked for."""
 
@@ -78,12 +78,12 @@ def longest_rewritten_path(graph: DiGraph) -> list[str]:
     for node in nx.topological_sort(graph):
         count, before = max(((best[p][0], p) for p in graph.predecessors(node)), default=(0, None))
         best[node] = (count + bool(graph.nodes[node]["rewritten"]), before)
-    node: str | None = max(best, key=lambda name: best[name][0], default=None)
+    last: str | None = max(best, key=lambda name: best[name][0], default=None)
     path: list[str] = []
-    while node is not None:
-        if graph.nodes[node]["rewritten"]:
-            path.append(node)
-        node = best[node][1]
+    while last is not None:
+        if graph.nodes[last]["rewritten"]:
+            path.append(last)
+        last = best[last][1]
     return path[::-1]
 
 
@@ -94,7 +94,7 @@ def loss_of(graph: DiGraph) -> str:
     if not given:
         raise LosiaError("the graph hands nothing out: there is no loss in it")
     scalars = [name for name in given if graph.nodes[name]["shape"] == "scalar"]
-    return (scalars or given)[0]
+    return str((scalars or given)[0])
 
 
 def _first(places: str) -> int:
@@ -121,6 +121,33 @@ def loss_dominators(graph: DiGraph, sources: Iterable[str] | None = None) -> lis
     while before.get(chain[-1]) not in (None, ROOT, chain[-1]):
         chain.append(before[chain[-1]])
     return chain[::-1]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one weight's products keep alive from the forward to the backward: node that owns the memory -> bytes."""
+
+    weight: str
+    group: int
+    before: dict[str, int]
+    """In full training: names in graph.dense["forward"]."""
+    after: dict[str, int]
+    """Names in graph.stages["forward"]."""
+
+    @property
+    def freed(self) -> int:
+        """Bytes. What several layers hold goes only when all of them let go of it."""
+        return sum(self.before.values()) - sum(self.after.values())
+
+
+def held_activations(graph: CapturedGraph) -> list[Held]:
+    """By rewritten weight of the graph: the activations that it holds, in full training and with its subnet."""
+    if BACKWARD not in graph.stages or BACKWARD not in graph.dense:
+        return []
+    before, after = (held_by_weight(made[FORWARD], made[BACKWARD]) for made in (graph.dense, graph.stages))
+    groups = {node.weight: node.group for node in records(graph.stages[DYNAMO]) if node.group >= 0}
+    names = dict.fromkeys(slot.facts.fqn for slot in graph.plan.slots)
+    return [Held(name, groups.get(name, -1), before.get(name, {}), after.get(name, {})) for name in names]
 
 
 def group_subgraph(graph: DiGraph, group: int) -> DiGraph:

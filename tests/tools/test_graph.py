@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from losia_fx.tools.capture import capture
-from losia_fx.tools.costs import held_by_weight
 from losia_fx.tools.graph import (
     group_subgraph,
+    held_activations,
     longest_rewritten_path,
     loss_dominators,
     loss_of,
@@ -17,9 +17,9 @@ from losia_fx.tools.graph import (
 )
 from torch import Tensor, fx, nn
 
-from losia_fx import LosiaError
+from losia_fx import LosiaConfig, LosiaError
 from tests.tools.shown import CONFIG, MODELS, captured
-from tests.toys import VOCABULARY, Toy, batch
+from tests.toys import Toy, batch
 
 
 class WithLoss(Toy):
@@ -120,14 +120,18 @@ def test_every_model(name: str) -> None:
 
 
 def test_activations_that_layers_hold() -> None:
-    (graph,) = capture(Toy(), batch(), CONFIG).graphs
-    dense = held_by_weight(graph.dense["forward"], graph.dense["backward"])
-    ours = held_by_weight(graph.stages["forward"], graph.stages["backward"])
+    (graph,) = capture(Toy(), batch(), LosiaConfig(rank_factor=0.25, compiler="eager")).graphs
+    found = {held.weight: held for held in held_activations(graph)}
     tokens, width, inner = 2 * 6, 16, 24
-    # rank_factor is 1/4: a quarter of the columns of each input is kept; the head's whole
+    sizes = {"mix": width, "mlp.up": width, "mlp.down": inner}
     for layer in (0, 1):
-        for weight, size in (("mix", width), ("mlp.up", width), ("mlp.down", inner)):
-            name = f"layers.{layer}.{weight}.weight"
-            assert sum(ours[name].values()) in (4 * tokens * size // 4, sum(dense[name].values()))
-            assert sum(ours[name].values()) <= sum(dense[name].values())
-    assert VOCABULARY == 40
+        for weight, size in sizes.items():
+            held = found[f"layers.{layer}.{weight}.weight"]
+            assert held.group == layer + 1
+            assert list(held.before.values()) == [4 * tokens * size]
+            assert list(held.after.values()) == [4 * tokens * size // 4]  # a quarter of the columns
+            assert held.freed == 3 * tokens * size
+            assert set(held.before) <= {node.name for node in graph.dense["forward"].graph.nodes}
+            (kept,) = (node for node in graph.stages["forward"].graph.nodes if node.name in held.after)
+            assert kept.meta["losia_weight"] == held.weight
+    assert found["head.weight"].freed == 0  # every column learns
