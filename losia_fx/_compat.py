@@ -6,7 +6,7 @@ Checked against torch 2.13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = [
     "region_inputs",
     "running_ddp",
     "runs_uncompiled",
+    "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
 # backend raises; it is unwrapped so that users read our error and not Dynamo's.
@@ -143,6 +144,15 @@ def grouped_products() -> frozenset[Any]:
     return frozenset(found)
 
 
+def no_view(y: torch.Tensor) -> torch.Tensor:
+    """``y``, of which nobody else knows, in a form that an autograd.Function may return and its user change in place.
+
+    The compilers' decomposition of F.linear ends in a view where x is not contiguous; the kernel's never does.
+    """
+    owned: torch.Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return owned
+
+
 def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What calling ``module`` does when nothing is compiled: hooks and forward."""
     return module._call_impl(*args, **kwargs)
@@ -170,6 +180,15 @@ def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
 def running_ddp() -> bool:
     """Whether the forward under way is that of a DistributedDataParallel."""
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def whole_graphs(under_ddp: bool) -> AbstractContextManager[Any]:
+    """Context in which Dynamo cuts no graph up for DistributedDataParallel's buckets.
+
+    The pieces are compiled with stand-ins for the parameters, in which no subnet can be found; and what is reduced is
+    the subnets' gradients, which are small.
+    """
+    return torch._dynamo.config.patch(optimize_ddp=False) if under_ddp else nullcontext()
 
 
 @contextmanager

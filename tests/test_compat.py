@@ -120,6 +120,26 @@ def test_grouped_products_are_what_dynamo_writes() -> None:
     assert set(targets) <= _compat.grouped_products()
 
 
+def test_no_view_can_be_changed_in_place_where_a_compiler_makes_a_view() -> None:
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            return _compat.no_view(torch.nn.functional.linear(x, w))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return torch.ones(4, 5, 7), None
+
+    def changed(x: Tensor, w: Tensor) -> Tensor:
+        return Linear.apply(x.mT, w).add_(1.0)  # type: ignore[no-any-return]
+
+    x, w = torch.randn(4, 7, 5, requires_grad=True), torch.randn(10, 7)
+    y = torch.compile(changed, backend="aot_eager")(x, w)
+    torch.testing.assert_close(y, x.mT @ w.t() + 1.0)
+    assert torch.equal(_compat.no_view(w), w)
+    assert _compat.no_view(w).data_ptr() == w.data_ptr()
+
+
 def test_plain_call_runs_hooks_and_nothing_compiled() -> None:
     module = nn.Linear(2, 2)
     called: list[str] = []
