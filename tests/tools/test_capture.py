@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.architectures import build
 from losia_fx.tools.capture import BACKWARD, DYNAMO, FORWARD, capture
 from losia_fx.tools.owners import GROUP, OWNER, WEIGHT
 from torch import Tensor, fx, nn
@@ -17,6 +16,7 @@ import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.ops import subnet_linear
 from losia_fx.passes import graph_modules
+from tests.tools.shown import captured
 from tests.toys import Toy, batch, fingerprint
 
 STAGES = (DYNAMO, "subnet-rewrite", "insert-localization", FORWARD, BACKWARD)
@@ -106,8 +106,7 @@ def test_checkpointed_bodies_are_looked_into() -> None:
 
 
 def test_experts_have_a_weight_each() -> None:
-    tiny = build("mixtral")
-    (graph,) = capture(tiny.model, tiny.batch, config()).graphs
+    (graph,) = captured("mixtral").graphs
     found = of_weight(graph.stages[BACKWARD], "losia.grouped_outer")
     assert found == {f"model.layers.{i}.mlp.experts.{n}": 1 for i in (0, 1) for n in ("gate_up_proj", "down_proj")}
 

@@ -15,6 +15,7 @@ from losia_fx.tools.diff import Diff, diff
 from torch import Tensor, nn
 
 from losia_fx import LosiaConfig
+from losia_fx.ops import subnet_linear
 from losia_fx.tools import diff as diff_module
 from tests.tools.shown import CONFIG, MODELS, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import Toy, batch
@@ -91,7 +92,7 @@ def test_nodes(toy: Diff) -> None:
     assert (rewrite.before, rewrite.after) == ("dynamo", "subnet-rewrite")
     assert len(rewrite.rewritten) == 7
     assert rewrite.removed == ()
-    assert rewrite.ops == {"linear": -7, "losia.subnet_linear.v1": 7, "placeholder": 3 * 7 - 1}
+    assert rewrite.ops == {"linear": -7, str(subnet_linear): 7, "placeholder": 3 * 7 - 1}
     assert len(rewrite.added) == 3 * 7 - 1
     assert localization.ops == {"losia.tap.default": 7, "placeholder": 7}
     assert len(localization.rewritten) == 7

@@ -12,17 +12,16 @@ from typing import Any
 
 import networkx as nx
 import pytest
-import torch
 from losia_fx.tools.dump import dump_graph
 from losia_fx.tools.graph import to_networkx
 from losia_fx.tools.records import records
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from losia_fx import LosiaError
 from losia_fx.cli import main
 from losia_fx.tools import dump
 from tests.tools.shown import CONFIG, MODELS, OPTIONS, argument, captured, captured_once, linears
-from tests.toys import Toy, batch
+from tests.toys import VOCABULARY, Toy, batch
 
 __all__ = ["captured_once"]
 STAGES = ["dynamo", "subnet-rewrite", "insert-localization", "forward", "backward"]
@@ -150,7 +149,7 @@ def test_dump_graph() -> None:
     text = dump_graph(Toy(), batch(), config=CONFIG, stage="subnet-rewrite", layer=("layers.1.mix",))
     assert re.search(r"^graph 0, subnet-rewrite: \d+ nodes, 1 rewritten$", text, re.MULTILINE)
     (line,) = (line for line in text.splitlines() if line.startswith("* subnet"))
-    assert re.search(r"losia\.subnet_linear\.v1 +2x6x16 +float32 +layers\.1\.mix +toys\.py:\d+$", line)
+    assert re.search(r"losia\.subnet_linear\.v\d+ +2x6x16 +float32 +layers\.1\.mix +toys\.py:\d+$", line)
 
 
 def test_nested_bodies_are_joined_to_their_graph() -> None:
@@ -189,27 +188,25 @@ def test_terminal_is_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_escapes() -> None:
-    class Odd(nn.Module):
+    name = 'a"b <&>'
+
+    class Odd(Toy):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleDict({'a"b <&>': nn.Linear(4, 4)})
+            self.add_module(name, nn.Linear(VOCABULARY, 4))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layers['a"b <&>'](x)
+        def forward(self, ids: Tensor) -> Tensor:
+            return getattr(self, name)(super().forward(ids))
 
-    model = nn.Sequential(Odd(), Odd())
     for format in ("dot", "graphml", "gexf"):
-        text = dump_graph(model, torch.ones(2, 4), config=CONFIG, stage="dynamo", format=format)
+        text = dump_graph(Odd(), batch(), config=CONFIG, stage="dynamo", format=format)
         if format == "dot":
             assert len(read_dot(text)[0]) > 4
-            assert r'label="0.layers.a\"b <&>"' in text
+            assert r'label="a\"b <&>"' in text
         else:
-            graph: Any = (
-                (nx.parse_graphml if format == "graphml" else nx.parse_gexf)(text)
-                if format == "graphml"
-                else nx.read_gexf(io.BytesIO(text.encode()))
-            )
-            assert '0.layers.a"b <&>' in {data["owner"] for _, data in graph.nodes(data=True)}
+            read: Any = {"graphml": nx.read_graphml, "gexf": nx.read_gexf}[format]
+            graph = read(io.BytesIO(text.encode()))
+            assert name in {data["owner"] for _, data in graph.nodes(data=True)}
 
 
 @SHARED
