@@ -14,7 +14,12 @@ from typing import NoReturn
 
 from .errors import LosiaError
 
-COMMANDS = {"finetune": "losia_fx.finetune", "delta": "losia_fx.delta_command"}
+COMMANDS = {
+    "finetune": "losia_fx.finetune",
+    "delta": "losia_fx.delta_command",
+    "dump": "losia_fx.tools.dump_command",
+    "diff": "losia_fx.tools.diff_command",
+}
 
 
 class _Parser(argparse.ArgumentParser):

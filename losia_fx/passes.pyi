@@ -1,6 +1,7 @@
 from passes import (
     GraphPass as GraphPass,
     InsertLocalization as InsertLocalization,
+    Observer as Observer,
     PassPipeline as PassPipeline,
     Product as Product,
     SubnetRewrite as SubnetRewrite,
@@ -10,6 +11,7 @@ from passes import (
     find_products as find_products,
     find_uses as find_uses,
     graph_modules as graph_modules,
+    outputs_may_learn as outputs_may_learn,
     placeholders as placeholders,
     plan_subnets as plan_subnets,
     region_of as region_of,

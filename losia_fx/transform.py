@@ -126,8 +126,10 @@ class CompiledCall:
     again there.
     """
 
-    def __init__(self, root: nn.Module, config: LosiaConfig) -> None:
+    def __init__(self, root: nn.Module, config: LosiaConfig, backend: LosiaBackend | None = None) -> None:
+        """backend: another than the config's (losia_fx.tools.capture)."""
         self.root, self.config = root, config
+        self._backend = backend or LosiaBackend(config)
         self._compiled: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class CompiledCall:
         if not torch.is_grad_enabled():
             return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
-            self._compiled = compile_call(self.root, LosiaBackend(self.config), RECOMPILE_LIMIT)
+            self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
         controller = find_controller(self.root)
         assert controller is not None
         controller.averages_ranks = running_ddp()

@@ -52,11 +52,11 @@ def _thread(
         if used:
             node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
             _thread(region.body, inner, plan, names, edit, used)
-            _outputs_may_learn(region.body)
+            outputs_may_learn(region.body)
     edit(gm, body, inputs)
 
 
-def _outputs_may_learn(body: fx.GraphModule) -> None:
+def outputs_may_learn(body: fx.GraphModule) -> None:
     """Forgets which outputs of a region asked for no gradient: with frozen weights none did, with a subnet they do.
 
     torch.compiler.nested_compile_region goes by that.

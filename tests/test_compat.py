@@ -229,6 +229,51 @@ def test_keep_saved_tensors_lets_a_compiled_backward_run_twice() -> None:
     assert torch._functorch.config.donated_buffer == before
 
 
+@pytest.mark.parametrize("name", ["inductor", "aot_eager", "eager"])
+def test_aot_compiler_shows_both_graphs_and_where_their_inputs_come_from(name: str) -> None:
+    shown: dict[str, torch.fx.GraphModule] = {}
+    backend = _compat.aot_compiler(name, lambda gm: shown.update(forward=gm), lambda gm: shown.update(backward=gm))
+    x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    given: list[str] = []
+
+    def tracing(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        given.extend(node.name for node in gm.graph.find_nodes(op="placeholder"))
+        return backend(gm, inputs)
+
+    torch.compile(lambda x, w: torch.sin(torch.sin(x @ w)).sum(), backend=tracing)(x, w).backward()
+    expected = torch.autograd.grad(torch.sin(torch.sin(x @ w)).sum(), w)[0]
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, expected)
+    holders = [node for node in shown["forward"].graph.find_nodes(op="placeholder")]
+    assert [given[_compat.input_index(node) or 0] for node in holders] == given
+    tangents = [node for node in shown["backward"].graph.find_nodes(op="placeholder") if "tangents" in node.name]
+    assert [_compat.input_index(node) for node in tangents] == [None]
+    # inductor and aot_eager make the inner sin again, eager keeps it
+    sines = [node for node in shown["backward"].graph.nodes if "aten.sin" in str(node.target)]
+    assert len(sines) == (0 if name == "eager" else 1)
+
+
+def test_second_graph_compiled_apart() -> None:
+    shown: list[torch.fx.GraphModule] = []
+    nothing = _compat.aot_compiler("eager", lambda gm: None, lambda gm: None)
+    other = _compat.aot_compiler("eager", lambda gm: None, shown.append)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        with _compat.compiled_apart():
+            fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+            other(gm, [fake.detach().requires_grad_() for fake in fakes])
+        compiled = nothing(gm, inputs)
+        assert torch._guards.TracingContext.get().fw_metadata.num_outputs == 1
+        return compiled
+
+    x = torch.randn(3)
+    y = torch.compile(torch.sin, backend=backend)(x)
+    torch.testing.assert_close(y, torch.sin(x))
+    assert not y.requires_grad
+    (backward,) = shown
+    assert any("aten.cos" in str(node.target) for node in backward.graph.nodes)
+
+
 def test_is_compiled_in_place_tells_who_called_compile() -> None:
     module = nn.Linear(2, 2)
     assert not _compat.is_compiled_in_place(module)
