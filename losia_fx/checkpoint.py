@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import StateError
-from .files import read_tensors, write_tensors
 from .inspect import controller
+from .state_file import read_tensors, write_tensors
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import DeltaError
 from .pieces import Piece
-from .sealed import write_sealed
+from .sealed import Seal
 
 FORMAT = 1
+SEAL = Seal("delta", "delta", DeltaError)
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -75,7 +77,7 @@ def write_delta(path: Path, model: str, records: Sequence[WeightRecord], pieces:
             if piece.rows is not None and piece.cols is not None:
                 tensors[f"{record.name}/{number}.rows"] = piece.rows.int()
                 tensors[f"{record.name}/{number}.cols"] = piece.cols.int()
-    write_sealed(path, tensors, _header_text(model, records))
+    SEAL.write(path, tensors, _header_text(model, records))
 
 
 def _header_text(model: str, records: Sequence[WeightRecord]) -> str:

@@ -12,10 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .delta_file import DTYPES, FORMAT, WeightRecord
+from .delta_file import DTYPES, FORMAT, SEAL, WeightRecord
 from .errors import DeltaError
 from .pieces import INTEGERS, Piece, place_after
-from .sealed import check_seal
 
 
 class DeltaFile:
@@ -26,13 +25,15 @@ class DeltaFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        check_seal(self.path)
+        if not self.path.is_file():
+            raise DeltaError(f"{self.path}: there is no such file")
+        SEAL.check(self.path)
         try:
             self._file: Any = _open(self.path)
         except (SafetensorError, ValueError) as error:
             raise DeltaError(f"{self.path}: is no sound safetensors file: {error}") from None
         metadata: dict[str, str] = self._file.metadata() or {}
-        self.model, self.records = self._header(metadata.get("delta"))
+        self.model, self.records = self._header(metadata.get(SEAL.entry))
         self._check_keys()
 
     def __enter__(self) -> DeltaFile:

@@ -21,10 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from .base_history import history_tensors, restore_history
 from .checkpoint import load_state, save_state
 from .errors import StateError, listed
-from .files import read_tensors, remove_folder, write_folder_safely, write_tensors
+from .files import remove_folder, write_folder_safely
 from .finetune import CHECKPOINTS, FinetuneSettings
 from .inspect import controller
 from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord
+from .state_file import read_tensors, write_tensors
 
 WEIGHTS, LOSIA, RUN = "weights.safetensors", "losia.safetensors", "run.safetensors"
 KEPT = 2  # checkpoints: the newest, and one more for whoever does not trust it
