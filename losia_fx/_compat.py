@@ -7,24 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule as OptimizedModule
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._guards import TracingContext
 
 __all__ = [
     "CompilerFailed",
     "OptimizedModule",
+    "aot_compiler",
     "compile_call",
     "fake_inputs",
     "graph_task_id",
     "grouped_products",
     "inner_compiler",
+    "input_index",
     "install_call",
     "is_compiled_in_place",
     "keep_saved_tensors",
@@ -61,6 +67,45 @@ def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
 def inner_compiler(name: str) -> Callable[..., Any]:
     """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
     return torch._dynamo.lookup_backend(name)
+
+
+Keep = Callable[[fx.GraphModule], None]
+
+
+def aot_compiler(name: str, forward: Keep, backward: Keep) -> Callable[..., Any]:
+    """A backend that shows the graphs that AOTAutograd makes for the compiler ``name``, and runs them as they are.
+
+    inductor gets its own decompositions; it and aot_eager recompute in the backward what is cheap (the min-cut
+    partition), eager keeps all that autograd keeps. What is public of this (functorch.compile) has no decompositions.
+    """
+    partition: Callable[..., Any] = min_cut_rematerialization_partition
+    options: dict[str, Any] = {}
+    if name == "inductor":
+        from torch._inductor.decomposition import select_decomp_table
+
+        partition = partial(partition, compiler="inductor")
+        options["decompositions"] = select_decomp_table
+    elif name == "eager":
+        partition = default_partition
+
+    def shown(keep: Keep) -> Callable[..., Any]:
+        def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            keep(gm)
+            run: Callable[..., Any] = make_boxed_func(gm.forward)
+            return run
+
+        return compiler
+
+    compiled: Callable[..., Any] = aot_autograd(
+        fw_compiler=shown(forward), bw_compiler=shown(backward), partition_fn=partition, **options
+    )
+    return compiled
+
+
+def input_index(node: fx.Node) -> int | None:
+    """Which input of the graph that AOTAutograd was given a placeholder of its graphs stands for; None for others."""
+    described = node.meta.get("desc")
+    return described.idx if isinstance(described, PlainAOTInput) else None
 
 
 def region_inputs(target: Any) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from losia_fx.passes import (
+    Observer,
     Uses,
     copy_graph_module,
     default_pipeline,
@@ -37,17 +39,27 @@ log = logging.getLogger("losia_fx")
 
 Adopt = Callable[[Sequence[nn.Parameter]], None]
 """Gives subnets to weights that have none yet (backend="losia" alone)."""
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+"""What torch.compile takes as a backend."""
+Watch = Callable[[fx.GraphModule, Sequence[Any], SubnetPlan], Observer]
+"""Is shown each graph as Dynamo gave it, its inputs and its plan; what it returns sees the graph after each pass."""
 
 
 class LosiaBackend:
     """A torch.compile backend that trains the subnets of the weights it is handed.
 
     config: what the inner compiler is, and whether anything is profiled. adopt: see Adopt; None leaves weights without
-    a subnet as they are.
+    a subnet as they are. inner: another inner compiler than the config's; watch: see Watch.
     """
 
-    def __init__(self, config: LosiaConfig, adopt: Adopt | None = None) -> None:
-        self.config, self.adopt = config, adopt
+    def __init__(
+        self,
+        config: LosiaConfig,
+        adopt: Adopt | None = None,
+        inner: Compiler | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.config, self.adopt, self.inner, self.watch = config, adopt, inner, watch
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         _refuse_options(options)
@@ -56,6 +68,8 @@ class LosiaBackend:
         names = [node.name for node in placeholders(gm)]
         parameters = {n: value for n, value in zip(names, example_inputs, strict=True) if _is_weight(value)}
         if not parameters:
+            if self.watch is not None:
+                self.watch(gm, example_inputs, SubnetPlan((), ()))
             return self._compile(gm, example_inputs)
         copy = copy_graph_module(gm)  # a body that several regions share is several there: the plan tells them apart
         uses = find_uses(copy, {name: value.dim() for name, value in parameters.items()})
@@ -66,15 +80,16 @@ class LosiaBackend:
         states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
         plan = plan_subnets(copy, {name: state.facts for name, state in states.items()})
         _note_uses(parameters, uses, plan)
+        observe = None if self.watch is None else self.watch(gm, example_inputs, plan)
         if plan.slots:
-            default_pipeline(plan, self.config)(copy)
+            replace(default_pipeline(plan, self.config), observe=observe)(copy)
         weights = [names.index(name) for name in parameters]
         return CompiledGraph(self, gm, copy, example_inputs, plan, weights, adoptable)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        inner = self.inner or inner_compiler(self.config.compiler)
         with keep_saved_tensors():
-            compiled: Callable[..., Any] = inner_compiler(self.config.compiler)(gm, list(inputs))
-        return compiled
+            return inner(gm, list(inputs))
 
 
 class CompiledGraph:

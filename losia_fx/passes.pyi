@@ -1,6 +1,7 @@
 from passes import (
     GraphPass as GraphPass,
     InsertLocalization as InsertLocalization,
+    Observer as Observer,
     PassPipeline as PassPipeline,
     Product as Product,
     SubnetRewrite as SubnetRewrite,

@@ -112,8 +112,10 @@ class CompiledCall:
     again there.
     """
 
-    def __init__(self, root: nn.Module, config: LosiaConfig) -> None:
+    def __init__(self, root: nn.Module, config: LosiaConfig, backend: LosiaBackend | None = None) -> None:
+        """backend: another than the config's (losia_fx.tools.capture)."""
         self.root, self.config = root, config
+        self._backend = backend or LosiaBackend(config)
         self._compiled: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,11 +131,11 @@ class CompiledCall:
         if not torch.is_grad_enabled():
             return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
-            self._compiled = compile_call(self.root, LosiaBackend(self.config), RECOMPILE_LIMIT)
+            self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
         controller = find_controller(self.root)
         assert controller is not None
         controller.averages_ranks = running_ddp()
-        _free_input_gradients(self.root)
+        free_input_gradients(self.root)
         try:
             result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
@@ -145,7 +147,7 @@ class CompiledCall:
         return result
 
 
-def _free_input_gradients(root: nn.Module) -> None:
+def free_input_gradients(root: nn.Module) -> None:
     """Takes off the hook with which transformers' checkpointing makes embeddings ask for a gradient.
 
     It breaks the graph and brings a gradient that nobody needs. Reentrant checkpointing needs it, so there it stays.

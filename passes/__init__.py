@@ -3,7 +3,7 @@
 from losia_fx.config import LosiaConfig
 from losia_fx.plan import SubnetPlan
 
-from .base import GraphPass, PassPipeline, copy_graph_module, graph_modules, placeholders, region_of
+from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_modules, placeholders, region_of
 from .insert_localization import InsertLocalization
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
@@ -21,6 +21,7 @@ def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
 __all__ = [
     "GraphPass",
     "InsertLocalization",
+    "Observer",
     "PassPipeline",
     "Product",
     "SubnetRewrite",

@@ -1,0 +1,208 @@
+"""What a MODEL argument names: a checkpoint folder, a config.json, or ``module:function``; and inputs for a step of it.
+
+>>> loaded = load_model("my_package.models:make")
+>>> loaded.model(*loaded.example.args, **loaded.example.kwargs)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.finetune import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SEED = 0
+MOST_BATCHES = 60  # that are tried until one fits a model
+HELP = "folder of a transformers checkpoint, a config.json, or module:function (default: the embedded Llama)"
+
+
+@dataclass(frozen=True)
+class Example:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, value: Any) -> Example:
+        """A mapping stands for keyword arguments, a tuple or list for positional ones, anything else for the only one.
+
+        Raises ConfigError where there is no argument at all.
+        """
+        if isinstance(value, Example):
+            return value
+        if isinstance(value, Mapping):
+            example = cls((), dict(value))
+        else:
+            example = cls(tuple(value) if isinstance(value, (tuple, list)) else (value,), {})
+        if not example.args and not example.kwargs:
+            raise ConfigError("example inputs are empty: give a tensor, a tuple of arguments or a dict of keywords")
+        return example
+
+
+@dataclass(frozen=True)
+class Loaded:
+    name: str
+    model: nn.Module
+    """A checkpoint's or a configuration's is in training mode; a function's as it was handed over."""
+    example: Example
+
+
+def load_model(text: str | None) -> Loaded:
+    """The model that ``text`` names (None: the embedded one) and inputs for it; nothing is fetched from a network.
+
+    A configuration alone gets random weights, the same every time. Raises ConfigError, in one line, for what cannot be
+    found or loaded, is no model, or takes no input that we can make.
+    """
+    if text is None:
+        return _from_checkpoint(EMBEDDED_MODEL)
+    path = Path(text)
+    if path.is_dir():
+        return _from_checkpoint(path)
+    if path.is_file():
+        return _from_config(path)
+    if ":" in text:
+        return _from_function(text)
+    raise ConfigError(f"MODEL {text}: no such file or folder; give a checkpoint folder, a config.json or module:function")
+
+
+# -- a function ------------------------------------------------------------------------------------------------------
+
+
+def _from_function(text: str) -> Loaded:
+    module_name, _, name = text.rpartition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own modules lie in the folder that the command runs in
+    try:
+        module = importlib.import_module(module_name)
+    # whatever the user's module does wrong on its way; ValueError: a name such as ""
+    except Exception as error:
+        raise ConfigError(f"MODEL {text}: module {module_name!r} cannot be imported: {_said(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"MODEL {text}: module {module_name!r} has no function {name!r}")
+    try:
+        result = function()
+    except Exception as error:
+        raise ConfigError(f"MODEL {text}: {name}() raised {_said(error)}") from error
+    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(model, nn.Module) or inputs is None:
+        raise ConfigError(f"MODEL {text}: {name}() returned {_kind(result)}; return a torch.nn.Module and inputs for it")
+    return Loaded(text, model, Example.of(inputs))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(entry).__name__ for entry in value)})"
+    return type(value).__name__
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# -- transformers ----------------------------------------------------------------------------------------------------
+
+
+def _from_checkpoint(folder: Path) -> Loaded:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"MODEL {folder}: is no folder with a transformers checkpoint (it has no config.json)")
+    config = _read_config(folder)
+    name = _class_name(config, folder)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = getattr(transformers, name).from_pretrained(folder, config=config, local_files_only=True)
+    # whatever transformers or safetensors find wrong with a folder, from a missing file to a torn one
+    except Exception as error:
+        raise ConfigError(f"MODEL {folder}: cannot be loaded as {name}: {_said(error)}") from error
+    return _with_inputs(str(folder), model, name)
+
+
+def _from_config(path: Path) -> Loaded:
+    config = _read_config(path)
+    name = _class_name(config, path)
+    import transformers
+
+    torch.manual_seed(SEED)
+    try:
+        model = getattr(transformers, name)(config)
+    except Exception as error:  # a configuration can be wrong in as many ways as there are models
+        raise ConfigError(f"MODEL {path}: {name} cannot be made from it: {_said(error)}") from error
+    return _with_inputs(str(path), model, name)
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise LosiaError(f"MODEL {path}: needs {error.name}: install losia-fx[cli]") from None
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # no JSON, no model_type, an unknown one, a field of a wrong kind
+        raise ConfigError(f"MODEL {path}: is no transformers configuration: {_said(error)}") from error
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if getattr(part, "use_cache", None):
+            part.use_cache = False  # training has no use for it, and it would be an output of the graph
+    return config
+
+
+def _class_name(config: PretrainedConfig, path: Path) -> str:
+    """The class that the configuration names; else the first that its model type has for any purpose."""
+    import transformers
+
+    classes = _classes(config.model_type)
+    for name in (*(config.architectures or ()), *classes):
+        if hasattr(transformers, name):
+            return name
+    raise ConfigError(f"MODEL {path}: transformers has no model class for model type {config.model_type!r}")
+
+
+def _classes(model_type: str) -> dict[str, str]:
+    """Names of the model type's classes -> what each is for, in transformers' words; the most telling first."""
+    from transformers.models.auto import modeling_auto
+
+    from .architectures import HEADS
+
+    found: dict[str, str] = {}
+    for head in HEADS:
+        table = "MODEL_MAPPING_NAMES" if head == "BASE" else f"MODEL_FOR_{head}_MAPPING_NAMES"
+        names = getattr(modeling_auto, table).get(model_type, ())
+        for name in (names,) if isinstance(names, str) else names:
+            found.setdefault(name, head)
+    return found
+
+
+def _with_inputs(source: str, model: Any, class_name: str) -> Loaded:
+    from .tiny_batch import candidates
+
+    model.train()
+    head = _classes(model.config.model_type).get(class_name, "BASE")
+    why = "none was found"
+    for _, batch in zip(range(MOST_BATCHES), candidates(model, head), strict=False):
+        batch = {name: _cast(value, model.dtype) for name, value in batch.items()}
+        try:
+            torch.manual_seed(SEED)
+            model(**batch)
+        except Exception as error:  # that is how one finds out what a model takes
+            why = f"the last one failed with {_said(error)}"
+            continue
+        return Loaded(source, model, Example((), batch))
+    raise ConfigError(f"MODEL {source}: {class_name} took none of the inputs that were tried; {why}")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
