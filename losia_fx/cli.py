@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .errors import LosiaError
 
-COMMANDS = {"finetune": "losia_fx.finetune"}
+COMMANDS = {"finetune": "losia_fx.finetune", "plot": "losia_fx.tools.plot"}
 
 
 class _Parser(argparse.ArgumentParser):

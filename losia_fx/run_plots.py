@@ -24,7 +24,7 @@ MOST_BLOCKS, MOST_KINDS = 6, 8  # of the weights' maps: more would be too small 
 BINS = 64  # of a weight's map in each direction
 
 
-def plot_losses(path: Path, record: RunRecord, names: Names) -> None:
+def plot_losses(path: Path, record: RunRecord, names: Names, kind: str = "png") -> None:
     """Loss over steps (training and held out) above; the learning rate and the profiled group below."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -50,10 +50,10 @@ def plot_losses(path: Path, record: RunRecord, names: Names) -> None:
         below.axvline(move.step, color=GREY, linewidth=0.8, zorder=0)
     if record.moves:
         below.set_title("grey: a group re-selects its subnets", fontsize=8, loc="right")
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.savefig(path, format=kind, dpi=DPI)
 
 
-def plot_subnets(path: Path, record: RunRecord) -> None:
+def plot_subnets(path: Path, record: RunRecord, kind: str = "png") -> None:
     """The groups over time (how much moved, what it held, how far it reached), then the map of each weight."""
     kinds, grid = _weight_grid(record)
     head = next((names[0] for names in record.groups if len(names) == 1 and len(record.groups) > 1), None)
@@ -66,7 +66,7 @@ def plot_subnets(path: Path, record: RunRecord) -> None:
     _draw_weights(parts[1], record, kinds, grid)
     if head:
         _draw_rows_over_time(parts[2], record, head)
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.savefig(path, format=kind, dpi=DPI)
 
 
 def _draw_groups(figure: SubFigure, record: RunRecord) -> None:
