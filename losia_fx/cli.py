@@ -14,7 +14,11 @@ from typing import NoReturn
 
 from .errors import LosiaError
 
-COMMANDS = {"finetune": "losia_fx.finetune", "plot": "losia_fx.tools.plot"}
+COMMANDS = {
+    "finetune": "losia_fx.finetune",
+    "explain": "losia_fx.tools.explain",
+    "plot": "losia_fx.tools.plot",
+}
 
 
 class _Parser(argparse.ArgumentParser):
