@@ -17,6 +17,7 @@ from .errors import LosiaError
 COMMANDS = {
     "finetune": "losia_fx.finetune",
     "explain": "losia_fx.tools.explain",
+    "page": "losia_fx.tools.page",
     "plot": "losia_fx.tools.plot",
 }
 

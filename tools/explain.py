@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from losia_fx.errors import ConfigError
 
-from .config_arguments import add_config_arguments, config_of
 from .load_model import HELP
+from .losia_options import add_losia_options, config_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, help="tokens of each of its rows")
     parser.add_argument("--measure", action="store_true", help="also run some steps, and count")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_arguments(parser)
+    add_losia_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: give a whole number of at least 1")
     config = config_of(args)
+    from .capture import capture
     from .explanation import explain, show
     from .load_model import load_model
     from .resize import resize
 
     loaded = load_model(args.model)
     example = resize(loaded.example, args.batch_size, args.seq_length)
-    found = explain(loaded.model, example, config, args.steps, args.measure)
+    captured = capture(loaded.model, example, config)
+    found = explain(loaded.model, captured, example, args.steps, args.measure)
     if args.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:

@@ -18,7 +18,7 @@ from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaWarning
 from losia_fx.report import Report
 
-from .capture import capture
+from .capture import Captured
 from .forecast import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, losia, profiled_group
 from .load_model import Example
 from .measure import measure
@@ -58,10 +58,11 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, example: Example, config: LosiaConfig, steps: int | None = None, measured: bool = False
+    model: nn.Module, captured: Captured, example: Example, steps: int | None = None, measured: bool = False
 ) -> Explanation:
-    """The model is left as it was. Raises what transform() and capture() raise."""
-    facts = Facts.of(model, capture(model, example, config))
+    """captured: of this model with this example. steps: of a run, if known. The model is left as it was."""
+    config = captured.config
+    facts = Facts.of(model, captured)
     counted = measure(model, example, config, profiled_group(facts)) if measured else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)  # the report says it too

@@ -11,7 +11,7 @@ COMPILERS = ("aot_eager", "inductor")
 """Those whose graphs can be captured; "eager" runs what Dynamo gives and keeps what plain autograd keeps."""
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_losia_options(parser: argparse.ArgumentParser) -> None:
     default = LosiaConfig()
     group = parser.add_argument_group("LoSiA", "the options of losia_fx.LosiaConfig")
     for option, kind in (("rank_factor", float), ("output_rank_factor", float), ("period", int), ("seed", int)):
