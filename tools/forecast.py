@@ -22,7 +22,7 @@ from .step_cost import WeightUse, saved_bytes, tapped, weight_uses
 
 PARTS = {
     "weights": "weights, dense",
-    "subnets": "S, the values that learn",
+    "subnets": "values that learn (S)",
     "indices": "rows and cols",
     "gradients": "gradients of what learns",
     "moments": "AdamW's two moments",

@@ -15,6 +15,14 @@ from .step_cost import value_of
 
 Line = dict[str, str]
 
+PARTS: Mapping[str, str] = {
+    "losia_values": "S",
+    "losia_rows": "rows",
+    "losia_cols": "cols",
+    "losia_handle": "handle",
+}
+"""Of a subnet's state: how the placeholders' names start, and what they hold."""
+
 
 def before_and_after(captured: Captured) -> dict[str, tuple[list[Line], list[Line]]]:
     """By weight: the nodes that are its own, and those that they take and that take them, in the order of the graph.
@@ -61,8 +69,16 @@ def _takers(node: fx.Node) -> Iterator[fx.Node]:
 def _line(node: fx.Node) -> Line:
     value = value_of(node)
     said = "" if value is None else f"{' x '.join(map(str, value.shape)) or 'scalar'} {_dtype(value.dtype)}"
-    inputs = ", ".join(argument.name for argument in node.all_input_nodes)
-    return {"name": node.name, "op": _op(node), "inputs": inputs, "value": said}
+    inputs = ", ".join(map(_name, node.all_input_nodes))
+    return {"name": _name(node), "op": _op(node), "inputs": inputs, "value": said}
+
+
+def _name(node: fx.Node) -> str:
+    """The node's own; of a parameter or buffer, which Dynamo names by its whole path, the end of the model's name."""
+    weight = node.meta.get(WEIGHT) if node.op == "placeholder" else None
+    if weight is None or node.name.startswith(tuple(PARTS)):
+        return node.name
+    return ".".join(str(weight).split(".")[-2:])
 
 
 def _dtype(dtype: Any) -> str:
@@ -79,13 +95,5 @@ def _op(node: fx.Node) -> str:
     return f".{node.target}()" if node.op == "call_method" else node.op
 
 
-PARTS: Mapping[str, str] = {
-    "losia_values": "S",
-    "losia_rows": "rows",
-    "losia_cols": "cols",
-    "losia_handle": "handle",
-}
-
-
 def _part(name: str, weight: str) -> str:
-    return next((said for prefix, said in PARTS.items() if name.startswith(prefix)), f"W, {weight}")
+    return next((said for prefix, said in PARTS.items() if name.startswith(prefix)), weight)

@@ -103,7 +103,7 @@ def _blocks(
         blocks[-1]["layers"].append(
             {
                 **asdict(weight),
-                "label": weight.name.removeprefix(f"{label}.").removesuffix(".weight").rpartition(".")[2],
+                "label": weight.name.removesuffix(".weight").rpartition(".")[2],
                 "before": before,
                 "after": after,
                 "cost": _cost(weight, uses, found.facts),

@@ -101,19 +101,20 @@ function drawHistory(canvas, several, edges, end) {
 
 /** Bars of shares, 0 to 1, over steps. values: [{step, share}], share null where there is none. */
 function bars(values, label, kind = "bar") {
-  const width = 420, height = 110, left = 34, foot = 18;
+  const width = 300, height = 110, left = 34, foot = 18;
+  const top = [0.1, 0.2, 0.5, 1].find((limit) => values.every(({ share }) => share === null || share <= limit));
   const wide = (width - left) / values.length;
   const chart = make("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
-  for (const share of [0, 0.5, 1]) {
-    const y = (height - foot) * (1 - share) + 0.5;
+  for (const share of [0, top / 2, top]) {
+    const y = 5 + (height - foot - 5) * (1 - share / top) + 0.5;
     chart.append(make("line", { x1: left, x2: width, y1: y, y2: y, class: "grid" }),
-      make("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, percent(share)));
+      make("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, `${100 * share}%`));
   }
   const every = Math.ceil(values.length / 8);
   values.forEach(({ step, share }, index) => {
     const x = left + index * wide;
     if (share !== null) {
-      const tall = Math.max(1, (height - foot) * share);
+      const tall = Math.max(1, ((height - foot - 5) * share) / top);
       chart.append(make("rect", { x: x + wide * 0.15, width: wide * 0.7, y: height - foot - tall, height: tall, rx: 1.5, class: kind },
         make("title", {}, `step ${step}: ${percent(share)}`)));
     }

@@ -3,8 +3,8 @@ const at = (id) => document.getElementById(id);
 const layers = data.blocks.flatMap((block) => block.layers);
 
 const MEASURES = {
-  share: ["elements that learn now", (layer) => (layer.subnet ? elements(layer.subnet) / elements(layer.shape) : layer.trained === "full" ? 1 : 0)],
-  reached: ["elements reached so far", (layer) => last(layer)?.reached ?? (layer.trained === "full" ? 1 : 0)],
+  share: ["elements that learn now", (layer) => (layer.subnet ? elements(layer.subnet) / elements(layer.shape) : layer.trained === "full" ? 1 : null)],
+  reached: ["elements reached so far", (layer) => last(layer)?.reached ?? (layer.trained === "full" ? 1 : null)],
   captured: ["importance held by its group", (layer) => last(layer)?.captured ?? null],
   overlap: ["overlap with the selection before", (layer) => last(layer)?.jaccard ?? null],
 };
@@ -64,7 +64,7 @@ function fillMeters() {
   const [label, measure] = MEASURES[at("measure").value];
   document.querySelectorAll(".tile").forEach((button, index) => {
     const layer = layers[index], share = measure(layer);
-    button.querySelector(".amount").textContent = percent(share);
+    button.querySelector(".amount").textContent = share === null ? (layer.trained === "frozen" ? "frozen" : "") : percent(share);
     button.querySelector(".meter i").style.width = `${100 * (share ?? 0)}%`;
     const how = { subnet: "learns through a subnet", full: "learns in full", frozen: "frozen" }[layer.trained];
     button.setAttribute("aria-label", `${layer.name}, ${dims(layer.shape)}, ${how}${share === null ? "" : `, ${label}: ${percent(share)}`}`);
@@ -203,15 +203,16 @@ function showForecast() {
   const inputs = Object.entries(data.inputs).map(([name, shape]) => `${name} ${dims(shape)}`).join(", ");
   at("forecast-note").textContent = `For a step of ${inputs}, with AdamW. FLOPs are those of the products of these weights, the cost of profiling spread over a round.`;
   const most = Math.max(...data.methods.map((method) => method.bytes)), parts = Object.keys(data.parts);
-  const head = make("thead", {}, make("tr", {}, ...["", "memory", "", "kept for backward", "learns", "FLOPs a step"].map((name) => make("th", { scope: "col" }, name))));
+  const names = ["method", "memory by part", "memory", "kept for backward", "learns", "FLOPs a step"];
+  const head = make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name))));
   const body = make("tbody", {}, ...data.methods.map((method) => {
     const stack = make("div", { class: "stack", role: "img", "aria-label": parts.filter((part) => method.memory[part]).map((part) => `${data.parts[part]} ${bytes(method.memory[part])}`).join(", ") },
       ...parts.map((part, index) => make("i", { title: `${data.parts[part]}: ${bytes(method.memory[part])}`, style: { width: `${(100 * method.memory[part]) / most}%`, background: `var(--part-${index})` } })));
     return make("tr", { class: method.note === "as here" ? "here" : "" }, make("th", { scope: "row" }, method.name, " ", make("small", {}, method.note)),
-      make("td", {}, stack), make("td", {}, bytes(method.bytes)), make("td", {}, bytes(method.memory.activations)), make("td", {}, count(method.trained)), make("td", {}, count(method.all_flops)));
+      make("td", {}, stack), ...[bytes(method.bytes), bytes(method.memory.activations), count(method.trained), count(method.all_flops)].map((value, index) => make("td", { "data-label": names[index + 2] }, value)));
   }));
   at("methods").append(head, body);
-  at("parts").append(...parts.flatMap((part, index) => [make("span", { class: "swatch", style: { background: `var(--part-${index})` } }), data.parts[part]]));
+  at("parts").append(...parts.map((part, index) => make("span", {}, make("i", { class: "swatch", style: { background: `var(--part-${index})` } }), data.parts[part])));
   at("periods").append(
     make("thead", {}, make("tr", {}, ...["period", "steps in a round", `rounds in ${data.steps} steps`].map((name) => make("th", { scope: "col" }, name)))),
     make("tbody", {}, ...data.periods.map((each) => make("tr", { class: each.here ? "here" : "" }, make("th", { scope: "row" }, `${each.period} steps`),
