@@ -5,21 +5,27 @@
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 _here = _Path(__file__).resolve().parent
 if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py").is_file():
     # A checkout that is not installed: passes and tools lie beside this folder (pyproject.toml maps them for wheels).
     __path__.append(str(_here.parent))
 
+from .checkpoint import load_state_dict, state_dict
 from .config import LosiaConfig
 from .controller import Controller, Event
+from .delta import load_delta, save_delta
 from .errors import (
     ConfigError,
+    DeltaError,
     LosiaError,
     LosiaWarning,
     OptimizerError,
     PassPostconditionError,
     PassPreconditionError,
+    StateError,
     TransformError,
     UnsupportedGraphError,
 )
@@ -28,10 +34,15 @@ from .report import Report
 from .state import Subnet
 from .transform import restore, transform
 
+if _TYPE_CHECKING:
+    from .callback import LosiaCallback
+
 __all__ = [
     "ConfigError",
     "Controller",
+    "DeltaError",
     "Event",
+    "LosiaCallback",
     "LosiaConfig",
     "LosiaError",
     "LosiaWarning",
@@ -39,12 +50,25 @@ __all__ = [
     "PassPostconditionError",
     "PassPreconditionError",
     "Report",
+    "StateError",
     "Subnet",
     "TransformError",
     "UnsupportedGraphError",
     "controller",
+    "load_delta",
+    "load_state_dict",
     "report",
     "restore",
+    "save_delta",
+    "state_dict",
     "subnets",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "LosiaCallback":  # needs transformers, which nothing else here does
+        from .callback import LosiaCallback
+
+        return LosiaCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,26 +6,28 @@ Checked against torch 2.13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule as OptimizedModule
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import TracingContext
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 
 __all__ = [
     "CompilerFailed",
     "OptimizedModule",
     "aot_compiler",
     "compile_call",
+    "compiled_apart",
     "fake_inputs",
     "graph_task_id",
     "grouped_products",
@@ -39,6 +41,7 @@ __all__ = [
     "running_ddp",
     "runs_uncompiled",
     "storage_key",
+    "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
 # backend raises; it is unwrapped so that users read our error and not Dynamo's.
@@ -65,6 +68,14 @@ def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
+@contextmanager
+def compiled_apart() -> Iterator[None]:
+    """Context for compiling a second graph in a backend call: what that notes down is not mistaken for the first's."""
+    context = TracingContext.try_get()
+    with tracing(TracingContext(None if context is None else context.fake_mode)):
+        yield
+
+
 def inner_compiler(name: str) -> Callable[..., Any]:
     """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
     return torch._dynamo.lookup_backend(name)
@@ -76,8 +87,9 @@ Keep = Callable[[fx.GraphModule], None]
 def aot_compiler(name: str, forward: Keep, backward: Keep) -> Callable[..., Any]:
     """A backend that shows the graphs that AOTAutograd makes for the compiler ``name``, and runs them as they are.
 
+    Both are shown when the graph is compiled; by default the backward would be when it first runs.
     inductor gets its own decompositions; it and aot_eager recompute in the backward what is cheap (the min-cut
-    partition), eager keeps all that autograd keeps. What is public of this (functorch.compile) has no decompositions.
+    partition), eager keeps all that autograd keeps. torch's own backends show no graph.
     """
     partition: Callable[..., Any] = min_cut_rematerialization_partition
     options: dict[str, Any] = {}
@@ -97,10 +109,13 @@ def aot_compiler(name: str, forward: Keep, backward: Keep) -> Callable[..., Any]
 
         return compiler
 
-    compiled: Callable[..., Any] = aot_autograd(
-        fw_compiler=shown(forward), bw_compiler=shown(backward), partition_fn=partition, **options
-    )
-    return compiled
+    aot = aot_autograd(fw_compiler=shown(forward), bw_compiler=shown(backward), partition_fn=partition, **options)
+
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return aot(gm, inputs)
+
+    return compile_both
 
 
 def input_index(node: fx.Node) -> int | None:
@@ -130,6 +145,15 @@ def grouped_products() -> frozenset[Any]:
     return frozenset(found)
 
 
+def no_view(y: torch.Tensor) -> torch.Tensor:
+    """``y``, of which nobody else knows, in a form that an autograd.Function may return and its user change in place.
+
+    The compilers' decomposition of F.linear ends in a view where x is not contiguous; the kernel's never does.
+    """
+    owned: torch.Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return owned
+
+
 def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What calling ``module`` does when nothing is compiled: hooks and forward."""
     return module._call_impl(*args, **kwargs)
@@ -157,6 +181,15 @@ def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
 def running_ddp() -> bool:
     """Whether the forward under way is that of a DistributedDataParallel."""
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def whole_graphs(under_ddp: bool) -> AbstractContextManager[Any]:
+    """Context in which Dynamo cuts no graph up for DistributedDataParallel's buckets.
+
+    The pieces are compiled with stand-ins for the parameters, in which no subnet can be found; and what is reduced is
+    the subnets' gradients, which are small.
+    """
+    return torch._dynamo.config.patch(optimize_ddp=False) if under_ddp else nullcontext()
 
 
 @contextmanager

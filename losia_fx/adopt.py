@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ._compat import OptimizedModule, is_compiled_in_place, running_ddp
-from .attach import attach
+from .attach import ask_for_gradients, attach
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import CONTROLLERS, Controller, controller_of
@@ -63,6 +63,7 @@ def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
             first = state.random_selection(controller.generator)
             attach(state, first.rows, first.cols)
+            ask_for_gradients([state])
             controller.watch([name for name, _, _ in plan.owners])
             states[plan.name] = state
     ordered = [states[plan.name] for plan in plans if plan.name in states]

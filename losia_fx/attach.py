@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ._compat import runs_uncompiled
 from .ops import subnet_linear, subnet_weight
@@ -41,17 +42,26 @@ def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
     ]
 
 
-def watch(modules: Iterable[nn.Module]) -> list[RemovableHandle]:
-    """Has ``modules`` run their weights through the subnets also where no graph does."""
+def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """Has modules see to their weights also where no graph does.
+
+    owners: modules that hold a weight with a subnet; what they do with it goes through the subnet. around: the modules
+    right around them, which may use their weights without calling them; there the weights ask for their gradient.
+    """
     hooks: list[RemovableHandle] = []
-    for module in modules:
-        hooks.append(module.register_forward_pre_hook(_before_forward))
-        hooks.append(module.register_forward_hook(_after_forward, always_call=True))
+    for module in owners:
+        hooks.append(module.register_forward_pre_hook(_before_owner))
+        hooks.append(module.register_forward_hook(_after_owner, always_call=True))
+    for module in around:
+        hooks.append(module.register_forward_pre_hook(_before_around))
+        hooks.append(module.register_forward_hook(_after_around, always_call=True))
     return hooks
 
 
 def detach(state: SubnetState) -> None:
     """Takes everything off again; W stays as trained."""
+    if (hook := _CUT_DOWN.pop(state.weight, None)) is not None:
+        hook.remove()
     state.unregister()
     RAN_OUTSIDE.discard(state)
     if ATTRIBUTE not in state.owner.__dict__:
@@ -167,6 +177,7 @@ def _replaced(value: Any) -> Any:
 class _Entered(threading.local):
     def __init__(self) -> None:
         self.stack: list[tuple[nn.Module, _EagerSubnets]] = []
+        self.asking: list[tuple[nn.Module, list[nn.Parameter]]] = []
         self.paused = False
         """A compiled graph is running: it sees to its weights itself."""
 
@@ -185,7 +196,7 @@ def compiled_region() -> Iterator[None]:
 
 
 @runs_uncompiled
-def _before_forward(module: nn.Module, args: Any) -> None:
+def _before_owner(module: nn.Module, args: Any) -> None:
     # Dynamo folds is_compiling() to True: the hooks leave no trace in a graph. Running at all means: no graph does.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
@@ -197,8 +208,78 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 
 
 @runs_uncompiled
-def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+def _after_owner(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if _entered.stack and _entered.stack[-1][0] is module:
         _entered.stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+@runs_uncompiled
+def _before_around(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    inside = [state for child in module.children() for state in _states(child).values()]
+    _entered.asking.append((module, ask_for_gradients(inside)))
+
+
+@runs_uncompiled
+def _after_around(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if _entered.asking and _entered.asking[-1][0] is module:
+        for weight in _entered.asking.pop()[1]:
+            weight.requires_grad_(False)
+
+
+# -- weights that ask for their gradient -----------------------------------------------------------------------------
+
+
+_CUT_DOWN: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+"""The hook of each weight that has asked for its gradient."""
+
+
+@contextmanager
+def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
+    """The frozen weights of ``states`` require grad meanwhile.
+
+    What is traced must see where gradients will flow: Dynamo leaves the backward of a torch.autograd.Function out where
+    nothing that goes in requires grad. And whatever uses a weight where neither a graph nor ``eager_linear`` sees it
+    makes a gradient of all of it, of which the subnet's part is taken.
+    """
+    asked = ask_for_gradients(states)
+    try:
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(False)
+
+
+def ask_for_gradients(states: Iterable[SubnetState]) -> list[nn.Parameter]:
+    """Has the weights of ``states`` require grad; those that did not."""
+    asked = []
+    for state in states:
+        weight = state.weight
+        if not weight.requires_grad:
+            weight.requires_grad_(True)
+            asked.append(weight)
+            if weight not in _CUT_DOWN:
+                _CUT_DOWN[weight] = weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
+        elif weight not in _CUT_DOWN:
+            _CUT_DOWN[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
+    return asked
+
+
+def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:
+    """Runs when a backward has made a gradient of all of a frozen weight, which autograd then throws away."""
+    found = weight()
+    state = None if found is None else resolve(found)
+    if state is not None and grad is not None:
+        RAN_OUTSIDE.add(state)
+        state.take_gradient(grad)
+
+
+def _cut_down(weight: Tensor) -> None:
+    """As _take_gradient, for a weight that requires grad throughout (backend="losia"): there nothing throws it away."""
+    grad, weight.grad = weight.grad, None
+    _take_gradient(weakref.ref(weight), grad)

@@ -15,7 +15,8 @@ def find_blocks(root: nn.Module) -> list[str]:
 
     A block is an entry of an outermost ModuleList, or one of several of a class in a Sequential, that has linear
     weights inside. Where such an entry is a stage, itself little but a list of blocks, those are the blocks, and the
-    stage comes after them for what is left of it. Lists of bare linears count only where no such block exists.
+    stage comes after them for what is left of it; a list of different modules (attention, then an MLP) makes no stage.
+    Lists of bare linears count only where no such block exists.
     """
     composite: list[str] = []
     bare: list[str] = []
@@ -59,9 +60,19 @@ def _blocks_of_stage(name: str, stage: nn.Module) -> list[str]:
     """The blocks that a stage is made of: all its linear weights but one at most (a downsampling) are in them."""
     inner: list[str] = []
     _search(stage, f"{name}.", inner, [])
+    inner = _without_parts(inner, {f"{name}.{path}": type(child) for path, child in stage.named_modules()})
     weights = [f"{name}.{path}" for path, child in stage.named_modules() if holds_weights_itself(child)]
     outside = [path for path in weights if block_of(path, inner) is None]
     return inner if inner and len(outside) <= 1 else []
+
+
+def _without_parts(names: list[str], types: dict[str, type]) -> list[str]:
+    """Of the entries of lists, those that repeat: a list in which no two are alike holds the parts of one block."""
+    lists: dict[str, list[str]] = {}
+    for name in names:
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    parts = [n for n in lists.values() if len(n) > 1 and len({types[name] for name in n}) == len(n)]
+    return [name for name in names if not any(name in siblings for siblings in parts)]
 
 
 def block_of(name: str, blocks: Iterable[str]) -> str | None:

@@ -16,6 +16,9 @@ from .errors import LosiaError
 
 COMMANDS = {
     "finetune": "losia_fx.finetune",
+    "delta": "losia_fx.delta_command",
+    "dump": "losia_fx.tools.dump_command",
+    "diff": "losia_fx.tools.diff_command",
     "explain": "losia_fx.tools.explain",
     "page": "losia_fx.tools.page",
     "plot": "losia_fx.tools.plot",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from . import snapshot
 from .attach import RAN_OUTSIDE, watch
+from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
-from .errors import LosiaError, LosiaWarning, OptimizerError, listed
+from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
 from .localize import (
     Fit,
     Selection,
@@ -39,6 +41,7 @@ from .optimizers import (
     follow_optimizers,
     found_inf,
     grad_scale,
+    has_stepped,
     live_optimizers,
     owned_states,
     restart_state,
@@ -97,13 +100,16 @@ class Controller:
         self.step = 0
         self.history: list[Event] = []
         self.left_out = 0
+        self.full = FullBases()
         self.states: list[SubnetState] = []
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
         self.hooks: list[RemovableHandle] = []
-        self._watched: list[nn.Module] = []
+        self._watched: tuple[set[nn.Module], set[nn.Module]] = (set(), set())
         self.averages_ranks = False
         """DistributedDataParallel averages S.grad over ranks, so G must be averaged too."""
+        self._loaded = False
+        """A state came in, and no step has been taken from it yet."""
         self._forget_step()
         self._enlist()
 
@@ -138,6 +144,38 @@ class Controller:
         self.states, self.groups = [], []
         self.root.__dict__.pop(CONTROLLER, None)
 
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As losia_fx.state_dict(model); accelerator.register_for_checkpointing(controller) takes it from here."""
+        return snapshot.collect(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As losia_fx.load_state_dict(model, state)."""
+        snapshot.check(self, state)
+        snapshot.apply(self, state)
+
+    def resume(self, step: int, left_out: int, history: Sequence[Sequence[Any]], stepped: set[SubnetState]) -> None:
+        """Goes on from ``step``; the subnets have been brought back already."""
+        self.step, self.left_out = step, left_out
+        self.history = [Event(*event) for event in history]
+        self._forget_step()
+        self._stepped = stepped
+        self._loaded = True
+
+    @property
+    def stepped(self) -> frozenset[SubnetState]:
+        """Subnets that an optimizer has stepped, and another's have not been yet: the step is not complete."""
+        return frozenset(self._stepped)
+
+    def check_weights(self) -> None:
+        """Raises StateError where the model's weights are not those that the loaded state belongs to."""
+        if strays := snapshot.strays(self.states):
+            raise StateError(
+                f"{listed(strays)}: the weights do not hold the subnets of the LoSiA state that was loaded. Load the "
+                "model's weights of the same checkpoint as well (in either order)"
+            )
+
     # -- what the schedule says -----------------------------------------------------------------------------------
 
     def set_groups(self, states: list[SubnetState], groups: list[list[str]]) -> None:
@@ -149,19 +187,15 @@ class Controller:
         self._open_slot()
 
     def watch(self, names: Iterable[str]) -> None:
-        """Has the modules of these names look after weights that no graph runs.
-
-        After transform() the root runs in eager only when Dynamo has given it up: then it and the modules right around
-        look too, for uses that call no module. By string an eager root is the ordinary case.
-        """
+        """Has the modules of these names, and those right around them, look after weights that no graph runs."""
         modules = {plain_name(name): found for name, found in self.root.named_modules(remove_duplicate=False)}
-        wanted = [modules[name] for name in names]
-        if not self.by_string:
-            wanted += [self.root, *(modules[name.rpartition(".")[0]] for name in names)]
-        for module in wanted:
-            if not any(module is known for known in self._watched):
-                self._watched.append(module)
-                self.hooks += watch([module])
+        owners, around = self._watched
+        new_owners = dict.fromkeys(modules[name] for name in names if modules[name] not in owners)
+        parents = [modules[name.rpartition(".")[0]] for name in names if name]
+        new_around = dict.fromkeys(parent for parent in parents if parent not in around)
+        self.hooks += watch(new_owners, new_around)
+        owners.update(new_owners)
+        around.update(new_around)
 
     @property
     def slot_groups(self) -> tuple[int, ...]:
@@ -191,12 +225,29 @@ class Controller:
         """``mine``: this optimizer's subnets. ``closure``: the gradients are made within the step."""
         if optimizer not in self._optimizers:
             # Others may own subnets too and step after this one: t waits for all of them.
-            self._optimizers.update(other for other in live_optimizers() if owned_states(other, self.states))
+            others = [each for each in live_optimizers() if owned_states(each, self.states)]
+            self._check_moments([each for each in others if each not in self._optimizers])
+            self._optimizers.update(others)
+        if self._loaded:
+            self.check_weights()
+            self._loaded = False
         for state in mine:
             if self._rewarm_share(state) < 1.0:
                 self._before[state] = state.values.detach().clone()
         if not closure:
             self._fits.update(self._fit(optimizer, mine))
+
+    def _check_moments(self, fresh: list[Optimizer]) -> None:
+        """Warns of optimizers, seen for the first time, that were resumed where the subnets were not."""
+        resumed = self._loaded or self.step > 0 or self.by_string  # by string, moments of W come along
+        if not resumed and any(has_stepped(each, s.values) for each in fresh for s in owned_states(each, self.states)):
+            warnings.warn(
+                "losia_fx: the optimizer goes on from an earlier run, but the subnets do not: their places were drawn "
+                "anew and the moments belong to others. Load the LoSiA state too (losia_fx.load_state_dict; for a "
+                "Trainer, losia_fx.LosiaCallback)",
+                LosiaWarning,
+                stacklevel=2,
+            )
 
     def after(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         if found_inf(optimizer):
@@ -292,6 +343,7 @@ class Controller:
         """
         if not 0 <= group < len(self.groups):
             raise LosiaError(f"group {group} does not exist: there are {len(self.groups)}, counted from 0")
+        self._optimizers.update(live_optimizers())  # before the first step none is known
         event = self._reselect(group)
         if event is None:
             raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")
@@ -378,6 +430,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller in list(CONTROLLERS):
         warn_of_weights(controller)
         mine = _checked(controller, optimizer)
+        remember_base(controller, optimizer, mine)
         if mine:
             controller.before(optimizer, mine, _has_closure(args, kwargs))
 

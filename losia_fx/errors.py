@@ -19,6 +19,14 @@ class OptimizerError(LosiaError):
     """An optimizer that cannot train the subnets: made before the transformation, or of an unsupported kind."""
 
 
+class StateError(LosiaError):
+    """A state or a file of it that does not fit the model, or is damaged; nothing of it was loaded."""
+
+
+class DeltaError(LosiaError):
+    """A delta file that cannot be made, read, applied or undone; whatever was to be changed is as it was."""
+
+
 class PassPreconditionError(LosiaError):
     """A graph pass was given a graph that does not hold what its plan says."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import define
-from .ops import PROFILED
+from .ops import PROFILED, autocasted
 from .taps import segments
 
 
@@ -113,8 +113,7 @@ class _SubnetBatched(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, values, rows, cols, ticket, handle, call = inputs
         ctx.x_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         kept = x.gather(2, rows.unsqueeze(1).expand(-1, x.shape[1], -1))
         ctx.save_for_backward(kept, weight, cols, ticket, handle)
         ctx.call, ctx.values_dtype = call, values.dtype

@@ -7,6 +7,7 @@ finetune_job.py, what is shown in run_report.py and run_plots.py.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -27,6 +28,9 @@ EMBEDDED_LR = 1e-2
 DEFAULT_LR = 5e-5
 ROUNDS = 4  # re-selections of each group that a run should have room for
 LONGEST_PERIOD = LosiaConfig().period
+CHECKPOINTS, RUN_FILE = "checkpoints", "run.json"
+"""In --out: the folder of the checkpoints while there are any, and the record of the run."""
+CHECKPOINTS_OF_A_RUN = 10  # where it is to be resumable and does not say how often
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class FinetuneSettings:
     old_data: tuple[Path, ...] = ()
     out: Path = Path("losia-out")
     overwrite: bool = False
+    resume: bool = False
+    checkpoint_every: int | None = None
     steps: int = 400
     batch_size: int = 8
     seq_length: int = 128
@@ -59,6 +65,8 @@ class FinetuneSettings:
         for name, least in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("accumulate", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: give a whole number of at least {least}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ConfigError(f"--checkpoint-every {self.checkpoint_every}: give a whole number of at least 1")
         if self.lr is not None and not (0 < self.lr < math.inf):
             raise ConfigError(f"--lr {self.lr}: give a number above 0")
         if not 0 < self.rank_factor <= 1:
@@ -91,6 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--old-data", type=Path, nargs="+", default=(), metavar="PATH", help="text it must not forget")
     text.add_argument("--out", type=Path, default=default.out, help="folder to write (default: %(default)s)")
     text.add_argument("--overwrite", action="store_true", help="write into --out though it is not empty")
+    text.add_argument(
+        "--resume", action="store_true",
+        help="go on from the last checkpoint of the run in --out (none yet: begin), with the settings it began with",
+    )  # fmt: skip
+    text.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS",
+        help=f"keep the last two checkpoints (default: none; with --resume, {CHECKPOINTS_OF_A_RUN} over the run)",
+    )  # fmt: skip
 
     run = parser.add_argument_group("the run")
     run.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)")
@@ -117,7 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneSettings)}
     settings = FinetuneSettings(**{**given, "data": tuple(args.data), "old_data": tuple(args.old_data)})
-    check_out(settings)
+    if int(os.environ.get("RANK", 0)) == 0:  # one process looks: the others would find what it has made meanwhile
+        check_out(settings)
     try:
         from .finetune_job import finetune  # transformers and matplotlib: seconds that --help should not cost
     except ModuleNotFoundError as error:
@@ -126,14 +143,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_out(settings: FinetuneSettings) -> None:
-    """Raises ConfigError unless --out can be made, or is empty, or may be written over."""
+    """Raises ConfigError unless --out can be made, or is empty, or may be written over, or holds a run to resume."""
     out = settings.out
+    resumable = (out / CHECKPOINTS).is_dir() or is_finished(out)
+    if settings.resume and not settings.overwrite and not resumable and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
+    check_folder(out, settings.model_folder, settings.overwrite or settings.resume)
+
+
+def check_folder(out: Path, model_folder: Path, overwrite: bool) -> None:
+    """As check_out, for any command that writes what it made of a model into a folder of its own."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; name a folder")
-    if out.exists() and settings.model_folder.exists() and out.samefile(settings.model_folder):
+    if out.exists() and model_folder.exists() and out.samefile(model_folder):
         raise ConfigError(f"--out {out}: is the folder of the model itself; name another")
-    if out.exists() and any(out.iterdir()) and not settings.overwrite:
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"--out {out}: is not empty; name another folder, or add --overwrite")
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end here: its record says so, and its checkpoints are gone."""
+    path = out / RUN_FILE
+    if not path.is_file() or (out / CHECKPOINTS).is_dir():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["interrupted"] is False
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def inductor_obstacle() -> str | None:

@@ -1,7 +1,8 @@
 """The work of ``losia-fx finetune``: train in a plain loop, evaluate, write.
 
 The loop is the one any user would write: ``transform``, an ordinary optimizer, backward, step. Everything else here is
-about telling what happened and about leaving a usable checkpoint, also after Ctrl-C.
+about telling what happened and about leaving a usable checkpoint, also after Ctrl-C or a crash. Under torchrun every
+process runs this, on its share of each batch; the first alone judges, prints and writes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -22,11 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import losia_fx
 
-from .finetune import DEFAULT_LR, FinetuneSettings
+from .files import remove_folder, write_files_safely, write_safely
+from .finetune import CHECKPOINTS, DEFAULT_LR, RUN_FILE, FinetuneSettings, is_finished
 from .run_inputs import RunData, check_device, load, load_data, settle
 from .run_plots import plot_losses, plot_subnets
-from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord, write_safely
+from .run_ranks import Ranks, find_ranks, joined
+from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord
 from .run_report import print_table, progress_bar, write_json
+from .run_state import RunState
 from .text import batches
 from .training import cosine_schedule, held_out_loss
 
@@ -35,13 +40,18 @@ EVALUATIONS = 4  # over the run, besides the one before it
 
 @dataclass(frozen=True)
 class Job:
-    """A transformed model, what it is trained on, how, and what is written down about it."""
+    """A transformed model, what it is trained on, how, by which process, and what is written down about it."""
 
     model: PreTrainedModel
     data: RunData
     settings: FinetuneSettings
     record: RunRecord
     console: Console
+    ranks: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(str(self.settings.device))
 
 
 @dataclass
@@ -53,20 +63,38 @@ class Interruption:
 
 def finetune(settings: FinetuneSettings) -> int:
     """Runs the job; returns 0, or 130 where Ctrl-C cut it short (what was learnt until then is written as well)."""
-    console = Console()
+    ranks = find_ranks()
+    console = Console(quiet=not ranks.first)
+    if settings.resume and is_finished(settings.out):
+        console.print(f"{settings.out} holds a finished run: there is nothing to resume", soft_wrap=True)
+        return 0
     started = time.perf_counter()
     check_device(settings)
     model, tokenizer = load(settings)
-    settings = settle(settings, model, console)
-    data = load_data(settings, tokenizer)
-    job = Job(model, data, settings, transform(model, settings), console)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    announce(job)
-    with finish_step_on_interrupt(console) as interruption:
-        train(job, interruption)
-    write(job, tokenizer)
-    print_table(console, job.record, data.names, settings, time.perf_counter() - started)
+    settings = settle(settings, model, console, ranks)
+    data = load_data(settings, tokenizer, ranks)
+    job = Job(model, data, settings, transform(model, settings), console, ranks)
+    with joined(ranks, job.device):
+        prepare_out(job)
+        announce(job)
+        with finish_step_on_interrupt(console) as interruption:
+            train(job, interruption)
+        if ranks.first:
+            write(job, tokenizer)
+            print_table(console, job.record, data.names, settings, time.perf_counter() - started)
     return 130 if job.record.interrupted else 0
+
+
+def prepare_out(job: Job) -> None:
+    """Makes the folder, and room for checkpoints; those of an earlier run go unless it is to be resumed."""
+    out = job.settings.out
+    if job.ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not job.settings.resume:
+            remove_folder(out / CHECKPOINTS)
+        if job.settings.checkpoint_every is not None:
+            (out / CHECKPOINTS).mkdir(exist_ok=True)
+    job.ranks.wait()
 
 
 def transform(model: PreTrainedModel, settings: FinetuneSettings) -> RunRecord:
@@ -115,46 +143,78 @@ def train(job: Job, interruption: Interruption) -> None:
     optimizer = torch.optim.AdamW(trained, lr=settings.lr or DEFAULT_LR)
     factor = cosine_schedule(settings.steps, warm_up=max(1, settings.steps // 10), floor=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    stream = batches(job.data.train, settings.batch_size, seed=settings.seed)
+    state = RunState(settings, job.ranks.size, job.data.train, model, optimizer, scheduler, record)
+    done = state.load() if settings.resume else 0
+    if done:
+        job.console.print(f"going on after step {done}", soft_wrap=True)
+    stream = micro_batches(job, done)
     pauses = {round(settings.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+    call = job.ranks.wrap(model, job.device)
     model.train()
     try:
-        record.evaluations.append(evaluate(job, step=0))
+        if not done:
+            evaluate(job, step=0)
         with progress_bar(record, settings, job.console) as show:
-            for step in range(1, settings.steps + 1):
-                if interruption.requested:
+            for step in range(done + 1, settings.steps + 1):
+                if job.ranks.any(interruption.requested, job.device):
+                    keep(job, state)
                     raise KeyboardInterrupt
                 group, started = losia_fx.controller(model).active, time.perf_counter()
-                loss = backward(model, itertools.islice(stream, settings.accumulate), settings)
+                loss = backward(job, call, itertools.islice(stream, settings.accumulate), step)
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 lr, seconds = float(scheduler.get_last_lr()[0]), time.perf_counter() - started
                 scheduler.step()
-                record.steps.append(StepRecord(step, loss, lr, seconds, settings.step_tokens / seconds, group))
+                tokens = settings.step_tokens * job.ranks.size / seconds
+                record.steps.append(StepRecord(step, loss, lr, seconds, tokens, group))
                 follow_subnets(model, record, step)
                 show(record.steps[-1])
                 if step in pauses:
-                    record.evaluations.append(evaluate(job, step))
+                    evaluate(job, step)
+                if step % (settings.checkpoint_every or settings.steps) == 0:
+                    keep(job, state)
     except KeyboardInterrupt:
         record.interrupted = True
 
 
-def backward(model: PreTrainedModel, micro_batches: Iterator[Tensor], settings: FinetuneSettings) -> float:
-    """Gradients of the mean loss over the micro-batches (all of one size); returns that loss."""
-    total = torch.zeros((), device=settings.device)
-    for batch in micro_batches:
-        ids = batch.to(torch.device(str(settings.device)))
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss / settings.accumulate
-        loss.backward()
+def keep(job: Job, state: RunState) -> None:
+    """Writes a checkpoint, if the run keeps any and this process is the one that writes."""
+    if job.settings.checkpoint_every is not None and job.ranks.first:
+        state.save()
+
+
+def micro_batches(job: Job, done: int) -> Iterator[Tensor]:
+    """This process's share of the batches, from those on that ``done`` steps have not used."""
+    settings, ranks = job.settings, job.ranks
+    stream = batches(job.data.train, settings.batch_size * ranks.size, seed=settings.seed)
+    return (ranks.share(batch) for batch in itertools.islice(stream, done * settings.accumulate, None))
+
+
+def backward(job: Job, call: nn.Module, parts: Iterator[Tensor], step: int) -> float:
+    """Gradients of the mean loss over the micro-batches (all of one size) of all processes; returns that loss.
+
+    What is random in the model is drawn by the seed, the step and the process, so a run goes on as it would have.
+    """
+    settings, ranks = job.settings, job.ranks
+    torch.manual_seed((settings.seed * 1_000_003 + step) * ranks.size + ranks.rank)
+    total = torch.zeros((), device=job.device)
+    for number, batch in enumerate(parts, 1):
+        ids = batch.to(job.device)
+        with ranks.quiet(call, last=number == settings.accumulate):
+            loss = call(input_ids=ids, labels=ids, use_cache=False).loss / settings.accumulate
+            loss.backward()
         total += loss.detach()
-    return total.item()
+    return ranks.mean(total)
 
 
-def evaluate(job: Job, step: int) -> Evaluation:
+def evaluate(job: Job, step: int) -> None:
+    """Records the held-out losses; the first process does it while the others wait at their next gradient."""
+    if not job.ranks.first:
+        return
     size, data = job.settings.batch_size, job.data
     old = None if data.old is None else held_out_loss(job.model, data.old, size)
-    return Evaluation(step, held_out_loss(job.model, data.new, size), old)
+    job.record.evaluations.append(Evaluation(step, held_out_loss(job.model, data.new, size), old))
 
 
 def follow_subnets(model: PreTrainedModel, record: RunRecord, step: int) -> None:
@@ -196,8 +256,18 @@ def finish_step_on_interrupt(console: Console) -> Iterator[Interruption]:
 def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     """The dense checkpoint first: it is what must survive if the disk is full or patience is out."""
     out, record, names = job.settings.out, job.record, job.data.names
-    job.model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    write_safely(out / "run.json", lambda path: write_json(path, record, names, job.settings))
+
+    def save(folder: Path) -> None:
+        job.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_files_safely(out, save)
+    if record.steps:
+        # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
+        (out / "delta").mkdir(exist_ok=True)
+        losia_fx.save_delta(job.model, out / "delta" / "delta.safetensors")
     write_safely(out / "losses.png", lambda path: plot_losses(path, record, names))
     write_safely(out / "subnets.png", lambda path: plot_subnets(path, record))
+    write_safely(out / RUN_FILE, lambda path: write_json(path, record, names, job.settings))
+    if not record.interrupted:
+        remove_folder(out / CHECKPOINTS)

@@ -12,12 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._compat import no_view
 from .library import define
 from .subnet import gather
 
 PROFILED = "Tensor? ticket=None, Tensor? handle=None, int call=0"
 """The last arguments of a product: tap's ticket, the handle that names the subnet, and a number that tells two uses of
 one weight in a graph apart."""
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x as autocast hands it to a product: float64 it leaves as it is."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -27,14 +36,13 @@ class _SubnetLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, values, rows, cols, bias, ticket, handle, call = inputs
         ctx.x_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         # The head needs every column (cols is None); everything else keeps its share of x and lets x go.
         kept = x if cols is None else x.index_select(-1, cols)
         ctx.save_for_backward(kept, weight, rows, ticket, handle)
         ctx.call, ctx.values_dtype = call, values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

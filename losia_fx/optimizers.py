@@ -54,17 +54,36 @@ def grad_scale(optimizer: Optimizer) -> float:
 def restart_state(optimizer: Optimizer, values: nn.Parameter) -> None:
     """Moments and step count of ``values`` start anew: the optimizer makes them again at its next step.
 
-    Adagrad makes its state in its constructor only, so it is given what the constructor would give.
+    Adagrad makes its state in its constructor only, so it is given what the constructor would give. Fused SGD takes
+    momentum of all its parameters or of none: a momentum of zero, which (without dampening) steps as a fresh one.
     """
     state = optimizer.state.pop(values, None)
-    if state is not None and isinstance(optimizer, torch.optim.Adagrad):
+    if not state:
+        return
+    if isinstance(optimizer, torch.optim.Adagrad):
         start = optimizer.defaults["initial_accumulator_value"]
         optimizer.state[values] = {"step": torch.zeros_like(state["step"]), "sum": torch.full_like(state["sum"], start)}
+    elif isinstance(optimizer, torch.optim.SGD) and state.get("momentum_buffer") is not None and _is_fused(optimizer):
+        optimizer.state[values] = {"momentum_buffer": torch.zeros_like(state["momentum_buffer"])}
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
+
+
+def has_stepped(optimizer: Optimizer, values: nn.Parameter) -> bool:
+    """Whether the optimizer's state of ``values`` comes from a step. Adagrad has one before any: its count says 0."""
+    state = optimizer.state.get(values) or {"step": 0}
+    return float(state.get("step", 1)) > 0
 
 
 def live_optimizers() -> list[Optimizer]:
-    """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies."""
-    return [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies.
+
+    Not what stands around one (accelerate's): it shows the same groups and state, but its kind is not its own.
+    """
+    found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    return [each for each in found if not isinstance(each.__dict__.get("optimizer"), Optimizer)]
 
 
 def adopt_subnets(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:

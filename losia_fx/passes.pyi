@@ -13,6 +13,7 @@ from passes import (
     find_products as find_products,
     find_uses as find_uses,
     graph_modules as graph_modules,
+    outputs_may_learn as outputs_may_learn,
     placeholders as placeholders,
     plan_subnets as plan_subnets,
     region_of as region_of,

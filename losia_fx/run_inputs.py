@@ -12,7 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ConfigError
-from .finetune import DEFAULT_LR, EMBEDDED_LR, LONGEST_PERIOD, ROUNDS, FinetuneSettings, inductor_obstacle
+from .finetune import (
+    CHECKPOINTS_OF_A_RUN,
+    DEFAULT_LR,
+    EMBEDDED_LR,
+    LONGEST_PERIOD,
+    ROUNDS,
+    FinetuneSettings,
+    inductor_obstacle,
+)
+from .run_ranks import Ranks
 from .run_report import Names
 from .text import held_out_blocks, read_documents, split, standard_library, token_blocks
 
@@ -60,28 +69,30 @@ def load(settings: FinetuneSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, tokenizer
 
 
-def settle(settings: FinetuneSettings, model: PreTrainedModel, console: Console) -> FinetuneSettings:
-    """The settings with every None filled in for this model and this machine."""
+def settle(settings: FinetuneSettings, model: PreTrainedModel, console: Console, ranks: Ranks) -> FinetuneSettings:
+    """The settings with every None filled in for this model, this machine and this process."""
     obstacle = inductor_obstacle() if settings.compiler is None else None
     if obstacle is not None:
         console.print(f"[yellow]{obstacle}: inductor cannot run here, so this run is slower (aot_eager)[/]")
     # transform has not found the groups yet; in a causal language model they are the layers and the head
     groups = model.config.get_text_config().num_hidden_layers + 1
+    every = max(1, settings.steps // CHECKPOINTS_OF_A_RUN)
     default_lr = EMBEDDED_LR if settings.model is None else DEFAULT_LR
     return replace(
         settings,
-        device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=settings.device or (f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu"),
+        checkpoint_every=settings.checkpoint_every or (every if settings.resume else None),
         compiler=settings.compiler or ("inductor" if obstacle is None else "aot_eager"),
         lr=settings.lr or default_lr,
         period=settings.period or min(LONGEST_PERIOD, max(1, settings.steps // (ROUNDS * groups))),
     )
 
 
-def load_data(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> RunData:
+def load_data(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> RunData:
     documents = read_documents(settings.data) if settings.data else standard_library()
     learnt, held_out = split(documents)
     length = settings.seq_length
-    needed = settings.steps * settings.accumulate * settings.batch_size
+    needed = settings.steps * settings.accumulate * settings.batch_size * ranks.size
     old = read_documents(settings.old_texts) if settings.old_texts else []
     return RunData(
         train=token_blocks(learnt, tokenizer, length, limit=needed, seed=settings.seed),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import posixpath
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
@@ -77,13 +76,3 @@ class RunRecord:
         """What the names of a group share: "layers.0", or "lm_head" for a group of one."""
         paths = [name.removesuffix(".weight").removeprefix("model.").replace(".", "/") for name in self.groups[group]]
         return posixpath.commonpath(paths).replace("/", ".") or f"group {group}"
-
-
-def write_safely(path: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a neighbour of ``path`` and renames it: the file is whole or as it was, never half."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        write(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

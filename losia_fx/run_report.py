@@ -52,7 +52,7 @@ def progress_bar(
     )
     every = max(1, settings.steps // LINES_WITHOUT_TERMINAL)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=settings.steps)
+        task = progress.add_task("compiling", total=settings.steps, completed=len(record.steps))
 
         def show(step: StepRecord) -> None:
             group = "none" if step.group is None else record.group_label(step.group)
@@ -74,7 +74,8 @@ def print_table(console: Console, record: RunRecord, names: Names, settings: Fin
     done = f"{len(record.steps)} of {settings.steps} steps"
     state = f"[yellow]interrupted after {done}: the checkpoint holds what was learnt until then[/]"
     console.print(state if record.interrupted else f"{done} done")
-    console.print(f"written to {settings.out}: checkpoint, run.json, losses.png, subnets.png", soft_wrap=True)
+    delta = "delta/delta.safetensors, " if record.steps else ""
+    console.print(f"written to {settings.out}: checkpoint, {delta}run.json, losses.png, subnets.png", soft_wrap=True)
 
 
 def write_json(path: Path, record: RunRecord, names: Names, settings: FinetuneSettings) -> None:

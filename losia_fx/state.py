@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ._compat import graph_task_id
 from .config import LosiaConfig, subnet_size
 from .localize import Selection
+from .pieces import BaseHistory
 from .plan import SubnetFacts
 from .subnet import draw, gather, scatter
 from .taps import PROFILES
@@ -95,6 +96,7 @@ class SubnetState:
         self.rewarm_from: int | None = None
         self.ran_outside = False
         self.hooks: list[RemovableHandle] = []
+        self.base = BaseHistory()
         out_features, in_features = self.weight.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
@@ -222,6 +224,15 @@ class SubnetState:
             profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
         (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
+    @torch.no_grad()
+    def take_gradient(self, grad: Tensor) -> None:
+        """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled."""
+        if self.profiling:
+            self.begin_use()
+            self.accumulate(grad, None)
+        block, values = self.block_of(grad).to(self.values.dtype), self.values
+        values.grad = block if values.grad is None else values.grad.add_(block)
+
     # -- the subnet moves -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -232,6 +243,7 @@ class SubnetState:
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
         """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors."""
+        self.base.visit(self.weight, rows, cols)
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self.values.copy_(self.block_of(self.weight))
@@ -249,6 +261,7 @@ class SubnetState:
         _by_weight[id(self.weight)] = self
         loaded, values = self.block_of(self.weight), self.values
         values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+        self.base.loaded(self.weight)
 
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on the CPU."""

@@ -41,8 +41,8 @@ class Tapped:
     """The product's normal form: "linear", "grouped" or "batched" (see losia_fx.passes.products)."""
     transposed: bool
     """The normal form takes the weight's transpose."""
-    expert: int
-    """The expert whose weight alone it takes; -1 for the whole weight."""
+    expert: int | None
+    """The expert whose weight alone it takes, perhaps counted from the end; None for the whole weight."""
     index: Tensor | None
     """What the graph computes: the one expert (0-dim) of a linear, the experts (n,) of a batched product's matrices, or
     (E,) where each expert's rows of a grouped product's x end."""
@@ -55,7 +55,7 @@ _tapped: dict[int, Tapped] = {}
 # A CUDA graph would replay the kernels and leave out what these do on the host.
 _HOST = (torch.Tag.cudagraph_unsafe,)
 library.define(
-    "tap(Tensor x, Tensor handle, int call, str form='linear', bool transposed=False, int expert=-1, "
+    "tap(Tensor x, Tensor handle, int call, str form='linear', bool transposed=False, int? expert=None, "
     "Tensor? index=None) -> Tensor",
     tags=_HOST,
 )
@@ -74,7 +74,7 @@ def _tap(
     call: int,
     form: str = "linear",
     transposed: bool = False,
-    expert: int = -1,
+    expert: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
     if _profile(handle) is None:
@@ -114,7 +114,7 @@ def _parts(grad_y: Tensor, tapped: Tapped) -> Iterator[tuple[Tensor, int | None]
     if tapped.form == "linear":
         chosen = tapped.expert if index is None else int(index)
         grad = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        yield _stored(grad, tapped), None if chosen < 0 else chosen
+        yield _stored(grad, tapped), chosen
     elif index is None:
         yield _stored(x.mT @ grad_y, tapped), None
     elif tapped.form == "grouped":
@@ -165,7 +165,7 @@ def _tap_fake(
     call: int,
     form: str = "linear",
     transposed: bool = False,
-    expert: int = -1,
+    expert: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(1, dtype=torch.int64)

@@ -1,6 +1,16 @@
 from tools import (
     architectures as architectures,
+    capture as capture,
     check_architecture as check_architecture,
+    costs as costs,
     coverage as coverage,
+    diff as diff,
+    dot as dot,
+    dump as dump,
+    graph as graph,
+    load_model as load_model,
+    onnx_export as onnx_export,
+    owners as owners,
     pretrain as pretrain,
+    records as records,
 )

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._compat import CompilerFailed, OptimizedModule, compile_call, install_call, plain_call, running_ddp
-from .attach import attach, detach
+from ._compat import CompilerFailed, OptimizedModule, compile_call, install_call, plain_call, running_ddp, whole_graphs
+from .attach import asking_for_gradients, attach, detach
 from .backend import LosiaBackend
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import Controller, Role, find_controller, warn_of_weights
 from .errors import LosiaError, LosiaWarning, TransformError, listed
-from .plan_model import plan_model
+from .plan_model import WeightPlan, plan_model
 from .state import SubnetState, states_of
+from .weights import EXPERTS
 
 CALL = "_losia_call"
 """Attribute of a transformed model: its CompiledCall."""
@@ -62,7 +63,9 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     call = CompiledCall(model, settings)
     model.__dict__[CALL] = call
     install_call(model, call)
-    _warn_frozen([plan.name for plan in plans if plan.trained == "frozen" and plan.outside])
+    frozen = [plan for plan in plans if plan.trained == "frozen"]
+    _warn_frozen([plan.name for plan in frozen if plan.outside and plan.kind != EXPERTS])
+    _warn_frozen_experts([plan for plan in frozen if plan.kind == EXPERTS])
     return model
 
 
@@ -105,6 +108,17 @@ def _warn_frozen(names: list[str]) -> None:
         )
 
 
+def _warn_frozen_experts(plans: list[WeightPlan]) -> None:
+    if plans:
+        reasons = "; ".join(sorted({plan.why for plan in plans}))
+        warnings.warn(
+            f"losia_fx: experts left dense: frozen: {listed([plan.name for plan in plans])} ({reasons}). Most of a "
+            "mixture of experts is in such weights, and nothing of them learns",
+            LosiaWarning,
+            stacklevel=3,
+        )
+
+
 class CompiledCall:
     """What calling a transformed model runs: the compiled call where gradients are on, the plain one where not.
 
@@ -135,9 +149,10 @@ class CompiledCall:
         controller = find_controller(self.root)
         assert controller is not None
         controller.averages_ranks = running_ddp()
-        free_input_gradients(self.root)
+        _free_input_gradients(self.root)
         try:
-            result = self._compiled(*args, **kwargs)
+            with asking_for_gradients(controller.states), whole_graphs(controller.averages_ranks):
+                result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
             inner = getattr(failure, "inner_exception", None)
             if isinstance(inner, LosiaError):
@@ -147,7 +162,7 @@ class CompiledCall:
         return result
 
 
-def free_input_gradients(root: nn.Module) -> None:
+def _free_input_gradients(root: nn.Module) -> None:
     """Takes off the hook with which transformers' checkpointing makes embeddings ask for a gradient.
 
     It breaks the graph and brings a gradient that nobody needs. Reentrant checkpointing needs it, so there it stays.

@@ -7,7 +7,7 @@ from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_mo
 from .insert_localization import InsertLocalization
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
-from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite
+from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite, outputs_may_learn
 
 
 def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
@@ -33,6 +33,7 @@ __all__ = [
     "find_products",
     "find_uses",
     "graph_modules",
+    "outputs_may_learn",
     "placeholders",
     "plan_subnets",
     "region_of",

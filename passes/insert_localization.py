@@ -57,5 +57,5 @@ def _place(product: Product) -> tuple[Any, ...]:
     """tap's further arguments: how the product goes with the weight as it is stored; () for a plain linear."""
     expert = product.view.expert
     index = product.offsets if product.form == "grouped" else expert if isinstance(expert, fx.Node) else None
-    place = (product.form, product.transposed, expert if isinstance(expert, int) else -1, index)
-    return () if place == ("linear", False, -1, None) else place
+    place = (product.form, product.transposed, expert if isinstance(expert, int) else None, index)
+    return () if place == ("linear", False, None, None) else place

@@ -79,7 +79,6 @@ def plan_subnets(gm: fx.GraphModule, facts: Mapping[str, SubnetFacts]) -> Subnet
         slots.append(slot)
         fitting, unfit = _sort(mine.products, fact, taken)
         for body, product in fitting:
-            taken.add(product.node)
             sites.append(ProductSite(product.node.name, body, slot.index, next(calls), product.use))
         whole += _whole_sites([*mine.others, *unfit], slot, calls)
     return SubnetPlan(tuple(slots), tuple(sites), tuple(whole))
@@ -91,17 +90,23 @@ Other = tuple[tuple[str, ...], fx.Node, list[fx.Node]]
 def _sort(
     products: Iterable[tuple[tuple[str, ...], Product]], fact: SubnetFacts, taken: set[fx.Node]
 ) -> tuple[list[tuple[tuple[str, ...], Product]], list[Other]]:
-    """The products to rewrite; and the users of the placeholder behind which there is one that cannot be."""
+    """The products to rewrite, taken from now on; and the users of the placeholder behind which one cannot be.
+
+    That is one taken already, or one whose input comes from the weight by the same way.
+    """
     branches: dict[tuple[tuple[str, ...], fx.Node], list[Product]] = {}
     for body, product in products:
         branches.setdefault((body, product.branch), []).append(product)
     fitting: list[tuple[tuple[str, ...], Product]] = []
     unfit: list[Other] = []
     for (body, branch), behind in branches.items():
-        if any(product.node in taken or (fact.whole_cols and product.transposed) for product in behind):
-            unfit.append((body, behind[0].holder, [branch]))
-        else:
+        nodes = {product.node for product in behind}
+        alone = len(nodes) == len(behind) and not nodes & taken
+        if alone and not any(fact.whole_cols and product.transposed for product in behind):
             fitting += [(body, product) for product in behind]
+            taken |= nodes
+        else:
+            unfit.append((body, behind[0].holder, [branch]))
     return fitting, unfit
 
 

@@ -92,6 +92,13 @@ def find_products(holder: fx.Node, dims: int) -> tuple[list[Product], list[fx.No
     return products, others
 
 
+def renewed(product: Product) -> Product:
+    """The same product as it stands in the graph now: rewriting another may have replaced its input."""
+    found = _product(product.view, product.node)
+    assert found is not None
+    return found
+
+
 def _follow(view: View, user: fx.Node) -> list[Product] | None:
     """The products behind one user of a view; None where any way from there leads to something else."""
     product = _product(view, user)
@@ -129,7 +136,7 @@ _NAMES: dict[Callable[..., Any], str] = {
     torch.select: "select",
     torch.unbind: "unbind",
 }
-_METHODS = {"mm": "matmul", "swapaxes": "transpose", "swapdims": "transpose"}
+_METHODS = {"mm": "matmul", "__matmul__": "matmul", "swapaxes": "transpose", "swapdims": "transpose"}
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
 
 
@@ -148,6 +155,17 @@ def _dims(node: Any) -> int | None:
     """Dimensions of a node's value, where the tracer says."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value.dim() if isinstance(value, torch.Tensor) else None
+
+
+def _size(node: fx.Node, dim: int) -> Any:
+    """Length of a dimension of a node's value, where the tracer says."""
+    value = node.meta.get("example_value")
+    return value.shape[dim] if isinstance(value, torch.Tensor) and -value.dim() <= dim < value.dim() else None
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether two lengths are the same for all that is known: products that broadcast have no normal form."""
+    return first is None or second is None or first is second or bool(first == second)
 
 
 def _bound(node: fx.Node, *names: str) -> dict[str, Any] | None:
@@ -240,6 +258,8 @@ def _addmm(view: View, user: fx.Node) -> Product | None:
     given = _bound(user, "input", "mat1", "mat2")
     if given is None or given["mat2"] is not view.node or _dims(given["input"]) != 1:
         return None
+    if not _agree(_size(given["input"], 0), _size(view.node, 1)):
+        return None  # a bias of one element for all of y's
     return Product("linear", "addmm", user, view, given["mat1"], flipped=True, bias=given["input"])
 
 
@@ -270,10 +290,13 @@ def _bmm(view: View, user: fx.Node) -> Product | None:
     operands = _operands(user)
     if operands is None or any(_dims(operand) != 3 for operand in operands):
         return None
+    if not _agree(*(_size(operand, 0) for operand in operands)):
+        return None
+    name = use_of(user)
     if operands[1] is view.node:
-        return Product("batched", "bmm", user, view, operands[0])
+        return Product("batched", name, user, view, operands[0])
     order = _swapped(3)
-    return Product("batched", "bmm", user, view, operands[1], flipped=True, before=order, after=order)
+    return Product("batched", name, user, view, operands[1], flipped=True, before=order, after=order)
 
 
 def _grouped(view: View, user: fx.Node) -> Product | None:
@@ -294,8 +317,8 @@ def _einsum(view: View, user: fx.Node) -> Product | None:
     if not isinstance(equation, str) or len(operands) != 2 or user.kwargs:
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
+    x = operands[0] if operands[1] is view.node else operands[1]
     letters = dict(zip(operands, inputs.split(","), strict=False))
-    (x,) = (operand for operand in operands if operand is not view.node)
     if not arrow or not isinstance(x, fx.Node) or len(letters) != 2:
         return None
     return _contraction(view, user, x, letters[x], letters[view.node], output)
@@ -307,6 +330,8 @@ def _contraction(view: View, user: fx.Node, x: fx.Node, of_x: str, of_w: str, of
     free = [letter for letter in of_w if letter not in of_x and letter in of_y]
     if len(of_w) != 2 or len(summed) != 1 or len(free) != 1:
         return None
+    if not _agree(_size(x, _place(of_x, summed[0])), _size(view.node, of_w.index(summed[0]))):
+        return None  # one of them is broadcast
     kept = of_x.replace(summed[0], "")
     if "." in of_x:  # batch dimensions without letters: only where nothing needs to move
         plain = of_x == kept + summed[0] and of_y == kept + free[0]
@@ -318,6 +343,12 @@ def _contraction(view: View, user: fx.Node, x: fx.Node, of_x: str, of_w: str, of
     if moves is None:
         return None
     return Product("linear", "einsum", user, view, x, of_w[0] == summed[0], before=moves[0], after=moves[1])
+
+
+def _place(letters: str, letter: str) -> int:
+    """Which dimension it is, counted from the side on which no "..." stands between."""
+    before, _, after = letters.partition(letter)
+    return len(before) if "." not in before else -1 - len(after)
 
 
 def _order(have: str, want: str) -> Permutation | None:

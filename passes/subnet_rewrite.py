@@ -13,10 +13,10 @@ from torch import fx
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
 from losia_fx.expert_ops import subnet_batched, subnet_grouped
 from losia_fx.ops import subnet_linear, subnet_weight
-from losia_fx.plan import ProductSite, SubnetPlan, SubnetSlot, WholeSite
+from losia_fx.plan import SubnetPlan, SubnetSlot, WholeSite
 
 from .base import GraphPass, append_placeholders, placeholders, region_of
-from .products import Permutation, Product, find_products
+from .products import Permutation, Product, find_products, renewed
 
 Inputs = dict[int, tuple[fx.Node, ...]]
 """The placeholders of each slot's state in one body."""
@@ -52,11 +52,11 @@ def _thread(
         if used:
             node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
             _thread(region.body, inner, plan, names, edit, used)
-            _outputs_may_learn(region.body)
+            outputs_may_learn(region.body)
     edit(gm, body, inputs)
 
 
-def _outputs_may_learn(body: fx.GraphModule) -> None:
+def outputs_may_learn(body: fx.GraphModule) -> None:
     """Forgets which outputs of a region asked for no gradient: with frozen weights none did, with a subnet they do.
 
     torch.compiler.nested_compile_region goes by that.
@@ -80,9 +80,9 @@ class SubnetRewrite(GraphPass):
     plan: SubnetPlan
 
     def requires(self, gm: fx.GraphModule) -> None:
-        holders = self._holders(gm)
+        found = self._products(gm)
         for site in self.plan.sites:
-            if self._product(_body(gm, site.body).graph, holders, site) is None:
+            if site.call not in found:
                 fqn = self.plan.slots[site.slot].facts.fqn
                 raise PassPreconditionError(f"{self.name}: {fqn}: node {site.node!r} is no product of it in this graph")
         for whole in self.plan.whole:
@@ -93,7 +93,7 @@ class SubnetRewrite(GraphPass):
                 raise PassPreconditionError(f"{self.name}: {fqn}: this graph has no node {missing[0]!r} that uses it")
 
     def apply(self, gm: fx.GraphModule) -> int:
-        holders = self._holders(gm)
+        found = self._products(gm)
 
         def edit(part: fx.GraphModule, body: tuple[str, ...], inputs: Inputs) -> None:
             for whole in self.plan.whole:
@@ -101,10 +101,7 @@ class SubnetRewrite(GraphPass):
                     _take_whole(part.graph, whole, inputs[whole.slot])
             for site in self.plan.sites:
                 if site.body == body:
-                    # found anew each time: the edit before may have replaced its input
-                    product = self._product(part.graph, holders, site)
-                    assert product is not None
-                    _rewrite(part.graph, product, site.call, inputs[site.slot])
+                    _rewrite(part.graph, renewed(found[site.call]), site.call, inputs[site.slot])
 
         thread_inputs(gm, self.plan, lambda slot: slot.input_names, edit)
         return len(self.plan.sites) + len(self.plan.whole)
@@ -123,17 +120,20 @@ class SubnetRewrite(GraphPass):
                     todo += [(inside, region.body, inner) for inner, outer in region.passed() if outer is holder]
         return found
 
-    def _product(
-        self, graph: fx.Graph, holders: dict[tuple[tuple[str, ...], int], list[str]], site: ProductSite
-    ) -> Product | None:
-        dims = self.plan.slots[site.slot].facts.dims
-        names = holders.get((site.body, site.slot), [])
-        for holder in graph.find_nodes(op="placeholder"):
-            if holder.name in names:
-                for product in find_products(holder, dims)[0]:
-                    if product.node.name == site.node:
-                        return product
-        return None
+    def _products(self, gm: fx.GraphModule) -> dict[int, Product]:
+        """The planned products that are in the graph, by the call of their site."""
+        holders = self._holders(gm)
+        whole = {(site.body, site.slot, user) for site in self.plan.whole for user in site.users}
+        found: dict[int, Product] = {}
+        for site in self.plan.sites:
+            names = holders.get((site.body, site.slot), [])
+            for holder in _body(gm, site.body).graph.find_nodes(op="placeholder"):
+                if holder.name in names:
+                    products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
+                    # of a weight multiplied with itself there are two for one node
+                    mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
+                    found.update((site.call, product) for product in mine if product.node.name == site.node)
+        return found
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for body in {site.body for site in self.plan.places}:

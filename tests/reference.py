@@ -49,8 +49,22 @@ def greedy(score: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     return best
 
 
+Index = tuple[Tensor, ...]
+
+
+def block_index(rows: Tensor, cols: Tensor) -> Index:
+    """What picks W[rows][:, cols] out of (out, in), or that of every expert, (E, r) and (E, c), out of (E, out, in)."""
+    if rows.dim() == 1:
+        return rows[:, None], cols
+    experts = torch.arange(len(rows))
+    return experts[:, None, None], rows[:, :, None], cols[:, None, :]
+
+
 class Weight:
-    """One weight with its subnet: W stays in the model, S is a parameter of its own."""
+    """One weight with its subnet: W stays in the model, S is a parameter of its own.
+
+    An expert weight (E, out, in) has a subnet an expert and is one weight in all else: moments, count, rewarm.
+    """
 
     def __init__(self, weight: nn.Parameter, rows: Tensor, cols: Tensor, make: MakeOptimizer) -> None:
         self.weight, self.rows, self.cols, self.make = weight, rows.clone(), cols.clone(), make
@@ -63,12 +77,13 @@ class Weight:
     def gather(self) -> None:
         """S = W[rows][:, cols], with an optimizer that remembers nothing."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.values = nn.Parameter(self.weight[self.rows][:, self.cols].to(dtype))
+        self.values = nn.Parameter(self.weight[block_index(self.rows, self.cols)].to(dtype))
         self.optimizer = self.make([self.values])
 
     def take_gradient(self) -> None:
         grad = self.weight.grad
-        self.values.grad = None if grad is None else grad[self.rows][:, self.cols].to(self.values.dtype).clone()
+        mine = block_index(self.rows, self.cols)
+        self.values.grad = None if grad is None else grad[mine].to(self.values.dtype).clone()
 
     @torch.no_grad()
     def profile(self, kind: str, grad: Tensor, beta1: float, beta2: float) -> None:
@@ -87,12 +102,18 @@ class Weight:
             self.updates += 1
             if rewarm_over is not None and self.updates < rewarm_over:
                 self.values.copy_(old + self.updates / rewarm_over * (self.values - old))
-        self.weight[self.rows[:, None], self.cols] = self.values.to(self.weight.dtype)
+        self.weight[block_index(self.rows, self.cols)] = self.values.to(self.weight.dtype)
 
     @torch.no_grad()
     def reselect(self, kind: str) -> None:
         score = self.ema if kind == "gradient" else self.ema * self.uncertainty
-        self.rows, self.cols = greedy(score, len(self.rows), len(self.cols))
+        if score.dim() == 2:
+            self.rows, self.cols = greedy(score, len(self.rows), len(self.cols))
+        else:
+            for expert, mine in enumerate(score):
+                if mine.any():  # no token, no score: the expert keeps its subnet
+                    chosen = greedy(mine, self.rows.shape[1], self.cols.shape[1])
+                    self.rows[expert], self.cols[expert] = chosen
         self.ema.zero_()
         self.uncertainty.zero_()
         self.updates = 0

@@ -120,6 +120,26 @@ def test_grouped_products_are_what_dynamo_writes() -> None:
     assert set(targets) <= _compat.grouped_products()
 
 
+def test_no_view_can_be_changed_in_place_where_a_compiler_makes_a_view() -> None:
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            return _compat.no_view(torch.nn.functional.linear(x, w))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return torch.ones(4, 5, 7), None
+
+    def changed(x: Tensor, w: Tensor) -> Tensor:
+        return Linear.apply(x.mT, w).add_(1.0)  # type: ignore[no-any-return]
+
+    x, w = torch.randn(4, 7, 5, requires_grad=True), torch.randn(10, 7)
+    y = torch.compile(changed, backend="aot_eager")(x, w)
+    torch.testing.assert_close(y, x.mT @ w.t() + 1.0)
+    assert torch.equal(_compat.no_view(w), w)
+    assert _compat.no_view(w).data_ptr() == w.data_ptr()
+
+
 def test_plain_call_runs_hooks_and_nothing_compiled() -> None:
     module = nn.Linear(2, 2)
     called: list[str] = []
@@ -207,6 +227,51 @@ def test_keep_saved_tensors_lets_a_compiled_backward_run_twice() -> None:
     y.backward()
     torch.testing.assert_close(x.grad, 2 * first)
     assert torch._functorch.config.donated_buffer == before
+
+
+@pytest.mark.parametrize("name", ["inductor", "aot_eager", "eager"])
+def test_aot_compiler_shows_both_graphs_and_where_their_inputs_come_from(name: str) -> None:
+    shown: dict[str, torch.fx.GraphModule] = {}
+    backend = _compat.aot_compiler(name, lambda gm: shown.update(forward=gm), lambda gm: shown.update(backward=gm))
+    x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    given: list[str] = []
+
+    def tracing(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        given.extend(node.name for node in gm.graph.find_nodes(op="placeholder"))
+        return backend(gm, inputs)
+
+    torch.compile(lambda x, w: torch.sin(torch.sin(x @ w)).sum(), backend=tracing)(x, w).backward()
+    expected = torch.autograd.grad(torch.sin(torch.sin(x @ w)).sum(), w)[0]
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, expected)
+    holders = [node for node in shown["forward"].graph.find_nodes(op="placeholder")]
+    assert [given[_compat.input_index(node) or 0] for node in holders] == given
+    tangents = [node for node in shown["backward"].graph.find_nodes(op="placeholder") if "tangents" in node.name]
+    assert [_compat.input_index(node) for node in tangents] == [None]
+    # inductor and aot_eager make the inner sin again, eager keeps it
+    sines = [node for node in shown["backward"].graph.nodes if "aten.sin" in str(node.target)]
+    assert len(sines) == (0 if name == "eager" else 1)
+
+
+def test_second_graph_compiled_apart() -> None:
+    shown: list[torch.fx.GraphModule] = []
+    nothing = _compat.aot_compiler("eager", lambda gm: None, lambda gm: None)
+    other = _compat.aot_compiler("eager", lambda gm: None, shown.append)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        with _compat.compiled_apart():
+            fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+            other(gm, [fake.detach().requires_grad_() for fake in fakes])
+        compiled = nothing(gm, inputs)
+        assert torch._guards.TracingContext.get().fw_metadata.num_outputs == 1
+        return compiled
+
+    x = torch.randn(3)
+    y = torch.compile(torch.sin, backend=backend)(x)
+    torch.testing.assert_close(y, torch.sin(x))
+    assert not y.requires_grad
+    (backward,) = shown
+    assert any("aten.cos" in str(node.target) for node in backward.graph.nodes)
 
 
 def test_is_compiled_in_place_tells_who_called_compile() -> None:

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, ResNetConfig
 from transformers.models.auto import modeling_auto
@@ -22,46 +25,67 @@ from .shrink_config import nested, shrink
 from .tiny_batch import candidates
 
 SEED = 1
+MOST_PARAMETERS = 20_000_000
+MOST_BATCHES = 80
 
 # What a class is for, in the order in which one is chosen: the names of transformers' own tables.
-HEADS = (
-    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "MASKED_LM", "CTC",
-    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION", "SEQUENCE_CLASSIFICATION",
-    "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING",
-    "TABLE_QUESTION_ANSWERING", "SEMANTIC_SEGMENTATION", "INSTANCE_SEGMENTATION", "UNIVERSAL_SEGMENTATION",
-    "IMAGE_SEGMENTATION", "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "DEPTH_ESTIMATION", "KEYPOINT_DETECTION",
-    "KEYPOINT_MATCHING", "MASKED_IMAGE_MODELING", "IMAGE_TO_IMAGE", "MASK_GENERATION", "IMAGE_MATTING",
-    "NORMAL_ESTIMATION", "POINTMAP_ESTIMATION", "POSE_ESTIMATION", "RETRIEVAL", "RNNT", "TDT", "TABLE_RECOGNITION",
-    "TEXT_RECOGNITION", "TEXT_TO_SPECTROGRAM", "TEXT_TO_WAVEFORM", "TIME_SERIES_PREDICTION",
-    "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION",
-    "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "NEXT_SENTENCE_PREDICTION", "CAUSAL_IMAGE_MODELING", "PRETRAINING",
-    "DECISION", "BASE", "BACKBONE",
-)  # fmt: skip
+HEADS = tuple(
+    """
+    SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ IMAGE_TEXT_TO_TEXT MULTIMODAL_LM CAUSAL_LM MASKED_LM CTC
+    ZERO_SHOT_IMAGE_CLASSIFICATION IMAGE_CLASSIFICATION AUDIO_CLASSIFICATION VIDEO_CLASSIFICATION
+    SEQUENCE_CLASSIFICATION TOKEN_CLASSIFICATION QUESTION_ANSWERING VISUAL_QUESTION_ANSWERING
+    DOCUMENT_QUESTION_ANSWERING TABLE_QUESTION_ANSWERING SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION
+    UNIVERSAL_SEGMENTATION IMAGE_SEGMENTATION OBJECT_DETECTION ZERO_SHOT_OBJECT_DETECTION DEPTH_ESTIMATION
+    KEYPOINT_DETECTION KEYPOINT_MATCHING MASKED_IMAGE_MODELING IMAGE_TO_IMAGE MASK_GENERATION IMAGE_MATTING
+    NORMAL_ESTIMATION POINTMAP_ESTIMATION POSE_ESTIMATION RETRIEVAL RNNT TDT TABLE_RECOGNITION TEXT_RECOGNITION
+    TEXT_TO_SPECTROGRAM TEXT_TO_WAVEFORM TIME_SERIES_PREDICTION TIME_SERIES_CLASSIFICATION
+    TIME_SERIES_REGRESSION AUDIO_FRAME_CLASSIFICATION AUDIO_XVECTOR NEXT_SENTENCE_PREDICTION
+    CAUSAL_IMAGE_MODELING PRETRAINING DECISION BASE BACKBONE
+    """.split()
+)
 
+BY_LAYER = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # What cannot be had by making everything small: by model type, attributes (of parts, with dots) after shrinking.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3},
     "blip-2": {"image_token_index": 98},
     "bros": {"dim_bbox_projection": 16},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "chameleon": {"vocabulary_map": {"<image>": 98}},
+    "cohere_compass": {"text_config.rope_parameters": BY_LAYER},
+    "cohere_compass_text": {"rope_parameters": BY_LAYER},
+    "cvt": {"depth": [1, 2, 3]},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "depth_pro": {"intermediate_hook_ids": [1, 1, 0, 0]},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
     "falcon_h1": {"mamba_d_ssm": 128},
     "instructblip": {"image_token_index": 98},
     "instructblipvideo": {"video_token_index": 98},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
+    "llama4": {"vision_config.intermediate_size": 256},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 96},
+    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
-        "axial_pos_shape": [4, 4],
-        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": (4, 4),
+        "axial_pos_embds_dim": (32, 32),
         "lsh_attn_chunk_length": 8,
         "local_attn_chunk_length": 8,
         "num_buckets": 2,
     },
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
 }
 
 
@@ -78,15 +102,16 @@ class TinyModel:
         """() the model's own loss, or, where it has none, a fixed smooth function of all floating outputs."""
         if self.labelled:
             loss = output["loss"] if isinstance(output, dict) else output.loss
-            return loss.sum()
+            return torch.as_tensor(loss).sum()
         generator = torch.Generator().manual_seed(SEED)
         terms = []
         for tensor in _tensors(output):
-            if tensor.is_floating_point() and tensor.requires_grad:
+            if tensor.is_floating_point():  # without a gradient too: what is frozen must not change the loss
                 weights = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-                terms.append((weights * tensor.square()).mean())
+                finite = tensor.masked_fill(~tensor.isfinite(), 0)  # logits of masked tokens are -inf
+                terms.append((weights * finite.square()).mean())
         if not terms:
-            raise LosiaError("no output has a gradient")
+            raise LosiaError("no floating output")
         return torch.stack([term.double() for term in terms]).sum()
 
 
@@ -108,15 +133,18 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> TinyModel:
     classes = _tables().get(model_type)
     if classes is None:
         raise LosiaError(f"{model_type!r}: transformers has no such model type with a model class")
-    errors = []
+    errors: dict[str, str] = {}
     for head in sorted(classes, key=HEADS.index):
+        name = classes[head]
+        if name in errors:
+            continue
         try:
-            torch.manual_seed(SEED)
-            model = _model(model_type, classes[head], dtype)
-            return _with_batch(model, head, dtype)
-        except Exception as error:
-            errors.append(f"{classes[head]}: {str(error)[:400]}")
-    raise LosiaError(f"{model_type}: cannot be built: " + "; ".join(errors))
+            tried = _with_batch(_model(model_type, name, dtype), head, dtype)
+            # Some models keep what they saw (running averages, recurrent states): the one handed out has seen nothing.
+            return replace(tried, model=_model(model_type, name, dtype))
+        except Exception as error:  # whatever a model of any kind raises while it is made: the next class may do
+            errors[name] = " ".join(str(error).split())[:400]
+    raise LosiaError(f"{model_type}: cannot be built: " + "; ".join(f"{name}: {why}" for name, why in errors.items()))
 
 
 def _tables() -> dict[str, dict[str, str]]:
@@ -132,43 +160,38 @@ def _tables() -> dict[str, dict[str, str]]:
 
 
 def _model(model_type: str, name: str, dtype: torch.dtype) -> nn.Module:
-    import transformers
-
-    config = make_config(model_type)
-    model: nn.Module = getattr(transformers, name)(config)
+    torch.manual_seed(SEED)
+    model: nn.Module = getattr(transformers, name)(_config(model_type))
     size = sum(p.numel() for p in model.parameters())
-    if size > 20_000_000:
+    if size > MOST_PARAMETERS:
         raise LosiaError(f"{size:,} parameters after shrinking")
     model = model.to(dtype).train()
-    with torch.no_grad():
+    with torch.no_grad():  # as zeros and ones, biases and norms would hide a gradient that is left out
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.dim() > 1 else 0.1))
     return model
 
 
-def make_config(model_type: str) -> PretrainedConfig:
-    config = CONFIG_MAPPING[model_type]()
+def _config(model_type: str) -> PretrainedConfig:
+    config: PretrainedConfig = CONFIG_MAPPING[model_type]()
     for part in nested(config):
         for name, value in vars(part).items():
-            if getattr(value, "model_type", None) == "timm_backbone":
-                wanted = len(value._out_indices or (0,))
-                setattr(part, name, ResNetConfig(layer_type="basic", out_indices=list(range(5 - wanted, 5))))
+            if getattr(value, "model_type", None) == "timm_backbone":  # another package; a ResNet does as well
+                stages = list(range(5 - len(value.out_indices or (0,)), 5))
+                options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages}
+                setattr(part, name, ResNetConfig(**options))
     shrink(config)
     for path, value in OVERRIDES.get(model_type, {}).items():
         *parts, name = path.split(".")
-        part = config
-        for step in parts:
-            part = getattr(part, step)
-        setattr(part, name, value)
+        setattr(reduce(getattr, parts, config), name, value)
     return config
 
 
 def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
+    """The first batch with which a plain step gives a finite loss and some gradient."""
     errors: dict[str, None] = {}
-    for index, batch in enumerate(candidates(model, head)):
-        if index == 60:
-            break
+    for batch in itertools.islice(candidates(model, head), MOST_BATCHES):
         batch = {name: v.to(dtype) if _floats(v) else v for name, v in batch.items()}
         tiny = TinyModel(model, batch, "labels" in batch or "return_loss" in batch)
         model.zero_grad()

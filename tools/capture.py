@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from losia_fx._compat import aot_compiler, compile_call
+from losia_fx._compat import aot_compiler, compiled_apart
 from losia_fx.backend import LosiaBackend
 from losia_fx.config import LosiaConfig
 from losia_fx.controller import find_controller
 from losia_fx.errors import LosiaError, LosiaWarning
-from losia_fx.passes import Observer, copy_graph_module, placeholders, plan_subnets
-from losia_fx.plan import SubnetFacts, SubnetPlan
-from losia_fx.transform import RECOMPILE_LIMIT, CompiledCall, free_input_gradients, restore, transform
+from losia_fx.passes import Observer, copy_graph_module, graph_modules, outputs_may_learn, placeholders
+from losia_fx.plan import SubnetPlan
+from losia_fx.transform import CompiledCall, transform
 
 from .load_model import Example
 from .owners import Names, annotate, mark_sites, weight_groups
@@ -39,6 +39,8 @@ class CapturedGraph:
     plan: SubnetPlan
     stages: dict[str, fx.GraphModule] = field(default_factory=dict)
     """In the order in which they came about. BACKWARD is missing where nothing in the graph learns."""
+    dense: dict[str, fx.GraphModule] = field(default_factory=dict)
+    """FORWARD and BACKWARD of the graph as it was, with the same weights learning in full: what there is to save."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,6 @@ class Captured:
     """The model's class."""
     config: LosiaConfig
     graphs: tuple[CapturedGraph, ...]
-    dense: tuple[CapturedGraph, ...]
-    """The plain model's graphs, where the same weights learn in full: no pass has run, so DYNAMO, FORWARD, BACKWARD."""
     groups: tuple[tuple[str, ...], ...]
     """Names of the weights with a subnet, by group."""
 
@@ -77,20 +77,12 @@ def capture(model: nn.Module, example: Any, config: LosiaConfig | None = None) -
     controller = find_controller(twin)
     assert controller is not None
     settings = config or controller.config
-    facts = {state.name: state.facts for state in controller.states}
-    learns = {name for name, p in twin.named_parameters() if p.requires_grad} | set(facts)
     groups = tuple(tuple(names) for names in controller.groups)
 
-    ours = _Recorder(Names.of(twin), settings, weight_groups(groups))
-    backend = LosiaBackend(settings, inner=ours.compile, watch=ours.watch)
+    recorder = _Recorder(Names.of(twin), settings, weight_groups(groups))
+    backend = LosiaBackend(settings, inner=recorder.compile, watch=recorder.watch)
     _step(twin, CompiledCall(twin, settings, backend), example)
-    root = restore(twin)
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in learns)
-    plain = _Recorder(Names.of(root), settings, weight_groups(groups))
-    free_input_gradients(root)
-    _step(root, compile_call(root, plain.dense_backend(facts), RECOMPILE_LIMIT), example)
-    return Captured(type(model).__name__, settings, tuple(ours.graphs), tuple(plain.graphs), groups)
+    return Captured(type(model).__name__, settings, tuple(recorder.graphs), groups)
 
 
 def _step(model: nn.Module, call: Callable[..., Any], example: Example) -> None:
@@ -137,38 +129,51 @@ class _Recorder:
 
         def keep(stage: str, after: fx.GraphModule) -> None:
             kept = copy_graph_module(after)
-            annotate(kept, self._names, fqns, plan, self._groups)
+            annotate(kept, self._names, fqns, plan, self._groups, before=graph.stages.get(DYNAMO))
             graph.stages[stage] = kept
 
         keep(DYNAMO, gm)
+        if plan.slots:
+            self._compile_dense(gm, graph)
         return keep
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The inner compiler. gm: what the last pass left of the graph that was watched last."""
         graph = self.graphs[-1]
+        compiled = self._aot(gm, inputs, graph, graph.stages, list(graph.stages.values())[-1])
+        if not graph.plan.slots:
+            graph.dense |= {stage: made for stage, made in graph.stages.items() if stage != DYNAMO}
+        return compiled
+
+    def _compile_dense(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
+        """AOTAutograd of the graph itself, were its weights not frozen for their subnets' sake."""
+        inputs = [holder.meta["example_value"] for holder in placeholders(gm)]
+        for slot in graph.plan.slots:
+            inputs[slot.position] = inputs[slot.position].detach().requires_grad_()
+        plain = copy_graph_module(gm)
+        for body in graph_modules(plain):
+            if body is not plain:
+                outputs_may_learn(body)
+        with compiled_apart():
+            self._aot(plain, inputs, graph, graph.dense, graph.stages[DYNAMO])
+
+    def _aot(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        graph: CapturedGraph,
+        into: dict[str, fx.GraphModule],
+        annotated: fx.GraphModule,
+    ) -> Callable[..., Any]:
         mark_sites(gm, graph.plan)  # AOTAutograd hands these marks on to the nodes that it makes
-        last = graph.stages[list(graph.stages)[-1]]
 
         def keep(stage: str) -> Callable[[fx.GraphModule], None]:
             def keep_stage(made: fx.GraphModule) -> None:
-                annotate(made, self._names, {}, graph.plan, self._groups, given=placeholders(last))
-                graph.stages[stage] = made
+                annotate(made, self._names, {}, graph.plan, self._groups, given=placeholders(annotated))
+                into[stage] = made
 
             return keep_stage
 
-        compiled: Callable[..., Any] = aot_compiler(self._config.compiler, keep(FORWARD), keep(BACKWARD))(
-            gm, list(inputs)
-        )
+        compiler = aot_compiler(self._config.compiler, keep(FORWARD), keep(BACKWARD))
+        compiled: Callable[..., Any] = compiler(gm, list(inputs))
         return compiled
-
-    def dense_backend(self, facts: Mapping[str, SubnetFacts]) -> Callable[..., Any]:
-        """A backend that rewrites nothing; the products that would be rewritten are marked all the same."""
-
-        def backend(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-            copied = copy_graph_module(gm)
-            fqns = self._names.of_inputs(gm, inputs)
-            plan = plan_subnets(copied, {holder: facts[fqn] for holder, fqn in fqns.items() if fqn in facts})
-            self.watch(copied, inputs, plan)
-            return self.compile(copied, inputs)
-
-        return backend

@@ -171,7 +171,10 @@ def _child(answer: Connection, name: str, compiler: str, dtype: str) -> None:
     for stream in (1, 2):  # what models and compilers print would tear the table
         os.dup2(nothing, stream)
     set_verbosity_error()
-    answer.send(check(name, compiler, dtype))
+    try:
+        answer.send(check(name, compiler, dtype))
+    except Exception as error:  # one line of the table, not the end of it
+        answer.send(Result(name, DIED, f"the check itself failed: {type(error).__name__}: {error}"[:300]))
     answer.close()
 
 

@@ -74,7 +74,9 @@ def load_model(text: str | None) -> Loaded:
         return _from_config(path)
     if ":" in text:
         return _from_function(text)
-    raise ConfigError(f"MODEL {text}: no such file or folder; give a checkpoint folder, a config.json or module:function")
+    raise ConfigError(
+        f"MODEL {text}: no such file or folder; give a checkpoint folder, a config.json or module:function"
+    )
 
 
 # -- a function ------------------------------------------------------------------------------------------------------
@@ -98,7 +100,9 @@ def _from_function(text: str) -> Loaded:
         raise ConfigError(f"MODEL {text}: {name}() raised {_said(error)}") from error
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module) or inputs is None:
-        raise ConfigError(f"MODEL {text}: {name}() returned {_kind(result)}; return a torch.nn.Module and inputs for it")
+        raise ConfigError(
+            f"MODEL {text}: {name}() returned {_kind(result)}; return a torch.nn.Module and inputs for it"
+        )
     return Loaded(text, model, Example.of(inputs))
 
 
@@ -154,7 +158,8 @@ def _read_config(path: Path) -> PretrainedConfig:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # no JSON, no model_type, an unknown one, a field of a wrong kind
         raise ConfigError(f"MODEL {path}: is no transformers configuration: {_said(error)}") from error
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    parts: list[Any] = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
         if getattr(part, "use_cache", None):
             part.use_cache = False  # training has no use for it, and it would be an output of the graph
     return config
@@ -165,7 +170,8 @@ def _class_name(config: PretrainedConfig, path: Path) -> str:
     import transformers
 
     classes = _classes(config.model_type)
-    for name in (*(config.architectures or ()), *classes):
+    names: list[str] = [*(config.architectures or ()), *classes]
+    for name in names:
         if hasattr(transformers, name):
             return name
     raise ConfigError(f"MODEL {path}: transformers has no model class for model type {config.model_type!r}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from losia_fx._compat import input_index
@@ -23,8 +24,12 @@ WEIGHT = "losia_weight"
 of its weight. Of any other node: the weight whose product it is part of, if that weight has a subnet."""
 GROUP = "losia_group"
 """Number of that weight's group."""
+STATUS = "losia_status"
+"""PLANNED, REWRITTEN, ADDED or PART; missing on nodes that no pass has to do with."""
+PLANNED, REWRITTEN, ADDED, PART = "planned", "rewritten", "added", "part"
+"""To be rewritten; made by a rewrite (or fed by one); put there by a pass; after AOTAutograd, part of such a node."""
 MARK = "losia_site"
-"""Key in meta["custom"], which torch hands on from a node to those that are made of it: number of a site in the plan."""
+"""Key in meta["custom"], which torch hands on from a node to what is made of it: the number of a site in the plan."""
 CALL = "losia_call"
 """losia_fx.passes puts the same number into the meta of a node that a rewrite has made."""
 
@@ -63,7 +68,7 @@ def weight_groups(groups: Iterable[Iterable[str]]) -> dict[str, int]:
 
 def mark_sites(gm: fx.GraphModule, plan: SubnetPlan) -> None:
     """Marks the nodes that are to be rewritten, or that a rewrite has made, so that AOTAutograd hands the mark on."""
-    for part, body in _parts(gm):
+    for part, body in graph_parts(gm):
         sites = _sites(plan, body)
         for node in part.graph.nodes:
             call = node.meta.get(CALL, sites.get(node.name))
@@ -77,12 +82,13 @@ def annotate(
     fqns: Mapping[str, str],
     plan: SubnetPlan,
     groups: Mapping[str, int],
+    before: fx.GraphModule | None = None,
     given: Sequence[fx.Node] = (),
 ) -> None:
-    """Fills in OWNER, WEIGHT and GROUP of every node.
+    """Fills in OWNER, WEIGHT, GROUP and STATUS of every node.
 
-    fqns: placeholder -> name, of a graph of Dynamo's. given: for a graph of AOTAutograd's, the annotated placeholders
-    of the graph that it was made of.
+    fqns: placeholder -> name, of a graph of Dynamo's. before: of one that passes have edited, the graph before them.
+    given: for a graph of AOTAutograd's, the annotated placeholders of the graph that it was made of.
     """
     state = {name: slot.facts.fqn for slot in plan.slots for name in (*slot.input_names, slot.handle_name)}
     known = {**fqns, **state}
@@ -92,9 +98,45 @@ def annotate(
             _copy_place(given[index], holder)
         elif holder.name in known:
             _place(holder, known[holder.name].rpartition(".")[0], known[holder.name], groups)
+    for part, _ in graph_parts(gm):
+        _describe_state(part, plan)
     weights = [plan.slots[site.slot].facts.fqn for site in sorted(plan.places, key=lambda site: site.call)]
-    for part, body in _parts(gm):
-        _annotate_nodes(part, names, _sites(plan, body), weights, groups)
+    known_nodes = (
+        None if before is None else {body: {n.name for n in part.graph.nodes} for part, body in graph_parts(before)}
+    )
+    for part, body in graph_parts(gm):
+        sites = _sites(plan, body)
+        _annotate_nodes(part, names, sites, weights, groups)
+        for node in part.graph.nodes:
+            status = _status(node, sites, None if known_nodes is None else known_nodes.get(body, set()))
+            if status is not None:
+                node.meta[STATUS] = status
+
+
+def _status(node: fx.Node, sites: Mapping[str, int], known: set[str] | None) -> str | None:
+    if CALL in node.meta:
+        return REWRITTEN
+    if node.name in sites:
+        return PLANNED if known is None else REWRITTEN
+    if MARK in node.meta.get("custom", {}):
+        return PART
+    return ADDED if known is not None and node.name not in known else None
+
+
+def _describe_state(part: fx.GraphModule, plan: SubnetPlan) -> None:
+    """Shape and dtype of the subnets' placeholders, which the passes have no tensor for."""
+    described: dict[str, torch.Tensor] = {}
+    for slot in plan.slots:
+        facts = slot.facts
+        values, rows, cols = (facts.rows, facts.cols), (facts.rows,), (facts.cols,)
+        experts = facts.shape[:-2]
+        described[slot.handle_name] = torch.empty(1, dtype=torch.int64, device="meta")
+        for name, shape in zip(slot.input_names, (values, rows, cols), strict=False):
+            dtype = getattr(torch, facts.dtype) if shape == values else torch.int64
+            described[name] = torch.empty((*experts, *shape), dtype=dtype, device="meta")
+    for holder in placeholders(part):
+        if holder.name in described:
+            holder.meta.setdefault("example_value", described[holder.name])
 
 
 def _annotate_nodes(
@@ -111,12 +153,10 @@ def _annotate_nodes(
         owner = names.owner(node)
         if call is not None:
             _place(node, owner, weights[call], groups)
-        elif owner is not None or node.op in ("placeholder", "output"):
-            node.meta[OWNER] = owner or ""
-        elif node.users:  # what a pass has put there for the node that uses it
-            _copy_place(next(iter(node.users)), node)
+        elif owner is None and node.op == "call_function" and not node.meta.get("stack_trace") and node.users:
+            _copy_place(next(iter(node.users)), node)  # put there by a pass, for the node that uses it
         else:
-            node.meta[OWNER] = ""
+            node.meta[OWNER] = owner or ""
 
 
 def _place(node: fx.Node, owner: str | None, weight: str, groups: Mapping[str, int]) -> None:
@@ -132,13 +172,13 @@ def _copy_place(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
 
 
-def _parts(gm: fx.GraphModule, body: tuple[str, ...] = ()) -> Iterable[tuple[fx.GraphModule, tuple[str, ...]]]:
+def graph_parts(gm: fx.GraphModule, body: tuple[str, ...] = ()) -> Iterable[tuple[fx.GraphModule, tuple[str, ...]]]:
     """Every graph, outer ones first, and the names of the bodies that lead there."""
     yield gm, body
     for node in gm.graph.nodes:
         region = region_of(gm, node)
         if region is not None:
-            yield from _parts(region.body, (*body, region.name))
+            yield from graph_parts(region.body, (*body, region.name))
 
 
 def _sites(plan: SubnetPlan, body: tuple[str, ...]) -> dict[str, int]:

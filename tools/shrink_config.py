@@ -8,69 +8,23 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-WIDTH, INNER, HEADS, HEAD_DIM = 64, 96, 4, 16
-VOCABULARY = 99
-IMAGE, PATCH = 64, 16
-LAYERS, MOST_LAYERS = 2, 6
-
-# The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
-SIZES: tuple[tuple[str, int | None], ...] = (
-    (r"num_channels|in_chan\w*|audio_channels|channels|out_channels|.*(kernel|stride|padding|ratio|factor).*", None),
-    (r"num_conv_pos_embedding.*|.*temperature.*|chunk_size_feed_forward|.*_layer_offset|.*dropout.*|num_labels", None),
-    (r"n_positions|n_ctx|max_.*position_embeddings|context_length|max_(source|target)_positions|seq_length", 64),
-    (r"type_vocab_size", 3),
-    (r".*codebook_size", 64),
-    (r".*vocab_size.*|num_embeddings|vocab_offset", VOCABULARY),
-    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", 2),
-    (r"(?!.*dim).*(heads|n_head|num_head)", HEADS),
-    (r"rotary_dim|.*(head_dim|dim_head|d_head|d_kv|head_size|kv_channels|headdim)|query_pre_attn_scalar", HEAD_DIM),
-    (r".*(lora_rank|low_rank_dim|low_rank|rank_dim)", 16),
-    (r".*(state_size|d_state|time_step_rank|dt_rank)", 8),
-    (r".*(intermediate|ffn|inner|mlp|feedforward|feed_forward)_?\w*(size|dim|channels)|d_ff|n_inner|d_inner", INNER),
-    (r".*(experts_per_tok|experts_per_token|moe_topk|moe_k|moe_top_k|top_k_experts|num_selected_experts)", 2),
-    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|topk_group|num_nextn_predict_layers", 1),
-    (r".*num_experts|n_routed_experts|num_local_experts|n_experts", 4),
-    (r"n_groups?|num_groups?|num_expert_groups?", 2),
-    (r"first_k_dense_replace|moe_layer_start_index", 1),
-    (r"num_kv_shared_layers", 0),
-    (r".*(layer_period|layer_frequency|layer_interval|sliding_window_pattern|cross_attention_frequency)", 2),
-    (r"(image|crop|input|pretrain_image)_size", IMAGE),
-    (r"patch_size|.*_patch_size", PATCH),
-    (r"\w*window_size\w*", 2),
-    (r"sliding_window.*|local_attention|attention_chunk_size|block_size|attention_window", 8),
-    (r"chunk_size|\w*_chunk_size|index_topk|mm_tokens_per_image", 8),
-    (
-        r".*(hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|hidden_channels|embedding_size|embedding_dim)\w*",
-        WIDTH,
-    ),
-    (r"(?!kv|pad).*(_dim|output_size|_channels|proj_size|width)|hidden_sizes|embed_dims", WIDTH),
-    (r"num_queries|num_query_tokens|num_latents|num_image_tokens|image_seq_length|num_denoising|latent_len", 8),
-    (r"num_mel_bins", 16),
-    (r"train_num_points", 32),
+from .size_rules import (
+    DEFAULTS,
+    DEPTHS,
+    HEAD_DIM,
+    HEADS,
+    IMAGE,
+    LAYER_COUNTS,
+    LAYERS,
+    MOST_LAYERS,
+    OFF,
+    ORDINARY_TOKENS,
+    SIZES,
+    SSM,
+    STOPPED,
+    TOKEN,
+    VOCABULARY,
 )
-LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
-# State space models: heads x head_dim = expand x hidden_size.
-SSM = (
-    ("expand", "num_heads", "head_dim"),
-    ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
-    ("mamba_expand", "n_mamba_heads", "mamba_headdim"),
-)
-DEPTHS = re.compile(r"\w*depths?|blocks_per_stage|stage_num_blocks|num_blocks")
-STOPPED = re.compile(
-    r".*(dropout|dropout_prob|drop_?prob|pdrop|drop|drop_path_rate|drop_rate|layerdrop|jitter_noise)"
-    r"|mask_(time|feature)_prob|.*_dropout_\w+"
-)
-TOKEN = re.compile(r".*(_token_id|_token_index|_token_ids|start_id|end_id)")
-ORDINARY_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-# What cannot be built where a configuration leaves it open.
-DEFAULTS = {
-    "head_dim": HEAD_DIM,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-}
-OFF = ("use_cache", "apply_spec_augment", "use_timm_backbone", "use_pretrained_backbone", "output_router_logits")
 
 
 def shrink(config: PretrainedConfig) -> None:
@@ -106,7 +60,7 @@ def layer_counts(config: PretrainedConfig) -> dict[str, int]:
 
 
 def kept_layers(config: PretrainedConfig) -> dict[int, list[int]]:
-    """By the number of layers that a count of the configuration gives: the layers to keep, one of each kind at least."""
+    """Number of layers, as an attribute gives it -> the layers to keep, one of each kind at least."""
     kept = {}
     stages = next((len(v) for k, v in vars(config).items() if DEPTHS.fullmatch(k) and isinstance(v, (list, tuple))), 0)
     for count in set(layer_counts(config).values()) - {stages}:
@@ -132,25 +86,29 @@ def _is_kind(values: Any) -> bool:
 def _shrunk(name: str, value: Any, tokens: dict[str, int], kept: dict[int, list[int]]) -> Any:
     if value is None:
         return DEFAULTS.get(name)
-    if isinstance(value, PretrainedConfig):
-        return value
     if name in OFF:
         return False
     if TOKEN.fullmatch(name):
         return _token(name, value, tokens)
-    if STOPPED.fullmatch(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return type(value)(0)
-    if isinstance(value, (bool, float)):
-        return value
-    if isinstance(value, int):
-        if value in kept and LAYER_COUNTS.fullmatch(name):
-            return min(value, len(kept[value]))
-        return _size(name, value)
+    if isinstance(value, (bool, int, float)):
+        return _number(name, value, kept)
     if isinstance(value, (str, list, tuple)) and value:
         return _sequence(name, value, kept)
-    if isinstance(value, dict):
-        return _rope(value) if name in ("rope_parameters", "rope_scaling") else value
+    if isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
+        return _rope(value)
     return value
+
+
+def _number(name: str, value: bool | int | float, kept: dict[int, list[int]]) -> bool | int | float:
+    if isinstance(value, bool):
+        return value
+    if STOPPED.fullmatch(name):
+        return type(value)(0)
+    if isinstance(value, float):
+        return value
+    if value in kept and LAYER_COUNTS.fullmatch(name):
+        return min(value, len(kept[value]))
+    return _size(name, value)
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +153,7 @@ def _sequence(name: str, values: Any, kept: dict[int, list[int]]) -> Any:
     if len(values) in kept and len(values) > LAYERS:
         values = make(values[i] for i in kept[len(values)])
     elif (
-        re.fullmatch(r"(?!_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)", name)
+        re.fullmatch(r"(?!_|out_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)", name)
         and kept
     ):
         return _indices(values, kept)
@@ -215,16 +173,11 @@ def _indices(values: Any, kept: dict[int, list[int]]) -> Any:
 
 
 def _stages(name: str, values: Any) -> list[int]:
-    """Sizes stage by stage: the same ones stay the same, bigger ones stay bigger."""
-    size = _size(name.removesuffix("s"), max(values))
-    if size == max(values):
-        size = _size(name, max(values))
+    """Sizes stage by stage, each as if it stood alone: channels of one list are the inputs of another."""
+    size = min(_size(name.removesuffix("s"), max(values)), _size(name, max(values)))
     if size == max(values):
         return list(values)
-    if "image" in name or size not in (WIDTH, INNER):
-        return [min(v, 2 if size == HEADS else size) for v in values]
-    order = sorted(set(values))
-    return [min(v, size if len(order) == 1 else 16 * (order.index(v) + 1)) for v in values]
+    return [min(v, 2 if size == HEADS else size) for v in values]  # 2 heads: what every stage is a multiple of
 
 
 def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
@@ -234,17 +187,29 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
         heads = name.replace("key_value", "attention")
         if heads != name and before.get(heads) == before[name]:
             setattr(config, name, values[heads])
-    if "stage_names" in values and isinstance(values["stage_names"], list):
-        _repair_stages(config)
     for inner, heads, head_dim in SSM:
         if {inner, heads, head_dim} <= values.keys() and "hidden_size" in values:
             setattr(config, head_dim, values[inner] * values["hidden_size"] // values[heads])
+    if isinstance(values.get("stage_names"), list):
+        _repair_stages(config)
+    if "backbone_feature_sizes" in values:  # of an image of 1024 pixels
+        config.backbone_feature_sizes = [
+            [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]
+        ]
     if "embed_dim_per_stage" in values:
         config.hidden_size = values["embed_dim_per_stage"][0]
-    if "qk_rope_head_dim" in values and "partial_rotary_factor" in (values.get("rope_parameters") or {}):
-        config.rope_parameters["partial_rotary_factor"] = 1.0
-    if {"qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim"} <= values.keys():
+    if "qk_rope_head_dim" in values:
+        _repair_latent_attention(config)
+
+
+def _repair_latent_attention(config: PretrainedConfig) -> None:
+    values = vars(config)
+    if {"qk_nope_head_dim", "qk_head_dim"} <= values.keys():
         config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    rope = values.get("rope_parameters") or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or of each kind of layer
+        if isinstance(parameters, dict) and "partial_rotary_factor" in parameters:
+            parameters["partial_rotary_factor"] = 1.0
 
 
 def _repair_stages(config: PretrainedConfig) -> None:

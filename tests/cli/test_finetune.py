@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from losia_fx import finetune_job
 from losia_fx.cli import main
+from losia_fx.files import write_safely
 from losia_fx.finetune import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
 from losia_fx.run_inputs import HELD_OUT_BLOCKS
-from losia_fx.run_record import RunRecord, write_safely
+from losia_fx.run_record import RunRecord
 from losia_fx.text import held_out_blocks, read_documents, split
 from losia_fx.training import cosine_schedule, held_out_loss
 

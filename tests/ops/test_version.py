@@ -11,6 +11,7 @@ from losia_fx import expert_ops, library, ops, subnet
 
 BODIES = {
     "v1": "6fb44b75615f1539269240fc6d05054a7fa4483a4c535dfbd9f88f223e6f1d17",
+    "v2": "bcab9f4db2ef0933f73e7d4051a28e2d4dfacc0bbc13dfcfbd58ae25a0b06eb9",
 }
 """Version -> sha256 of the sources of all bodies. Add a line; never change one."""
 
@@ -24,7 +25,7 @@ OPS = {
 
 def bodies() -> str:
     parts = [
-        *(ops._SubnetLinear, ops._subnet_linear, ops._SubnetWeight, ops._subnet_weight, subnet.gather),
+        *(ops.autocasted, ops._SubnetLinear, ops._subnet_linear, ops._SubnetWeight, ops._subnet_weight, subnet.gather),
         *(expert_ops._SubnetGrouped, expert_ops._subnet_grouped, expert_ops._grouped_product),
         *(expert_ops._SubnetBatched, expert_ops._subnet_batched),
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import losia_fx
+from losia_fx.subnet import gather
 from tests.models import table
 from tests.models.table import BERT, GPT_NEOX, LLAMA, TOY, Case
 from tests.reference import Reference
@@ -77,7 +78,7 @@ class Run:
             self.make,
             lambda steps: RATES[self.make] * self.decay**steps,
             full=self.learns_in_full,
-            **{key: value for key, value in self.options.items() if not key.endswith("rank_factor")},
+            **{k: value for k, value in self.options.items() if not k.endswith(("rank_factor", "tied_head"))},
         )
 
     def begin_string(self, options: dict[str, Any]) -> None:
@@ -122,7 +123,8 @@ class Run:
         for name, value in expected.items():
             near(state[name], value, self.tolerance, f"{name} after step {step}")
         for name, subnet in self.subnets.items():
-            assert torch.equal(subnet.values, subnet.weight[subnet.rows][:, subnet.cols].to(subnet.values.dtype)), name
+            picked = gather(subnet.weight, subnet.rows, subnet.cols).to(subnet.values.dtype)
+            assert torch.equal(subnet.values, picked), name
 
     def rounds(self, count: int = 2, shapes: Sequence[Sequence[tuple[int, int]]] = (((2, 8), (2, 8)),)) -> None:
         """That many rounds of the schedule; the shapes of the steps repeat."""

@@ -1,0 +1,76 @@
+"""How small each attribute of a configuration becomes, by its name; data for shrink_config."""
+
+from __future__ import annotations
+
+import re
+
+WIDTH, INNER, HEADS, HEAD_DIM = 64, 96, 4, 16
+VOCABULARY = 99
+IMAGE, PATCH = 64, 16
+LAYERS, MOST_LAYERS = 2, 6
+
+# The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
+SIZES: tuple[tuple[str, int | None], ...] = (
+    (r"num_channels|in_chan\w*|audio_channels|channels|out_channels|.*(kernel|stride|padding|ratio|factor).*", None),
+    (
+        r"num_conv_pos_embedding.*|patch_embed_hidden_size|.*temperature.*|chunk_size_feed_forward|.*_layer_offset|.*dropout.*|num_labels",
+        None,
+    ),
+    (r"n_positions|n_ctx|max_.*position_embeddings|context_length|max_(source|target)_positions|seq_length", 64),
+    (r"type_vocab_size", 3),
+    (r".*codebook_size", 64),
+    (r".*(vocab_size|group_vocab).*|num_embeddings|vocab_offset", VOCABULARY),
+    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", 2),
+    (r"(?!.*dim).*(heads|n_head|num_head)", HEADS),
+    (r"rotary_dim|.*(head_dim|dim_head|d_head|d_kv|head_size|kv_channels|headdim)|query_pre_attn_scalar", HEAD_DIM),
+    (r".*(lora_rank|low_rank_dim|low_rank|rank_dim)", 16),
+    (r".*(state_size|d_state|time_step_rank|dt_rank)", 8),
+    (r".*(intermediate|ffn|inner|mlp|feedforward|feed_forward)_?\w*(size|dim|channels)|d_ff|n_inner|d_inner", INNER),
+    (r".*(experts_per_tok|experts_per_token|moe_topk|moe_k|moe_top_k|top_k_experts|num_selected_experts)", 2),
+    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|topk_group|num_nextn_predict_layers", 1),
+    (r".*num_experts|n_routed_experts|num_local_experts|n_experts", 4),
+    (r"n_groups?|num_groups?|num_expert_groups?", 2),
+    (r"first_k_dense_replace|moe_layer_start_index", 1),
+    (r"num_kv_shared_layers", 0),
+    (r".*(layer_period|layer_frequency|layer_interval|sliding_window_pattern|cross_attention_frequency)", 2),
+    (r"(image|crop|input|pretrain_image)_size", IMAGE),
+    (r"patch_size|.*_patch_size", PATCH),
+    (r"\w*window_size\w*", 2),
+    (r"sliding_window.*|local_attention|attention_chunk_size|block_size|attention_window", 8),
+    (r"chunk_size|\w*_chunk_size|index_topk|mm_tokens_per_image", 8),
+    (r".*(hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|hidden_channels)\w*", WIDTH),
+    (r".*(embedding_size|embedding_dim)\w*", WIDTH),
+    (r"(?!kv|pad).*(_dim|output_size|_channels|proj_size|width)|hidden_sizes|embed_dims|backbone_channel_list", WIDTH),
+    (r"num_queries|num_query_tokens|num_latents|num_image_tokens|image_seq_length|num_denoising|latent_query_num", 8),
+    (r"num_mel_bins", 16),
+    (r"upsample_groups", WIDTH),
+    (r"train_num_points", 32),
+)
+LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
+# State space models: heads x head_dim = expand x hidden_size.
+SSM = (
+    ("expand", "num_heads", "head_dim"),
+    ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
+    ("mamba_expand", "n_mamba_heads", "mamba_headdim"),
+)
+DEPTHS = re.compile(r"\w*depths?|blocks_per_stage|stage_num_blocks|num_blocks")
+STOPPED = re.compile(
+    r".*(dropout|dropout_prob|drop_?prob|pdrop|drop|drop_path_rate|drop_rate|layerdrop|jitter_noise)"
+    r"|mask_(time|feature)_prob|.*_dropout_\w+"
+)
+TOKEN = re.compile(r".*(_token_id|_token_index|_token_ids|start_id|end_id)")
+ORDINARY_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+# What cannot be built where a configuration leaves it open.
+DEFAULTS = {
+    "head_dim": HEAD_DIM,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "moe_intermediate_size": INNER,
+    "top_k_experts": 2,
+    "num_key_value_heads": HEADS,
+}
+OFF = ("use_cache", "apply_spec_augment", "use_timm_backbone", "use_pretrained_backbone", "output_router_logits")
