@@ -40,7 +40,6 @@ __all__ = [
     "region_inputs",
     "running_ddp",
     "runs_uncompiled",
-    "storage_key",
     "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
@@ -221,11 +220,3 @@ def runs_uncompiled(function: Callable[..., Any]) -> Any:
     """
     skip_code(function.__code__)
     return function
-
-
-def storage_key(tensor: Tensor) -> int:
-    """The same number for tensors, fake ones too, that share memory.
-
-    data_ptr() says it of real tensors alone, and comparing fake ones has no public name.
-    """
-    return int(tensor.untyped_storage()._cdata)

@@ -90,8 +90,8 @@ class Facts:
             tuple((p.parameter.numel(), p.parameter.element_size()) for p in plans if p.trained == "full"),
             captured.config,
             weight_uses(captured.graphs),
-            saved_bytes(captured.graphs),
-            saved_bytes(captured.dense),
+            saved_bytes(graph.stages for graph in captured.graphs),
+            saved_bytes(graph.dense for graph in captured.graphs),
             tapped(captured.graphs),
         )
 

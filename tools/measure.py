@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx._compat import storage_key
 from losia_fx.config import LosiaConfig
 from losia_fx.controller import Controller
 from losia_fx.errors import LosiaWarning
@@ -60,12 +59,12 @@ def _open_slot(controller: Controller, group: int) -> None:
 
 
 def _step(model: nn.Module, example: Example) -> dict[str, int]:
-    known = {storage_key(t) for t in (*model.parameters(), *model.buffers(), *_inputs(example))}
+    known = {_memory(t) for t in (*model.parameters(), *model.buffers(), *_inputs(example))}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if storage_key(tensor) not in known:
-            kept[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+        if _memory(tensor) not in known:
+            kept[_memory(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.enable_grad():
@@ -84,7 +83,7 @@ def profile_bytes(controller: Controller) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({_memory(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _state(state: Mapping[Any, Mapping[str, Any]]) -> list[Tensor]:
@@ -93,3 +92,8 @@ def _state(state: Mapping[Any, Mapping[str, Any]]) -> list[Tensor]:
 
 def _inputs(example: Example) -> list[Tensor]:
     return [value for value in (*example.args, *example.kwargs.values()) if isinstance(value, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same number for tensors that share memory."""
+    return tensor.untyped_storage().data_ptr()

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: give a whole number of at least 1")
     config = config_of(args)
-    from losia_fx.run_record import write_safely
+    from losia_fx.files import write_safely
 
     from .page_sources import of_model, of_run
     from .run_folder import is_run

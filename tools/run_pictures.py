@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from losia_fx.config import LosiaConfig, matches
 from losia_fx.errors import LosiaError
+from losia_fx.files import write_safely
 from losia_fx.run_plots import DPI, GREY, INK, coverage_of, map_of, plot_losses, plot_subnets
-from losia_fx.run_record import RunRecord, write_safely
+from losia_fx.run_record import RunRecord
 from losia_fx.run_report import Names
 from losia_fx.schedule import rewarm_factor
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from losia_fx._compat import storage_key
 from losia_fx.passes import CALL, PRODUCT, Product, graph_modules
 from losia_fx.taps import tap
 
 from .capture import BACKWARD, FORWARD, CapturedGraph
+from .costs import saved_for_backward
 from .owners import WEIGHT
 
 REWRITTEN = "subnet-rewrite"
@@ -68,9 +68,10 @@ def value_of(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def saved_bytes(graphs: tuple[CapturedGraph, ...]) -> int:
-    """What the forwards keep for their backwards, weights and inputs aside; tensors that share memory count once."""
-    return sum(_saved(graph.stages[FORWARD], graph.stages[BACKWARD]) for graph in graphs if BACKWARD in graph.stages)
+def saved_bytes(stages: Iterable[Mapping[str, fx.GraphModule]]) -> int:
+    """What the forwards keep for their backwards, weights and inputs aside. stages: of each graph, dense or not."""
+    pairs = [(graph[FORWARD], graph[BACKWARD]) for graph in stages if BACKWARD in graph]
+    return sum(sum(saved_for_backward(*pair).values()) for pair in pairs)
 
 
 def tapped(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
@@ -88,22 +89,3 @@ def tapped(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
                 name = handle.meta[WEIGHT]
                 found[name] = found.get(name, 0) + x.numel() * x.element_size()
     return found
-
-
-def _saved(forward: fx.GraphModule, backward: fx.GraphModule) -> int:
-    """The forward's outputs that the backward takes: AOTAutograd gives both the same name."""
-    taken = {node.name for node in backward.graph.find_nodes(op="placeholder")}
-    given = {storage for node in forward.graph.find_nodes(op="placeholder") for storage in _storage(node)}
-    kept: dict[int, int] = {}
-    for node in forward.graph.output_node().all_input_nodes:
-        if node.name in taken:
-            kept.update(_storage(node))
-    return sum(size for storage, size in kept.items() if storage not in given)
-
-
-def _storage(node: fx.Node) -> dict[int, int]:
-    """{identity of the memory behind a node's value: bytes}"""
-    value = value_of(node)
-    if value is None:
-        return {}
-    return {storage_key(value): value.untyped_storage().nbytes()}

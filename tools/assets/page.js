@@ -225,3 +225,7 @@ showForecast();
 at("close").addEventListener("click", () => close(true));
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") close(true); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+
+// page.html#model.layers.0.mlp.up_proj.weight opens with that weight
+const wanted = document.querySelector(`.tile[data-name="${CSS.escape(decodeURIComponent(location.hash.slice(1)))}"]`);
+if (wanted) wanted.click();
