@@ -19,9 +19,10 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def kind_of(owner: nn.Module, key: str, parameter: nn.Parameter) -> str | None:
     """The kind of linear weight that ``owner.key`` is, or None.
 
-    "experts" is a 3-D parameter (E, out, in) of a module that counts E experts. "matrix of a module of its own" is the
-    2-D ``weight`` of a module that is none of torch's, as routers have it. How a graph uses the weight makes no
-    difference to whether it trains rightly, only to what it costs (see losia_fx.passes.match_linear).
+    "experts" is a 3-D parameter (E, out, in) of a module that counts E experts, or that has another of E. "matrix of a
+    module of its own" is the 2-D ``weight`` of a module that is none of torch's, as routers have it. How a graph uses
+    the weight makes no difference to whether it trains rightly, only to what it costs (see
+    losia_fx.passes.match_linear).
     """
     if isinstance(owner, nn.Linear):
         return LINEAR if key == "weight" else None
@@ -31,7 +32,7 @@ def kind_of(owner: nn.Module, key: str, parameter: nn.Parameter) -> str | None:
         return TRANSPOSED if key == "weight" else None
     if _is_torchs(owner) or not parameter.is_floating_point():
         return None
-    if parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and parameter.shape[0] in _expert_counts(owner):
+    if _is_stack(parameter) and (parameter.shape[0] in _expert_counts(owner) or _stacks(owner, parameter.shape[0]) > 1):
         return EXPERTS
     return MATRIX if key == "weight" and parameter.dim() == 2 and min(parameter.shape) > 1 else None
 
@@ -71,6 +72,15 @@ def _is_torchs(owner: nn.Module) -> bool:
     """A layer of torch (convolution, norm, embedding, ...), or one made from it."""
     bases = [base for base in type(owner).__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
     return any(base.__module__.startswith("torch.") for base in bases)
+
+
+def _is_stack(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.dim() == 3 and min(parameter.shape[1:]) > 1
+
+
+def _stacks(owner: nn.Module, count: int) -> int:
+    """How many stacks of ``count`` matrices a module has; of one alone it would be a table as often as a weight."""
+    return sum(_is_stack(p) and p.shape[0] == count for p in owner._parameters.values() if p is not None and count > 1)
 
 
 def _expert_counts(owner: nn.Module) -> set[int]:

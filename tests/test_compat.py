@@ -211,6 +211,15 @@ def test_running_ddp(tmp_path: Path) -> None:
     assert not _compat.running_ddp()
 
 
+def test_whole_graphs_are_not_cut_up_under_ddp() -> None:
+    before = torch._dynamo.config.optimize_ddp
+    with _compat.whole_graphs(under_ddp=True):
+        assert torch._dynamo.config.optimize_ddp is False
+    with _compat.whole_graphs(under_ddp=False):
+        assert torch._dynamo.config.optimize_ddp == before
+    assert torch._dynamo.config.optimize_ddp == before
+
+
 def test_keep_saved_tensors_lets_a_compiled_backward_run_twice() -> None:
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         with _compat.keep_saved_tensors():

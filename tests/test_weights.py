@@ -130,3 +130,25 @@ def test_bare_and_embedding() -> None:
     assert is_embedding(nn.Embedding(2, 2))
     assert is_embedding(nn.EmbeddingBag(2, 2))
     assert not is_embedding(nn.Linear(2, 2))
+
+
+class Stacks(nn.Module):
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for index, shape in enumerate(shapes):
+            self.register_parameter(f"stack_{index}", nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        (((4, 8, 6), (4, 6, 8)), EXPERTS),  # two stacks of four: nobody needs to say that these are experts
+        (((4, 8, 6),), None),
+        (((4, 8, 6), (3, 6, 8)), None),
+        (((1, 8, 6), (1, 8, 6)), None),
+        (((4, 8, 6), (4, 1, 6)), None),
+    ],
+)
+def test_stacks_that_no_attribute_counts(shapes: tuple[tuple[int, ...], ...], kind: str | None) -> None:
+    owner = Stacks(*shapes)
+    assert kind_of(owner, "stack_0", owner.stack_0) == kind

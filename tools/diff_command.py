@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .capture import capture  # heavy imports cost seconds that --help should not
     from .diff import diff
-    from .dump import write_text
+    from .dump import check_file, write_text
     from .load_model import load_model
 
+    if args.out is not None:
+        check_file(args.out)
     loaded = load_model(args.model)
     found = diff(capture(loaded.model, loaded.example, config_of(args)))
     as_json = json.dumps(asdict(found), indent=1)

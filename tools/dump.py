@@ -113,15 +113,20 @@ def write_documents(captured: Captured, found: Sequence[Document], format: str, 
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Writes the file whole or not at all. Raises ConfigError where there is no such folder."""
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    """Writes the file whole or not at all. Raises ConfigError as check_file does."""
+    check_file(path)
     part = path.with_name(f"{path.name}.part")
     part.write_text(content, encoding="utf-8")
     os.replace(part, path)
     return path
+
+
+def check_file(path: Path) -> None:
+    """Raises ConfigError where no file of that name can be: to be asked before the work, not after it."""
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

@@ -39,13 +39,15 @@ def run(args: argparse.Namespace) -> int:
     from losia_fx.errors import ConfigError  # heavy imports cost seconds that --help should not
 
     from .capture import capture
-    from .dump import documents, one_document, write_documents
+    from .dump import check_file, documents, one_document, write_documents
     from .load_model import load_model
 
     if args.format == "onnx":
         return _export(args)
     if args.no_weights:
         raise ConfigError(f"--no-weights: is about ONNX, not --format {args.format}")
+    if args.out is not None and args.format in ("text", "json"):
+        check_file(args.out)
     loaded = load_model(args.model)
     captured = capture(loaded.model, loaded.example, config_of(args))
     found = documents(captured, args.stage, args.layer)

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from losia_fx.config import LosiaConfig
-from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.errors import LosiaError
 
+from .dump import check_file
 from .load_model import Example
 
 EXTERNAL_BYTES = 64 * 2**20
@@ -51,7 +52,7 @@ def export_onnx(
     from .onnx_functions import backward_model
     from .onnx_graphs import ExportableGraph, rewritten_graphs
 
-    _check_out(out)
+    check_file(out)
     settings = replace(config or LosiaConfig(), schedule="static", compiler="eager")
     graphs = rewritten_graphs(model, Example.of(example), settings)
     written = []
@@ -78,13 +79,6 @@ def _import_onnx() -> Any:
     except ModuleNotFoundError as error:
         raise LosiaError(f"ONNX needs {error.name}: install losia-fx[tools]") from None
     return onnx
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise ConfigError(f"--out {out}: is a folder; name a file")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
 
 
 def _forward(onnx: Any, exportable: nn.Module, batch: tuple[Any, ...]) -> Any:

@@ -34,7 +34,7 @@ def test_a_folder_gives_its_text_files_by_relative_name(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.txt").write_text("bee", encoding="utf-8")
     (tmp_path / "a.md").write_text("ä", encoding="utf-8")
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"sea"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"sea", mtime=0))
     (tmp_path / "image.bin").write_bytes(b"\x00\x01\x02")
     (tmp_path / ".hidden").write_text("no", encoding="utf-8")
     found = read_documents([tmp_path])
@@ -59,7 +59,7 @@ def test_jsonl_is_a_document_a_line(tmp_path: Path, name: str) -> None:
         ("bad.jsonl", b'{"body": "x"}\n', 'bad.jsonl: line 1: expected an object with a string field "text"'),
         ("bad.jsonl", b"[1]\n", 'bad.jsonl: line 1: expected an object with a string field "text"'),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8 text (byte 3)"),
-        ("cut.txt.gz", gzip.compress(b"some text")[:-4], "cut.txt.gz: cannot be read"),
+        ("cut.txt.gz", gzip.compress(b"some text", mtime=0)[:-4], "cut.txt.gz: cannot be read"),
         ("plain.txt.gz", b"not gzipped", "plain.txt.gz: cannot be read"),
         ("empty.txt", b" \n", "no text in"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,13 +22,13 @@ MODELS = ("embedded", "llama", "bert", "mixtral")
 CLASSES = {"bert": "BertForMaskedLM", "llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}
 CONFIG = LosiaConfig(rank_factor=0.25, compiler="aot_eager")
 OPTIONS = ["--rank-factor", "0.25", "--compiler", "aot_eager"]
+FOLDER = TemporaryDirectory(prefix="losia-configs-")
 
 
 @cache
 def config_file(model_type: str) -> Path:
-    folder = Path(mkdtemp(prefix="losia-config-", dir=gettempdir()))
     config: Any = build(model_type).model.config
-    path = folder / "config.json"
+    path = Path(FOLDER.name, f"{model_type}.json")
     path.write_text(json.dumps({**config.to_dict(), "architectures": [CLASSES[model_type]]}, default=str))
     return path
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
+from losia_fx.tools.capture import capture
 from losia_fx.tools.dump import dump_graph
 from losia_fx.tools.graph import to_networkx
 from losia_fx.tools.records import records
@@ -198,8 +199,9 @@ def test_escapes() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return getattr(self, name)(super().forward(ids))
 
+    made = capture(Odd(), batch(), CONFIG)
     for format in ("dot", "graphml", "gexf"):
-        text = dump_graph(Odd(), batch(), config=CONFIG, stage="dynamo", format=format)
+        text = dump.one_document(made, dump.documents(made, "dynamo"), format)
         if format == "dot":
             assert len(read_dot(text)[0]) > 4
             assert r'label="a\"b <&>"' in text
