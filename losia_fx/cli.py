@@ -19,6 +19,9 @@ COMMANDS = {
     "delta": "losia_fx.delta_command",
     "dump": "losia_fx.tools.dump_command",
     "diff": "losia_fx.tools.diff_command",
+    "explain": "losia_fx.tools.explain",
+    "page": "losia_fx.tools.page",
+    "plot": "losia_fx.tools.plot",
 }
 
 

@@ -112,7 +112,7 @@ def transform(model: PreTrainedModel, settings: FinetuneSettings) -> RunRecord:
     )
     record = RunRecord(
         groups=[list(names) for names in losia_fx.controller(model).groups],
-        shapes={name: (dense[name][0], dense[name][1]) for name in losia_fx.subnets(model)},
+        shapes={name: tuple(dense[name]) for name in losia_fx.subnets(model)},
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         all_parameters=sum(shape.numel() for shape in dense.values()),
     )

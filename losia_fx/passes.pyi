@@ -1,4 +1,6 @@
 from passes import (
+    CALL as CALL,
+    PRODUCT as PRODUCT,
     GraphPass as GraphPass,
     InsertLocalization as InsertLocalization,
     Observer as Observer,

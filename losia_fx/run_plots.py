@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .run_record import RunRecord, Selection
 from .run_report import Names
+from .subnet import scatter
 
 DPI = 140
 INK, GREY, NEW, OLD = "#1f2430", "#c3c7cf", "#0b6e99", "#c4572c"
@@ -22,7 +24,7 @@ MOST_BLOCKS, MOST_KINDS = 6, 8  # of the weights' maps: more would be too small 
 BINS = 64  # of a weight's map in each direction
 
 
-def plot_losses(path: Path, record: RunRecord, names: Names) -> None:
+def plot_losses(path: Path, record: RunRecord, names: Names, kind: str = "png") -> None:
     """Loss over steps (training and held out) above; the learning rate and the profiled group below."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -48,10 +50,10 @@ def plot_losses(path: Path, record: RunRecord, names: Names) -> None:
         below.axvline(move.step, color=GREY, linewidth=0.8, zorder=0)
     if record.moves:
         below.set_title("grey: a group re-selects its subnets", fontsize=8, loc="right")
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.savefig(path, format=kind, dpi=DPI)
 
 
-def plot_subnets(path: Path, record: RunRecord) -> None:
+def plot_subnets(path: Path, record: RunRecord, kind: str = "png") -> None:
     """The groups over time (how much moved, what it held, how far it reached), then the map of each weight."""
     kinds, grid = _weight_grid(record)
     head = next((names[0] for names in record.groups if len(names) == 1 and len(record.groups) > 1), None)
@@ -64,7 +66,7 @@ def plot_subnets(path: Path, record: RunRecord) -> None:
     _draw_weights(parts[1], record, kinds, grid)
     if head:
         _draw_rows_over_time(parts[2], record, head)
-    figure.savefig(path, format="png", dpi=DPI)
+    figure.savefig(path, format=kind, dpi=DPI)
 
 
 def _draw_groups(figure: SubFigure, record: RunRecord) -> None:
@@ -135,7 +137,7 @@ def _draw_rows_over_time(figure: SubFigure, record: RunRecord, name: str) -> Non
     rows = record.shapes[name][0]
     bins = min(rows, 4 * BINS)
     edges = [*(selection.step for selection in selections), max(_end(record), selections[-1].step + 1)]
-    densities = torch.stack([_density(selection.rows, rows, bins) for selection in selections])
+    densities = torch.cat([_density(selection.rows, rows, bins) for selection in selections])
     across = torch.arange(bins + 1) * (rows / bins)
     axes.pcolormesh(edges, across.numpy(), densities.T.numpy(), cmap="magma_r", vmin=0, vmax=1)
     axes.set(title=f"rows of {name} (tokens of the vocabulary) in the subnet", xlabel="optimizer step", ylabel="row")
@@ -156,37 +158,50 @@ def _weight_grid(record: RunRecord) -> tuple[list[str], dict[int, dict[str, str]
     return kinds, grid
 
 
-def _time_map(selections: Sequence[Selection], shape: tuple[int, int], end: int) -> Tensor:
+def _time_map(selections: Sequence[Selection], shape: tuple[int, ...], end: int) -> Tensor:
     """(bins, bins) float32: the share of the run that the elements of each bin were in the subnet."""
-    down, across = min(shape[0], BINS), min(shape[1], BINS)
-    total = torch.zeros(down, across)
     stops = [*(selection.step for selection in selections[1:]), end]
-    for selection, stop in zip(selections, stops, strict=True):
-        inside = torch.outer(_density(selection.rows, shape[0], down), _density(selection.cols, shape[1], across))
-        total += inside * ((stop - selection.step) / end)
-    return total
+    pairs = zip(selections, stops, strict=True)
+    return sum(
+        (map_of(selection, shape) * ((stop - selection.step) / end) for selection, stop in pairs), torch.zeros(1, 1)
+    )
+
+
+def map_of(selection: Selection, shape: tuple[int, ...]) -> Tensor:
+    """(bins, bins) float32: the share of each bin's elements that is in the subnet; of experts, the mean over them."""
+    down, across = (min(size, BINS) for size in shape[-2:])
+    rows, cols = (
+        _density(i, n, b) for i, n, b in ((selection.rows, shape[-2], down), (selection.cols, shape[-1], across))
+    )
+    return torch.einsum("er,ec->rc", rows, cols) / rows.shape[0]
 
 
 def _density(indices: Tensor, size: int, bins: int) -> Tensor:
-    """(bins,) float32: the share of each bin's indices that is chosen."""
-    chosen = torch.bincount(indices * bins // size, minlength=bins).float()
-    return chosen / torch.bincount(torch.arange(size) * bins // size, minlength=bins)
+    """(1, bins), or (E, bins) of experts, float32: the share of each bin's indices that is chosen."""
+    bin_of = torch.arange(size) * bins // size
+    table = indices.reshape(-1, indices.shape[-1])
+    chosen = torch.zeros(table.shape[0], bins).scatter_add_(1, bin_of[table], torch.ones(table.shape))
+    return chosen / torch.bincount(bin_of, minlength=bins)
 
 
 def _coverage(record: RunRecord, group: int) -> tuple[list[int], list[float]]:
     """Steps, and the share of the group's elements that had been in a subnet by then."""
     names = record.groups[group]
-    size = sum(record.shapes[name][0] * record.shapes[name][1] for name in names)
-    reached = {name: torch.zeros(record.shapes[name], dtype=torch.bool) for name in names}
-    steps: list[int] = []
-    shares: list[float] = []
-    for at in range(len(record.selections[names[0]])):
-        for name in names:
-            selection = record.selections[name][at]
-            reached[name][selection.rows[:, None], selection.cols] = True
-        steps.append(record.selections[names[0]][at].step)
-        shares.append(sum(int(mask.sum()) for mask in reached.values()) / size)
-    return [*steps, _end(record)], [*shares, shares[-1]]
+    sizes = torch.tensor([math.prod(record.shapes[name]) for name in names], dtype=torch.float64)
+    shares = torch.tensor([coverage_of(record.selections[name], record.shapes[name]) for name in names])
+    steps = [selection.step for selection in record.selections[names[0]]]
+    whole = (sizes @ shares.double() / sizes.sum()).tolist()
+    return [*steps, _end(record)], [*whole, whole[-1]]
+
+
+def coverage_of(selections: Sequence[Selection], shape: tuple[int, ...]) -> list[float]:
+    """After each selection, the share of the weight's elements that had been in the subnet by then."""
+    reached = torch.zeros(shape, dtype=torch.bool)
+    shares = []
+    for selection in selections:
+        scatter(reached, selection.rows, selection.cols, torch.ones((), dtype=torch.bool))
+        shares.append(int(reached.sum()) / reached.numel())
+    return shares
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -33,7 +33,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Selection:
-    """The subnet of one weight from ``step`` completed steps on; int64 indices on the CPU, copies."""
+    """The subnet of one weight from ``step`` completed steps on; int64 indices on the CPU, copies.
+
+    rows (r,) and cols (c,); of an expert weight rows (E, r) and cols (E, c).
+    """
 
     step: int
     rows: Tensor
@@ -55,7 +58,7 @@ class RunRecord:
     """Groups are lists of weight names, ``shapes`` the dense shapes of those weights."""
 
     groups: Sequence[Sequence[str]]
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     trained_parameters: int
     all_parameters: int
     steps: list[StepRecord] = field(default_factory=list)

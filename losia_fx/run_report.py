@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .bitmaps import encode
 from .finetune import FinetuneSettings
-from .run_record import Evaluation, RunRecord, StepRecord
+from .run_record import Evaluation, RunRecord, Selection, StepRecord
 
 LINES_WITHOUT_TERMINAL = 10
 
@@ -93,8 +95,18 @@ def write_json(path: Path, record: RunRecord, names: Names, settings: FinetuneSe
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
         "steps": [asdict(step) for step in record.steps],
         "history": [asdict(move) for move in record.moves],
+        "shapes": {name: list(shape) for name, shape in record.shapes.items()},
+        "selections": {
+            name: [_selection(selection, record.shapes[name]) for selection in selections]
+            for name, selections in record.selections.items()
+        },
     }
     path.write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _selection(selection: Selection, shape: tuple[int, ...]) -> dict[str, Any]:
+    rows, cols = encode(selection.rows, shape[-2]), encode(selection.cols, shape[-1])
+    return {"step": selection.step, "rows": rows, "cols": cols}
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_mo
 from .insert_localization import InsertLocalization
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
-from .subnet_rewrite import SubnetRewrite, outputs_may_learn
+from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite, outputs_may_learn
 
 
 def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
@@ -19,6 +19,8 @@ def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
 
 
 __all__ = [
+    "CALL",
+    "PRODUCT",
     "GraphPass",
     "InsertLocalization",
     "Observer",

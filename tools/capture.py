@@ -89,7 +89,7 @@ def _step(model: nn.Module, call: Callable[..., Any], example: Example) -> None:
     model.zero_grad()
     try:
         with torch.enable_grad():
-            outputs = [tensor for tensor in _tensors(call(*example.args, **example.kwargs)) if tensor.requires_grad]
+            outputs = [tensor for tensor in tensors_of(call(*example.args, **example.kwargs)) if tensor.requires_grad]
             if not outputs:
                 raise LosiaError(f"no output of {type(model).__name__} depends on a weight that learns")
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
@@ -102,17 +102,17 @@ def _step(model: nn.Module, call: Callable[..., Any], example: Example) -> None:
         model.zero_grad()
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
     """The loss, where the output has one; else all tensors in it."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         loss = output.get("loss")
         for value in output.values() if loss is None else (loss,):
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(output, (list, tuple)):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 class _Recorder:

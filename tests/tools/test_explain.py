@@ -1,0 +1,125 @@
+"""losia-fx explain: its forecast against what a real step holds, and its arithmetic against sums done by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from losia_fx.tools.capture import capture
+from losia_fx.tools.forecast import PARTS, Facts, RoundFit, full_fine_tuning, lora, losia
+from losia_fx.tools.load_model import Example
+from losia_fx.tools.measure import measure
+from losia_fx.tools.resize import resize
+
+from losia_fx.cli import main
+from losia_fx.config import LosiaConfig
+from losia_fx.tools import explain
+from tests.tools import tiny
+
+MODELS = [f"tests.tools.tiny:{name}" for name in tiny.SEVERAL]
+
+
+def explained(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main(["explain", *argv, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("model", [*MODELS, None])
+def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [model, "--measure"] if model else ["--measure", "--batch-size", "3", "--seq-length", "24"]
+    found = explained(capsys, *argv)
+    forecast, measured = found["forecast"], found["measured"]
+    assert set(forecast) == set(measured) == set(PARTS)
+    for part in PARTS:
+        assert forecast[part] == pytest.approx(measured[part], rel=0.1), part
+    assert forecast["activations"] > 0
+    assert forecast["profile"] > 0
+    if model is None:
+        assert found["inputs"]["input_ids"] == [3, 24]
+        assert [group["label"] for group in found["groups"]] == ["lm_head", *(f"model.layers.{n}" for n in range(4))]
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    """Of the decoder, as captured with the default options."""
+    model, example = tiny.decoder()
+    return Facts.of(model, capture(model, example, LosiaConfig(compiler="aot_eager")))
+
+
+def test_other_factors_are_forecast_without_another_capture(facts: Facts) -> None:
+    model, example = tiny.decoder()
+    other = LosiaConfig(compiler="aot_eager", rank_factor=0.25, output_rank_factor=0.5)
+    measured = measure(model, Example.of(example), other, 0)
+    forecast = losia(facts.at(other)).memory
+    for part in set(PARTS) - {"tapped", "profile"}:  # of another group here
+        assert forecast[part] == pytest.approx(measured[part], rel=0.1), part
+
+
+def test_the_methods_by_hand(facts: Facts) -> None:
+    """Tokens 4 x 16; of the decoder's weights q (32, 32), k and v (16, 32), o, gate, up, down and the head (64, 32)."""
+    shapes = [weight.shape for weight in facts.weights]
+    assert len(shapes) == 8
+    tokens = 4 * 16
+    products = sum(2 * tokens * out * inner for out, inner in shapes)
+    small = sum(2 * tokens * (out // 8) * (inner // 8) for out, inner in shapes if (out, inner) != (64, 32))
+    ours, full, thin = losia(facts), full_fine_tuning(facts), lora(facts, 4)
+    assert ours.flops["forward"] == ours.flops["input gradients"] == full.flops["weight gradients"] == products
+    assert ours.flops["weight gradients"] == small + 2 * tokens * 8 * 32
+    assert ours.flops["profiling"] == products // 2
+    assert thin.flops["forward"] == products + sum(2 * tokens * 4 * (out + inner) for out, inner in shapes)
+    assert thin.trained == sum(4 * (out + inner) for out, inner in shapes)
+    assert full.trained == sum(math.prod(shape) for shape in shapes)
+    assert full.memory["moments"] == pytest.approx(8 * full.trained, rel=0.01)
+    # where the dense graph keeps x whole, ours keeps an eighth of it
+    assert full.memory["activations"] > ours.memory["activations"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "fits", "period"),
+    [
+        ("async", 150, True, 50),
+        ("async", 149, False, 49),
+        ("async", 2, False, None),
+        ("async", None, True, None),
+        ("sync", 50, True, 50),
+    ],
+)
+def test_a_round_against_the_steps(schedule: str, steps: int | None, fits: bool, period: int | None) -> None:
+    fit = RoundFit.of(LosiaConfig(period=50, schedule=schedule), 3, steps)
+    assert (fit.fits, fit.fitting_period) == (fits, period)
+
+
+def test_the_tables_say_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main([MODELS[0], "--steps", "10", "--rank-factor", "0.25", "--trainable", "norm*"]) == 0
+    text = capsys.readouterr().out
+    assert "a round is 100 optimizer steps (2 groups, slots of 50 steps): more than 10 steps" in text
+    assert "--period 5 would fit" in text
+    for label in PARTS.values():
+        assert f"│ {label} " in text
+    assert "full fine-tuning" in text
+    assert "measured" not in text.split("Memory of a step")[1].split("kept for the backward:")[0]
+
+
+def test_inputs_grow_and_shrink() -> None:
+    _, example = tiny.encoder()
+    grown = resize(Example.of(example), 7, 9).kwargs
+    assert {tuple(value.shape) for value in grown.values()} == {(7, 9)}
+    assert (grown["labels"][4:] == example["labels"][:3, :9]).all()
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, why in (
+        (["no/such/model"], "no such file or folder"),
+        ([MODELS[0], "--rank-factor", "2"], "rank_factor=2.0"),
+        ([MODELS[0], "--steps", "0"], "--steps 0"),
+        ([MODELS[0], "--target", "nowhere"], "matches no linear weight"),
+        ([MODELS[0], "--seq-length", "0"], "--seq-length 0"),
+        (["tests.tools.tiny:no_tokens", "--seq-length", "4"], "have no tokens"),
+        (["tests.tools.tiny:SEVERAL"], "has no function"),
+    ):
+        assert main(["explain", *argv]) == 2
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
