@@ -59,7 +59,7 @@ class Seal:
                 raise self.error(f"{path}: is damaged (its checksum does not fit): copy or make it again")
 
     def checksum(self, path: Path) -> tuple[str, int]:
-        """sha256 of the file with zeros in the place of the sum, and that place. Raises ``error`` where there is none."""
+        """sha256 of the file with zeros in the place of the sum, and that place; ``error`` where there is none."""
         hashed = hashlib.sha256()
         with path.open("rb") as file:
             head = file.read(8 + self._header_length(path))
