@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config_arguments import add_model_arguments, config_of
+from losia_fx.config import COMPILERS
+
+from .load_model import HELP
+from .losia_options import add_losia_options, config_of
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -18,7 +21,8 @@ STYLES = {"rewritten": "bold yellow", "planned": "yellow", "added": "cyan", "par
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=HELP)
+    add_losia_options(parser, COMPILERS, "inductor")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
         "--stage", help="dynamo, subnet-rewrite, insert-localization, forward or backward (default: all)"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 
 from losia_fx.config import IMPORTANCES, SCHEDULES, LosiaConfig
 
-COMPILERS = ("aot_eager", "inductor")
-"""Those whose graphs can be captured; "eager" runs what Dynamo gives and keeps what plain autograd keeps."""
+AOT_COMPILERS = ("aot_eager", "inductor")
+"""Those that say beforehand what they keep for the backward; "eager" keeps what plain autograd does."""
 
 
-def add_losia_options(parser: argparse.ArgumentParser) -> None:
+def add_losia_options(
+    parser: argparse.ArgumentParser, compilers: Sequence[str] = AOT_COMPILERS, compiler: str = AOT_COMPILERS[0]
+) -> None:
+    """The options, with the compilers that the command knows and the one that it takes by default."""
     default = LosiaConfig()
     group = parser.add_argument_group("LoSiA", "the options of losia_fx.LosiaConfig")
     for option, kind in (("rank_factor", float), ("output_rank_factor", float), ("period", int), ("seed", int)):
@@ -20,9 +24,7 @@ def add_losia_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             _flag(option), choices=choices, default=getattr(default, option), help="default: %(default)s"
         )
-    group.add_argument(
-        "--compiler", choices=COMPILERS, default=COMPILERS[0], help="whose graphs (default: %(default)s)"
-    )
+    group.add_argument("--compiler", choices=compilers, default=compiler, help="whose graphs (default: %(default)s)")
     for option, help_text in (
         ("target", "modules whose linears learn (default: every linear inside the blocks, and the head)"),
         ("exclude", "modules that stay as they are"),
