@@ -144,7 +144,7 @@ def test_a_checkpoint_in_another_folder_is_named(tmp_path: Path) -> None:
     contents = bytearray((moved / FILE).read_bytes())
     contents[-7] ^= 1
     (moved / FILE).write_bytes(contents)
-    with pytest.raises(StateError, match=r"losia_state.safetensors: damaged"):
+    with pytest.raises(StateError, match=r"losia_state.safetensors: is damaged"):
         trainer_of(model_of(), tmp_path / "d", checkpoint=moved).train(resume_from_checkpoint=str(moved))
 
 
