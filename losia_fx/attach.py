@@ -29,6 +29,10 @@ RAN_OUTSIDE: weakref.WeakSet[SubnetState] = weakref.WeakSet()
 """Subnets whose weight ran outside a rewritten graph since the controller last looked."""
 
 
+RAN_BLIND: weakref.WeakSet[SubnetState] = weakref.WeakSet()
+"""Subnets whose weight ran with gradients off in the midst of a forward that has them on."""
+
+
 def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
     """Registers S, rows and cols on the owner, and what keeps them out of checkpoints and in step with W."""
     owner = state.owner
@@ -178,6 +182,8 @@ class _Entered(threading.local):
     def __init__(self) -> None:
         self.stack: list[tuple[nn.Module, _EagerSubnets]] = []
         self.asking: list[tuple[nn.Module, list[nn.Parameter]]] = []
+        self.calls = 0
+        """Forwards of transformed models under way, with gradients on."""
         self.paused = False
         """A compiled graph is running: it sees to its weights itself."""
 
@@ -198,7 +204,11 @@ def compiled_region() -> Iterator[None]:
 @runs_uncompiled
 def _before_owner(module: nn.Module, args: Any) -> None:
     # Dynamo folds is_compiling() to True: the hooks leave no trace in a graph. Running at all means: no graph does.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return
+    if not torch.is_grad_enabled():
+        if _entered.calls:
+            RAN_BLIND.update(_states(module).values())
         return
     if _entered.stack:  # a module around this one has seen to it
         return
@@ -248,9 +258,11 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
     makes a gradient of all of it, of which the subnet's part is taken.
     """
     asked = ask_for_gradients(states)
+    _entered.calls += 1
     try:
         yield
     finally:
+        _entered.calls -= 1
         for weight in asked:
             weight.requires_grad_(False)
 

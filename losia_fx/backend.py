@@ -29,7 +29,7 @@ from losia_fx.passes import (
 )
 
 from ._compat import fake_inputs, inner_compiler, keep_saved_tensors
-from .attach import compiled_region, eager_linear, eager_weight
+from .attach import RAN_BLIND, compiled_region, eager_linear, eager_weight
 from .config import LosiaConfig
 from .errors import ConfigError, LosiaWarning
 from .plan import SubnetPlan, SubnetSlot
@@ -64,6 +64,8 @@ class LosiaBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         _refuse_options(options)
         if not torch.is_grad_enabled():
+            found = (resolve(value) for value in example_inputs if _is_weight(value))
+            RAN_BLIND.update(state for state in found if state is not None)
             return gm.forward  # nothing learns here: the plain graph, uncompiled
         names = [node.name for node in placeholders(gm)]
         parameters = {n: value for n, value in zip(names, example_inputs, strict=True) if _is_weight(value)}

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import snapshot
-from .attach import RAN_OUTSIDE, watch
+from .attach import RAN_BLIND, RAN_OUTSIDE, watch
 from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
@@ -432,7 +432,10 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         mine = _checked(controller, optimizer)
         remember_base(controller, optimizer, mine)
         if mine:
-            controller.before(optimizer, mine, _has_closure(args, kwargs))
+            closure = _has_closure(args, kwargs)
+            if not closure:
+                warn_of_blind_weights(mine)
+            controller.before(optimizer, mine, closure)
 
 
 @torch.compiler.disable
@@ -481,6 +484,23 @@ def warn_of_weights(controller: Controller) -> None:
             "they train through their subnets all the same, but uncompiled. Usual causes: a graph break under gradient "
             "checkpointing, too many recompilations (TORCH_LOGS=graph_breaks,recompiles shows both), or calling a part "
             "of the model by itself",
+            LosiaWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_blind_weights(states: list[SubnetState]) -> None:
+    """One warning for the weights that ran with gradients off within a forward, and have none."""
+    blind = [state for state in states if state in RAN_BLIND and state.values.grad is None]
+    RAN_BLIND.difference_update(states)
+    fresh = [state for state in blind if not state.ran_blind]
+    for state in fresh:
+        state.ran_blind = True
+    if fresh:
+        warnings.warn(
+            f"losia_fx: {len(fresh)} weights do not learn: {listed([s.name for s in fresh])} ran with gradients off, "
+            "under no_grad or in a torch.autograd.Function none of whose inputs asks for a gradient (reversible "
+            "layers). There it helps to name the input embedding in trainable; else name these weights in exclude",
             LosiaWarning,
             stacklevel=2,
         )

@@ -95,6 +95,7 @@ class SubnetState:
         self.profile: Profile | None = None
         self.rewarm_from: int | None = None
         self.ran_outside = False
+        self.ran_blind = False
         self.hooks: list[RemovableHandle] = []
         self.base = BaseHistory()
         out_features, in_features = self.weight.shape[-2:]

@@ -53,6 +53,8 @@ def check(architecture: str, compiler: str, dtype: str) -> Result:
     name = type(tiny.model).__name__
     plain = _Run(tiny, _trainable(tiny.model))
     plain.backward()
+    if any(p.grad is not None and not p.grad.isfinite().all() for p in plain.model.parameters()):
+        return Result(architecture, UNBUILT, "its plain gradients are not finite", name, used)
     linears = linears_of(plain.model)
     if not linears:
         return Result(architecture, REFUSED, "no linear inside a repeated block", name, used)

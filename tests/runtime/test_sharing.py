@@ -516,3 +516,54 @@ def test_layers_that_are_regions_of_their_own(compiler: str) -> None:
             assert state.profile.grad is not None
             torch.testing.assert_close(state.profile.grad, expected[state.name], rtol=1e-4, atol=1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+class Hidden(torch.autograd.Function):
+    """As reversible layers do: runs modules, and runs them again for their gradients in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: nn.ModuleList) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layers = layers
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            start = x.detach().requires_grad_()
+            y = start
+            for layer in ctx.layers:
+                y = layer(y)
+        torch.autograd.backward(y, grad)
+        return start.grad, None
+
+
+class Reversible(Toy):
+    @torch.compiler.disable
+    def run(self, x: Tensor) -> Tensor:
+        return Hidden.apply(x, self.layers)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.run(self.embed(ids))))
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_weights_that_run_with_gradients_off_are_said(embedding: bool, caught: Any) -> None:
+    """In an autograd.Function that is given nothing that asks for a gradient; the embedding's gradient helps."""
+    model, ids = Reversible(), batch()
+    expected = plain_gradients(model, ids)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, trainable=("embed",) if embedding else ())
+    loss_of(model, ids).backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(2):
+        optimizer.step()
+    said = [text for text in own_warnings(caught) if "do not learn" in text]
+    assert len(said) == (0 if embedding else 1)
+    if embedding:
+        assert_subnet_gradients(model, expected)
+    else:
+        assert "6 weights" in said[0]
+        assert "layers.0.mix.weight" in said[0]
