@@ -55,7 +55,7 @@ SSM = (
 )
 DEPTHS = re.compile(r"\w*depths?|blocks_per_stage|stage_num_blocks|num_blocks")
 STOPPED = re.compile(
-    r".*(dropout|dropout_prob|drop_?prob|pdrop|drop|drop_path_rate|drop_rate|layerdrop|jitter_noise)"
+    r".*(dropout|dropout_prob|drop_?prob|pdrop|drop|drop_path_rate|drop_rate|dropout_rate|layerdrop|jitter_noise)"
     r"|mask_(time|feature)_prob|.*_dropout_\w+"
 )
 TOKEN = re.compile(r".*(_token_id|_token_index|_token_ids|start_id|end_id)")
