@@ -36,6 +36,7 @@ __all__ = [
     "install_call",
     "is_compiled_in_place",
     "keep_saved_tensors",
+    "on_joint_graph",
     "plain_call",
     "region_inputs",
     "running_ddp",
@@ -149,6 +150,8 @@ def no_view(y: torch.Tensor) -> torch.Tensor:
 
     The compilers' decomposition of F.linear ends in a view where x is not contiguous; the kernel's never does.
     """
+    if not y._is_view():
+        return y
     owned: torch.Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
     return owned
 
@@ -205,6 +208,25 @@ def keep_saved_tensors() -> Iterator[None]:
     metadata = None if context is None else context.fw_metadata
     if metadata is not None and metadata.bw_donated_idxs is None:
         metadata.bw_donated_idxs = []
+
+
+@contextmanager
+def on_joint_graph(edit: Callable[[fx.GraphModule], Any]) -> Iterator[None]:
+    """Context for compiling: ``edit`` is shown the graph of forward and backward together, before it is cut in two.
+
+    What is saved for the backward is decided by the cut, so whatever is to change that has to come before it. The
+    compilers' caches do not know of it: it must follow from the graph alone (see tests/ops/test_version.py).
+    """
+    config = torch._functorch.config
+    others = config.joint_custom_pass
+
+    def edited(gm: fx.GraphModule, inputs: Any) -> fx.GraphModule:
+        gm = others(gm, inputs) if callable(others) else gm
+        edit(gm)
+        return gm
+
+    with config.patch(joint_custom_pass=edited):
+        yield
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:

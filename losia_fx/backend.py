@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from losia_fx.passes import (
     Observer,
+    SinkGathers,
     Uses,
     copy_graph_module,
     default_pipeline,
@@ -28,7 +29,7 @@ from losia_fx.passes import (
     region_of,
 )
 
-from ._compat import fake_inputs, inner_compiler, keep_saved_tensors
+from ._compat import fake_inputs, inner_compiler, keep_saved_tensors, on_joint_graph
 from .attach import RAN_BLIND, compiled_region, eager_linear, eager_weight
 from .config import LosiaConfig
 from .errors import ConfigError, LosiaWarning
@@ -90,7 +91,7 @@ class LosiaBackend:
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         inner = self.inner or inner_compiler(self.config.compiler)
-        with keep_saved_tensors():
+        with keep_saved_tensors(), on_joint_graph(SinkGathers()):
             return inner(gm, list(inputs))
 
 

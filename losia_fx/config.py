@@ -36,6 +36,7 @@ class LosiaConfig:
     trainable: patterns of other parameters to train in full (norms, biases, a classification head).
     seed: of the first rows and columns, and of importance="random".
     compiler: what compiles the rewritten graph.
+    profile_steps: how many steps of a slot, its last, measure importance; at most ``period``, None for the whole slot.
     train_tied_head: whether an output head that shares its weight with the embedding learns too, by rows, from both
         uses; by default it stays as it is.
 
@@ -58,6 +59,7 @@ class LosiaConfig:
     seed: int = 0
     compiler: str = "inductor"
     train_tied_head: bool = False
+    profile_steps: int | None = None
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -66,6 +68,8 @@ class LosiaConfig:
         _number("beta2", self.beta2, "in [0, 1)", lambda v: 0 <= v < 1)
         _integer("period", self.period, least=1)
         _integer("seed", self.seed, least=0)
+        if self.profile_steps is not None:
+            _integer("profile_steps", self.profile_steps, least=1, most=self.period)
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("importance", self.importance, IMPORTANCES)
         _choice("compiler", self.compiler, COMPILERS)
@@ -117,9 +121,10 @@ def _number(option: str, value: Any, allowed: str, fits: Any) -> None:
         raise ConfigError(f"{option}={value!r}: give a number {allowed}")
 
 
-def _integer(option: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{option}={value!r}: give a whole number of at least {least}")
+def _integer(option: str, value: Any, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = "" if most == math.inf else f" and at most the period, {most}"
+        raise ConfigError(f"{option}={value!r}: give a whole number of at least {least}{limit}")
 
 
 def _choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:

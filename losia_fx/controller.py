@@ -6,12 +6,13 @@ W[rows, cols] = S -> count -> at the end of a slot re-select and go on to the ne
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,18 @@ from .base_history import FullBases, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
 from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
+from .kernels import update_importance, write_back
 from .localize import (
     Fit,
     Selection,
+    fit_from,
     fit_gradient,
-    importance_of,
+    measure_fit,
     score_of,
     select_experts,
     select_rows,
     select_subnet,
     share_moved,
-    smooth,
 )
 from .optimizers import (
     adopt_subnets,
@@ -47,7 +49,7 @@ from .optimizers import (
     restart_state,
     weights_without_subnet,
 )
-from .schedule import ends_slot, profiled_groups, rewarm_factor
+from .schedule import ends_slot, profiled_groups, rewarm_factor, slot_groups
 from .state import COPIES, Profile, SubnetState, states_of
 from .taps import drop_taps
 
@@ -81,6 +83,13 @@ class Role:
     why: str
     kind: str | None
     """Of linear weight (losia_fx.weights.kind_of)."""
+
+
+class Choice(NamedTuple):
+    """A selection, and the sum of the whole score that it was made by, a 0-dim float32."""
+
+    selection: Selection
+    total: Tensor
 
 
 class Controller:
@@ -198,21 +207,16 @@ class Controller:
         around.update(new_around)
 
     @property
-    def slot_groups(self) -> tuple[int, ...]:
-        """The groups whose slot this is."""
-        return profiled_groups(self.config, len(self.groups), self.step)
-
-    @property
     def active(self) -> int | None:
         """The group being profiled; None where none is, or (sync) where all are."""
-        groups = self.slot_groups if self.config.profiles else ()
+        groups = profiled_groups(self.config, len(self.groups), self.step)
         return groups[0] if len(groups) == 1 else None
 
     def members(self, group: int) -> list[SubnetState]:
         return [state for state in self.states if state.group == group]
 
     def _open_slot(self) -> None:
-        profiled = self.slot_groups if self.config.profiles else ()
+        profiled = profiled_groups(self.config, len(self.groups), self.step)
         for state in self.states:
             if state.group not in profiled:
                 state.profile = None
@@ -259,7 +263,7 @@ class Controller:
         for state in mine:
             self._update_importance(state)
             self._rewarm(state)
-            state.write_back()
+        self._write_back(mine)
         self._stepped.update(mine)
         if self._stepped.issuperset(self._owned()):
             self._advance()
@@ -273,7 +277,7 @@ class Controller:
         self._forget_step()
         drop_taps(int(state.handle) for state in self.states)
         if ends_slot(self.config, last):
-            for group in profiled_groups(self.config, len(self.groups), last):
+            for group in slot_groups(self.config, len(self.groups), last):
                 if self._reselect(group) is None:
                     self._keep(group)
             for state in self.states:
@@ -288,7 +292,7 @@ class Controller:
         if self.averages_ranks:
             for state, profile in profiled:
                 profile.average_ranks(state.weight)
-        pairs = {}
+        pairs, found = {}, []
         for state, profile in profiled:
             seen, grad = state.values.grad, profile.grad
             if seen is None:
@@ -296,11 +300,21 @@ class Controller:
             if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
                 grad = torch.zeros_like(state.weight, dtype=torch.float32)
             pairs[state] = (seen, state.block_of(grad))
-        fits = {state: fit_gradient(*pair) for state, pair in pairs.items()}
+            # A sum is finite where all of it is, and takes one pass.
+            finite = torch.isfinite(grad.sum(dtype=torch.float32))
+            found.append(torch.cat([measure_fit(*pairs[state]), finite.float().unsqueeze(0)]))
+        if not found:
+            return {}
+        fits: dict[SubnetState, Fit | None] = {}
+        unknown = []
+        for state, (*numbers, finite) in zip(pairs, torch.stack(found).tolist(), strict=True):  # the device waits once
+            fits[state] = fit_from(numbers) if finite else None
+            if finite and fits[state] is None:
+                unknown.append(state)
         factors = [fit.factor for fit in fits.values() if fit is not None]
-        if factors:
+        for state in unknown if factors else ():
             # A gradient that is zero throughout says nothing of the factor: its neighbours do.
-            fits = {s: fit_gradient(*pairs[s], fallback=factors[0]) if fit is None else fit for s, fit in fits.items()}
+            fits[state] = fit_gradient(*pairs[state], fallback=factors[0])
         scale = grad_scale(optimizer)  # a fused optimizer unscales inside its step
         return {s: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for s, fit in fits.items()}
 
@@ -310,17 +324,43 @@ class Controller:
             return
         fit = self._fits.pop(state)
         grad, profile.grad = profile.grad, None
-        if fit is None or grad is None or not torch.isfinite(grad).all():
+        if fit is None or grad is None:
             self.left_out += 1
             log.warning("losia_fx: step %d: %s: gradient left out of the importance", self.step, state.name)
             return
-        ipt = importance_of(self.config.importance, state.weight, fit.apply(grad))
         if profile.importance is None or profile.uncertainty is None:
-            profile.importance, profile.uncertainty = torch.zeros_like(ipt), torch.zeros_like(ipt)
-        smooth(profile.importance, ipt, self.config.beta1)
-        smooth(profile.uncertainty, (ipt - profile.importance).abs_(), self.config.beta2)
+            profile.importance = torch.zeros_like(grad, dtype=torch.float32)
+            profile.uncertainty = torch.zeros_like(grad, dtype=torch.float32)
+        update_importance(
+            profile.importance,
+            profile.uncertainty,
+            state.weight,
+            grad,
+            fit.factor,
+            fit.limit,
+            self.config.importance,
+            (self.config.beta1, self.config.beta2),
+            self._compiles,
+        )
+
+    @property
+    def _compiles(self) -> bool:
+        return self.config.compiler == "inductor"
 
     # -- the subnets move -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _write_back(self, states: Sequence[SubnetState]) -> None:
+        """S into W, a block at a time: blocks of one kind share their compiled form."""
+        for _, block in itertools.groupby(states, key=lambda state: (state.group, state.whole_cols)):
+            members = list(block)
+            write_back(
+                [state.weight for state in members],
+                [state.rows for state in members],
+                [state.picked_cols for state in members],
+                [state.values for state in members],
+                self._compiles,
+            )
 
     def _rewarm_share(self, state: SubnetState) -> float:
         if state.rewarm_from is None:
@@ -352,33 +392,31 @@ class Controller:
     @torch.no_grad()
     def _reselect(self, group: int) -> Event | None:
         members = self.members(group)
-        selections = {state: selection for state in members if (selection := self._choose(state)) is not None}
-        if not selections:
+        choices = {state: choice for state in members if (choice := self._choose(state)) is not None}
+        if not choices:
             return None
-        scored = [(s, state.profile) for state, s in selections.items() if state.profile is not None]
-        total = sum(float(self._score(profile).sum()) for _, profile in scored)
-        inside = sum(float(selection.captured) for selection, _ in scored)
-        moved = sum(self._move(state, selection) * state.values.numel() for state, selection in selections.items())
+        total = sum(float(choice.total) for choice in choices.values())
+        inside = sum(float(choice.selection.captured) for choice in choices.values())
+        moved = sum(self._move(state, choice.selection) * state.values.numel() for state, choice in choices.items())
         elements = sum(state.values.numel() for state in members)
         return self._record(Event(self.step, group, moved / elements, inside / total if total > 0 else None))
 
-    def _score(self, profile: Profile) -> Tensor:
-        assert profile.importance is not None
-        assert profile.uncertainty is not None
-        return score_of(self.config.importance, profile.importance, profile.uncertainty)
-
-    def _choose(self, state: SubnetState) -> Selection | None:
+    def _choose(self, state: SubnetState) -> Choice | None:
         """None where nothing was measured: the subnet stays."""
         if self.config.importance == "random":
-            return state.random_selection(self.generator)
-        if state.profile is None or state.profile.importance is None:
+            return Choice(state.random_selection(self.generator), torch.zeros(()))
+        profile = state.profile
+        if profile is None or profile.importance is None or profile.uncertainty is None:
             return None
-        score = self._score(state.profile)
-        if not score.any():
+        score = score_of(self.config.importance, profile.importance, profile.uncertainty)
+        total = score.sum()
+        if not total > 0:
             return None
         if score.dim() == 3:
-            return select_experts(score, (state.rows, state.cols))
-        return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
+            return Choice(select_experts(score, (state.rows, state.cols)), total)
+        if state.whole_cols:
+            return Choice(select_rows(score, state.size[0]), total)
+        return Choice(select_subnet(score, *state.size), total)
 
     def _move(self, state: SubnetState, selection: Selection) -> float:
         rows, cols = selection.rows.to(state.rows.device), selection.cols.to(state.cols.device)

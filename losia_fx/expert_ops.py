@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import define
-from .ops import PROFILED, autocasted
+from .ops import PROFILED, as_gradient, autocasted
 from .taps import segments
 
 
@@ -73,9 +73,7 @@ class _SubnetGrouped(torch.autograd.Function):
             grad_x = _grouped_product(grad_y, weight.mT, offsets)
         if ctx.needs_input_grad[2]:
             grad_values = torch.ops.losia.grouped_outer(kept, grad_y.gather(1, cols[experts]), offsets)
-            if ticket is not None:
-                grad_values = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
-            grad_values = grad_values.to(ctx.values_dtype)
+            grad_values = as_gradient(grad_values, ctx, grad_y, ticket, handle)
         return grad_x, None, grad_values, None, None, None, None, None, None
 
 
@@ -129,9 +127,7 @@ class _SubnetBatched(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             picked = grad_y.gather(2, cols.unsqueeze(1).expand(-1, grad_y.shape[1], -1))
             grad_values = torch.bmm(kept.mT, picked)
-            if ticket is not None:
-                grad_values = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
-            grad_values = grad_values.to(ctx.values_dtype)
+            grad_values = as_gradient(grad_values, ctx, grad_y, ticket, handle)
         return grad_x, None, grad_values, None, None, None, None, None
 
 

@@ -6,6 +6,7 @@ Source: LoSiA, arXiv 2507.04487, sections 3.1 and 3.2; the exact form is that of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,24 +129,35 @@ def fit_gradient(
     averaging and clipping by norm are found without a word from the training loop. Where clipping by value explains
     the largest elements, they are left out of the median. ``fallback`` serves a gradient that is zero throughout.
     """
+    return fit_from(measure_fit(seen, accumulated, fallback).tolist(), fallback, tolerance)
+
+
+def measure_fit(seen: Tensor, accumulated: Tensor, fallback: float | None = None) -> Tensor:
+    """What ``fit_from`` decides by: 7 numbers, float32, on the device of ``seen``, made without waiting for it."""
     seen, accumulated = seen.detach().float(), accumulated.detach().float()
-    if not (torch.isfinite(seen).all() and torch.isfinite(accumulated).all()):
-        return None
     size = seen.abs()
-    if not size.any():
-        return None if fallback is None or accumulated.any() else Fit(fallback)
+    largest = size.amax()
     used = (size > 0) & (accumulated != 0)
-    fits = [_fit(seen, accumulated, used & (size < limit), limit, fallback) for limit in (math.inf, float(size.max()))]
-    (plain, miss), (clipped, miss_clipped) = fits
-    if miss > 1e-6 and miss_clipped < 0.1 * miss:  # beyond rounding, and the clip explains it
-        plain, miss = clipped, miss_clipped
-    return plain if miss <= tolerance else None
+    ratio = seen / accumulated
+    otherwise = torch.full_like(largest, math.nan if fallback is None else fallback)
+    fits: list[Tensor] = []
+    for usable, limit in ((used, torch.full_like(largest, math.inf)), (used & (size < largest), largest)):
+        median = ratio.where(usable, math.nan).nanmedian()
+        factor = torch.where(median.isnan(), otherwise, median)
+        off = torch.minimum(torch.maximum(accumulated * factor, -limit), limit) - seen
+        fits += [factor, off.norm() / seen.norm()]
+    finite = torch.isfinite(seen).all() & torch.isfinite(accumulated).all()
+    return torch.stack([finite.float(), largest, accumulated.any().float(), *fits])
 
 
-def _fit(seen: Tensor, accumulated: Tensor, usable: Tensor, limit: float, fallback: float | None) -> tuple[Fit, float]:
-    """The Fit under a given limit, and how far it misses ``seen``, relative to its norm."""
-    factor = float((seen[usable] / accumulated[usable]).median()) if usable.any() else fallback
-    if factor is None:
-        return Fit(math.nan), math.inf
-    fit = Fit(factor, None if limit == math.inf else limit)
-    return fit, float((fit.apply(accumulated) - seen).norm() / seen.norm())
+def fit_from(numbers: Sequence[float], fallback: float | None = None, tolerance: float = 1e-2) -> Fit | None:
+    """``fit_gradient``, of what ``measure_fit`` found."""
+    finite, largest, anything, factor, miss, clipped_factor, clipped_miss = numbers
+    if not finite:
+        return None
+    if not largest:
+        return None if fallback is None or anything else Fit(fallback)
+    fit = Fit(factor)
+    if miss > 1e-6 and clipped_miss < 0.1 * miss:  # beyond rounding, and the clip explains it
+        fit, miss = Fit(clipped_factor, largest), clipped_miss
+    return fit if miss <= tolerance else None

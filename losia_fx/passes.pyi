@@ -6,6 +6,7 @@ from passes import (
     Observer as Observer,
     PassPipeline as PassPipeline,
     Product as Product,
+    SinkGathers as SinkGathers,
     SubnetRewrite as SubnetRewrite,
     Uses as Uses,
     copy_graph_module as copy_graph_module,

@@ -8,14 +8,22 @@ from __future__ import annotations
 from .config import LosiaConfig
 
 
-def profiled_groups(config: LosiaConfig, groups: int, step: int) -> tuple[int, ...]:
-    """The groups whose importance the slot of optimizer step ``step`` (0 is the first) measures or re-selects."""
+def slot_groups(config: LosiaConfig, groups: int, step: int) -> tuple[int, ...]:
+    """The groups whose slot optimizer step ``step`` (0 is the first) is in: those that re-select at its end."""
     if config.schedule == "static" or groups == 0:
         return ()
     position = (step // config.period) % groups
     if config.schedule == "async":
         return (position,)
     return tuple(range(groups)) if position == 0 else ()
+
+
+def profiled_groups(config: LosiaConfig, groups: int, step: int) -> tuple[int, ...]:
+    """The groups whose importance optimizer step ``step`` measures: only the last ``profile_steps`` of a slot do."""
+    left = config.period - step % config.period
+    if not config.profiles or left > (config.profile_steps or config.period):
+        return ()
+    return slot_groups(config, groups, step)
 
 
 def ends_slot(config: LosiaConfig, step: int) -> bool:

@@ -104,8 +104,7 @@ def _parts(subnet: SubnetState) -> Iterator[tuple[str, Tensor]]:
 
 def _profiled(controller: Controller, step: int) -> tuple[int, ...]:
     """The groups that are being profiled after ``step`` steps."""
-    groups = profiled_groups(controller.config, len(controller.groups), step)
-    return groups if controller.config.profiles else ()
+    return profiled_groups(controller.config, len(controller.groups), step)
 
 
 def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:

@@ -68,21 +68,22 @@ class Subnet:
 
 @dataclass
 class Profile:
-    """What a profiled slot gathers, float32, shape of W; each is made when first needed, on W's device."""
+    """What a profiled slot gathers, shape of W; each is made when first needed, on W's device."""
 
     importance: Tensor | None = None
+    """I, float32."""
     uncertainty: Tensor | None = None
+    """U, float32."""
     grad: Tensor | None = None
-    """G, the full gradient of the optimizer step under way."""
+    """G, the full gradient of the optimizer step under way: as the first product made it, float32 from the second."""
     backward: int = -1
     """The backward pass that last added to G."""
 
     def average_ranks(self, weight: Tensor) -> None:
         """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
-        if self.grad is None:
-            self.grad = torch.zeros_like(weight, dtype=torch.float32)
-        dist.all_reduce(self.grad)
-        self.grad.div_(dist.get_world_size())
+        grad = torch.zeros_like(weight, dtype=torch.float32) if self.grad is None else self.grad.float()
+        dist.all_reduce(grad)
+        self.grad = grad.div_(dist.get_world_size())
 
 
 class SubnetState:
@@ -214,15 +215,18 @@ class SubnetState:
             if seen is None or not seen.any():
                 profile.grad = None
 
-    def accumulate(self, grad: Tensor, expert: int | None) -> None:
-        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it."""
+    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
+        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it. ``owned``: nobody else has it."""
         profile = self.profile
         assert profile is not None
+        if profile.grad is None and expert is None:
+            # A sum needs float32; a single product has the width that it was made in.
+            narrow = grad if grad.itemsize <= 4 else grad.float()
+            profile.grad = narrow.contiguous() if owned else narrow.clone(memory_format=torch.contiguous_format)
+            return
         if profile.grad is None:
-            if expert is None:
-                profile.grad = grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-                return
             profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        profile.grad = profile.grad.float()
         (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
     @torch.no_grad()
@@ -230,7 +234,7 @@ class SubnetState:
         """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled."""
         if self.profiling:
             self.begin_use()
-            self.accumulate(grad, None)
+            self.accumulate(grad, None, owned=False)
         block, values = self.block_of(grad).to(self.values.dtype), self.values
         values.grad = block if values.grad is None else values.grad.add_(block)
 

@@ -27,8 +27,11 @@ class Profile(Protocol):
     def begin_use(self) -> None:
         """Called before the parts of one use of the weight in a backward are added."""
 
-    def accumulate(self, grad: Tensor, expert: int | None) -> None:
-        """Adds a part of the full gradient, as the weight is stored; ``expert`` of an expert weight, or all of it."""
+    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
+        """Adds a part of the full gradient, as the weight is stored; ``expert`` of an expert weight, or all of it.
+
+        ``owned``: nobody else has ``grad``, so it may be kept.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tens
     if tapped is not None and profile is not None:
         profile.begin_use()
         for grad, expert in _parts(grad_y, tapped):
-            profile.accumulate(grad, expert)
+            profile.accumulate(grad, expert, owned=True)
     return grad_y.new_zeros(1)
 
 
@@ -104,7 +107,7 @@ def _localize_whole(grad: Tensor, handle: Tensor, call: int) -> Tensor:
     profile = _profile(handle)
     if profile is not None:
         profile.begin_use()
-        profile.accumulate(grad, None)
+        profile.accumulate(grad, None, owned=False)
     return grad.new_zeros(1)
 
 

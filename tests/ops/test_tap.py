@@ -27,7 +27,7 @@ class Gatherer:
     def begin_use(self) -> None:
         self.uses += 1
 
-    def accumulate(self, grad: Tensor, expert: int | None) -> None:
+    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
         self.parts.append((grad.clone(), expert))
         if expert is None:
             self.grad = grad.clone() if self.grad is None else self.grad + grad

@@ -97,7 +97,7 @@ class Gatherer:
     def begin_use(self) -> None:
         pass
 
-    def accumulate(self, grad: torch.Tensor, expert: int | None) -> None:
+    def accumulate(self, grad: torch.Tensor, expert: int | None, owned: bool) -> None:
         assert expert is None
         self.grad += grad
 
