@@ -21,7 +21,7 @@ from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
 from .grow import AXES, BASE, Growth, grow, work_along
-from .methods import MODES, Method, chosen
+from .methods import COMPILED, MODES, Method, chosen
 from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
 from .rounds import Report, entries_of, run, work_of
@@ -97,7 +97,7 @@ def _compare(
 def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -> None:
     for method in watched(bench.rows):
         report(f"two rounds of the schedule: {method}")
-        bench.rounds_of_schedule.append(over_rounds(setup, method))
+        bench.rounds_of_schedule.append(over_rounds(setup, method, COMPILED))
     modes = [row.mode for row in bench.rows if row.steps and row.method == "losia, a block profiled"]
     if modes:
         report("re-selections")

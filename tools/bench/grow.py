@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from losia_fx.errors import LosiaError
+
 from .catalogue import METHODS
 from .clock import Clock
 from .methods import chosen
@@ -64,7 +66,7 @@ def work_along(axes: Sequence[str], base: Size) -> int:
 def grow(
     axes: Sequence[str], base: Size, device: torch.device, mode: str, clock: Clock, report: Report
 ) -> dict[str, dict[float, list[Row]]]:
-    """By axis and value, the rows of MEASURED in ``mode``."""
+    """By axis and value, the rows of MEASURED in ``mode``. Raises LosiaError where one of them cannot run."""
     found: dict[str, dict[float, list[Row]]] = {}
     for axis in axes:
         for value in AXES[axis]:
@@ -72,5 +74,7 @@ def grow(
             setup = Setup.of(sized(base, axis, value), device)
             entries = entries_of(setup.size, chosen(METHODS, MEASURED), [mode])
             run(setup, entries, clock, lambda what, at=f"{axis} {value:g}": report(f"{at}: {what}"))  # type: ignore[misc]
+            for row in (entry.row for entry in entries if entry.row.skipped):
+                raise LosiaError(f"--grow {axis}: at {value:g}: {row.name}: {row.skipped}")
             found.setdefault(axis, {})[value] = [entry.row for entry in entries]
     return found

@@ -7,6 +7,7 @@ the step begins; on a GPU the allocator keeps the peak itself.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,12 +57,16 @@ def held_tensors(trial: Trial) -> list[Tensor]:
 
 
 def allocated_peak(run: Callable[[], object]) -> int:
-    """The most bytes that were allocated at once by ``run`` on the CPU, less what it freed of older ones until then."""
+    """The most bytes on the CPU that ``run`` has allocated and not freed yet.
+
+    The profiler does not see memory from before that is freed, so replacing it counts as more.
+    """
     return max(accumulate(_allocations(run), initial=0))
 
 
 def _allocations(run: Callable[[], object]) -> Iterator[int]:
     """Bytes of each allocation, negative where memory was freed, in the order of time."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes two lines a step to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:

@@ -28,10 +28,10 @@ def watched(rows: Sequence[Row]) -> list[str]:
     return [row.method for row in rows if row.steps and row.mode == COMPILED and row.method in WATCHED]
 
 
-def over_rounds(setup: Setup, method: str) -> RoundsOfSchedule:
+def over_rounds(setup: Setup, method: str, mode: str) -> RoundsOfSchedule:
     """Two rounds in which a group is profiled two steps and then moves, the controller left alone."""
     model = WATCHED[method](setup.model())
-    trial = trial_of(setup, transformed(setup, COMPILED, model, period=PERIOD))
+    trial = trial_of(setup, transformed(setup, mode, model, period=PERIOD))
     controller = losia_fx.controller(trial.model)
     counts = GraphCounts()
     steps = 2 * PERIOD * len(controller.groups)
