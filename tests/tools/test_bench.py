@@ -357,7 +357,7 @@ def test_missing_package_is_skipped_by_name(setup: Setup) -> None:
     absent = Method("absent", lambda *_: pytest.fail("built"), needs="no_such_package")
     entries = entries_of(setup.size, [BY_NAME["floor"], absent], [EAGER])
     run(setup, entries, lambda _: StepTime(1, 1, 1), silent)
-    assert entries[1].row.skipped == "package no_such_package is not installed"
+    assert entries[1].row.skipped == "package no_such_package is not installed: pip install no-such-package"
     assert entries[1].row.steps == []
     assert entries[0].row.steps
 
@@ -394,7 +394,11 @@ def test_axes_keep_the_model_whole() -> None:
         (["--rank-factor", "1.5"], "--rank-factor 1.5: give a number in (0, 1]"),
         (["--methods", "lorra"], "--methods 'lorra': matches none of 'floor'"),
         (["--size", "7b", "--device", "cpu"], "--size 7b: needs a CUDA device"),
-        (["--grow", "layers", "--size", "tiny"], "--grow layers: has a base of its own; leave out --size tiny"),
+        (
+            ["--grow", "layers", "--size", "tiny"],
+            "measures losia on a base of its own; leave out --size",
+        ),
+        (["--grow", "layers", "--warm-start"], "leave out --warm-start"),
         (["--out", __file__], "is a file; give a folder"),
     ],
 )

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import set_verbosity_error
 
+from losia_fx.delta_show import wide_console
 from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.tools import bench as package
 
 from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
-from .grow import AXES, BASE, Growth, grow, work_along
+from .grow import AXES, BASE, Growth, grow
 from .methods import COMPILED, MODES, Method, chosen
 from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
-from .rounds import Report, entries_of, run, work_of
+from .rounds import Report, entries_of, run
 from .schedule import over_rounds, reselection_ms, watched
 from .sizes import DTYPES, SIZES, Setup, Size, check_device
 from .starts import import_times, warm_start
@@ -49,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
-    if args.grow is not None and args.size is not None:
-        raise ConfigError(f"--grow {args.grow}: has a base of its own; leave out --size {args.size}")
+    if args.grow is not None:
+        for option, value in (("size", args.size), ("apart", args.apart), ("warm-start", args.warm_start)):
+            if value:
+                raise ConfigError(f"--grow {args.grow}: measures losia on a base of its own; leave out --{option}")
     overrides = {name: getattr(args, name) for name in OVERRIDES}
     size = (BASE if args.grow is not None else SIZES[args.size or "small"]).with_overrides(overrides)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,11 +74,11 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
 def _compare(
     args: argparse.Namespace, size: Size, device: torch.device, methods: Sequence[Method], command: str
 ) -> None:
-    console = Console()
+    console = wide_console()
     clock = clock_of(device)
     entries = entries_of(size, methods, args.modes)
     bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
-    with reporting(console, work_of(len(entries), size.rounds)) as report:
+    with reporting(console) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
         else:
@@ -105,10 +108,10 @@ def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -
 
 
 def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: str) -> None:
-    console = Console()
+    console = wide_console()
     axes = list(AXES) if args.grow == ALL else [args.grow]
     mode = args.modes[-1]
-    with reporting(console, work_along(axes, base)) as report:
+    with reporting(console) as report:
         points = grow(axes, base, device, mode, clock_of(device), report)
     growth = Growth(command, base, environment(device), points)
     write_json(args.out / "grow.json", growth.as_dict())
@@ -118,15 +121,15 @@ def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: s
 
 
 @contextmanager
-def reporting(console: Console, total: int) -> Iterator[Report]:
-    """A progress bar on a terminal; elsewhere a line for each piece of work, on stderr."""
+def reporting(console: Console) -> Iterator[Report]:
+    """What is under way, in one line on a terminal; elsewhere a line for each piece of work, on stderr."""
     if not console.is_terminal:
         yield lambda what: print(what, file=sys.stderr, flush=True)
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, advance=1, description=what)
+        task = progress.add_task("")
+        yield lambda what: progress.update(task, description=what)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
         help="names or patterns (default: all); floors come along",
     )
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: both; --grow takes the last)")
-    add("--apart", action="store_true", help="each method in a process of its own, its floor beside it")
+    add("--apart", action="store_true", help="each method in a process of its own, with its floor; the table alone")
     add("--warm-start", action="store_true", help="also losia's first step in fresh processes, cold and warm cache")
     add("--grow", choices=(*AXES, ALL), help="instead of the table: losia along an axis of a smaller model's size")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the results (default: bench)")

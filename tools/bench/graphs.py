@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch._dynamo.utils import counters
+from losia_fx._compat import graph_counts
 
 
 @dataclass
@@ -19,17 +19,9 @@ class GraphCounts:
     @contextmanager
     def watching(self, warm: bool) -> Iterator[None]:
         """Adds what Dynamo makes inside; warm: it should be nothing any more."""
-        graphs, breaks = _graphs(), _breaks()
+        graphs, breaks = graph_counts()
         yield
-        made = _graphs() - graphs
-        self.graphs += made
-        self.breaks += _breaks() - breaks
-        self.recompilations += made if warm else 0
-
-
-def _graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-def _breaks() -> int:
-    return sum(counters["graph_break"].values())
+        graphs_now, breaks_now = graph_counts()
+        self.graphs += graphs_now - graphs
+        self.breaks += breaks_now - breaks
+        self.recompilations += graphs_now - graphs if warm else 0

@@ -14,7 +14,7 @@ from .catalogue import METHODS
 from .clock import Clock
 from .methods import chosen
 from .record import Row
-from .rounds import Report, entries_of, run, work_of
+from .rounds import Report, entries_of, run
 from .sizes import Setup, Size
 
 BASE = Size("grow", 512, 1408, 8, 8, 4, 2048, 2, 256, rounds=5)
@@ -57,12 +57,6 @@ class Growth:
         return {"command": self.command, "environment": self.environment, "base": vars(self.base), "points": points}
 
 
-def work_along(axes: Sequence[str], base: Size) -> int:
-    """How many times grow() reports."""
-    points = sum(len(AXES[axis]) for axis in axes)
-    return points * work_of(len(MEASURED), base.rounds)
-
-
 def grow(
     axes: Sequence[str], base: Size, device: torch.device, mode: str, clock: Clock, report: Report
 ) -> dict[str, dict[float, list[Row]]]:
@@ -70,7 +64,7 @@ def grow(
     found: dict[str, dict[float, list[Row]]] = {}
     for axis in axes:
         for value in AXES[axis]:
-            torch._dynamo.reset()  # the models of the point before are gone
+            torch.compiler.reset()  # the models of the point before are gone
             setup = Setup.of(sized(base, axis, value), device)
             entries = entries_of(setup.size, chosen(METHODS, MEASURED), [mode])
             run(setup, entries, clock, lambda what, at=f"{axis} {value:g}": report(f"{at}: {what}"))  # type: ignore[misc]

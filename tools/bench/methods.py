@@ -91,8 +91,8 @@ def compiled_in_place(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
-def is_missing(method: Method) -> bool:
-    return method.needs is not None and importlib.util.find_spec(method.needs) is None
+def is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
 
 
 def chosen(methods: Sequence[Method], patterns: Sequence[str]) -> list[Method]:

@@ -37,11 +37,6 @@ def entries_of(size: Size, methods: Sequence[Method], modes: Sequence[str]) -> l
     return entries
 
 
-def work_of(rows: int, rounds: int) -> int:
-    """How many times run() reports."""
-    return (2 + rounds) * rows
-
-
 def run(setup: Setup, entries: Sequence[Entry], clock: Clock, report: Report) -> None:
     """Fills the rows. A method that cannot run is skipped, with the reason."""
     rounds = setup.size.rounds
@@ -66,9 +61,9 @@ def run(setup: Setup, entries: Sequence[Entry], clock: Clock, report: Report) ->
 
 def _warm_up(setup: Setup, entry: Entry) -> None:
     """Two steps: the first compiles, the second is held against it."""
-    row = entry.row
-    if is_missing(entry.method):
-        row.skipped = f"package {entry.method.needs} is not installed"
+    row, package = entry.row, entry.method.needs
+    if package is not None and is_missing(package):
+        row.skipped = f"package {package} is not installed: pip install {package.replace('_', '-')}"
         return
     try:
         trial = entry.method.build(setup, row.mode)

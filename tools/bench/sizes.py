@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from losia_fx.errors import ConfigError
 
@@ -98,7 +98,7 @@ class Setup:
     """What all methods share: one copy of the weights, and one batch."""
 
     size: Size
-    base: LlamaForCausalLM
+    base: Any
     batch: dict[str, Tensor]
 
     @classmethod
@@ -117,7 +117,7 @@ class Setup:
             attention_dropout=0.0,
         )
         with torch.device(device):
-            base = LlamaForCausalLM._from_config(config, dtype=DTYPES[size.dtype], attn_implementation="sdpa")
+            base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[size.dtype], attn_implementation="sdpa")
             ids = torch.randint(size.vocabulary, (size.batch, size.length))
         return cls(size, base.train().requires_grad_(False), {"input_ids": ids, "labels": ids})
 
