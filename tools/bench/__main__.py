@@ -28,7 +28,7 @@ from .record import Bench, environment, write_json, write_text
 from .rounds import Report, entries_of, run
 from .schedule import over_rounds, reselection_ms, watched
 from .sizes import DTYPES, SIZES, Setup, Size, check_device
-from .starts import import_times, warm_start
+from .starts import import_times, new_cache, warm_start
 from .table import growth_markdown, markdown, print_table
 
 OVERRIDES = ("layers", "batch", "length", "rank_factor", "dtype", "rounds")
@@ -78,7 +78,7 @@ def _compare(
     clock = clock_of(device)
     entries = entries_of(size, methods, args.modes)
     bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
-    with reporting(console) as report:
+    with new_cache(), reporting(console) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
         else:

@@ -55,7 +55,7 @@ class Row:
     """Parameters."""
     graphs: GraphCounts = field(default_factory=GraphCounts)
     compile_s: float = 0.0
-    """Wall time of the first step less that of the second."""
+    """Wall time of the first step less that of the second, with a compiler cache that was empty when the run began."""
     memory: Memory | None = None
 
     @property

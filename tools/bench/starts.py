@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -41,11 +42,25 @@ def import_times() -> dict[str, float]:
     return {"torch": torch_s, "losia_fx, after torch": losia_s}
 
 
+@contextmanager
+def new_cache() -> Iterator[None]:
+    """Inductor's cache is an empty one inside, for this process and those that it starts."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE]
+            if before is not None:
+                os.environ[CACHE] = before
+
+
 def warm_start(size: Size, device: torch.device) -> list[float]:
     """Seconds that losia's compiled first step takes longer than its second, in two processes with one new cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        arguments = [FIRST_STEP, json.dumps(asdict(size)), str(device)]
-        return [float(_answer(arguments, {CACHE: cache})) for _ in range(2)]
+    arguments = [FIRST_STEP, json.dumps(asdict(size)), str(device)]
+    with new_cache():
+        return [float(_answer(arguments)) for _ in range(2)]
 
 
 def print_first_step(size: str, device: str) -> None:
@@ -55,10 +70,9 @@ def print_first_step(size: str, device: str) -> None:
     print(compile_time(trial.step))
 
 
-def _answer(arguments: list[str], environment: Mapping[str, str] | None = None) -> str:
+def _answer(arguments: list[str]) -> str:
     """The last line that ``python -c`` with these arguments prints. Raises LosiaError where it fails."""
-    settings = {**os.environ, **(environment or {})}
-    done = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, env=settings, check=False)
+    done = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LosiaError(f"a process of the bench failed: {' '.join(done.stderr.split())[-300:]}")
     return done.stdout.splitlines()[-1]

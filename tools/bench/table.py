@@ -44,6 +44,10 @@ COLUMNS: tuple[Column, ...] = (
     ("compile s", lambda row: f"{row.compile_s:.1f}" if row.mode == COMPILED else ""),
     ("graphs, breaks, again", lambda row: _graphs(row)),
 )
+COMPILE = (
+    "compile s: wall time of the first step less that of the second; the compiler's cache is empty when the run "
+    "begins, so a method pays less for what one above it has had compiled"
+)
 SCREEN = ("method", "mode", "step ms", "to floor", "peak MiB", "trained")
 
 
@@ -82,7 +86,8 @@ def title(size: Size) -> str:
 
 def notes(bench: Bench) -> list[str]:
     """Everything that is said beside the table, a line each."""
-    lines = [f"{row.name}: skipped: {row.skipped}" for row in bench.rows if row.skipped]
+    lines = [COMPILE] if any(row.mode == COMPILED for row in bench.rows) else []
+    lines += [f"{row.name}: skipped: {row.skipped}" for row in bench.rows if row.skipped]
     for whole in bench.rounds_of_schedule:
         found = whole.graphs
         lines.append(
