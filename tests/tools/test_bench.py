@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,8 +135,15 @@ def drained() -> Iterator[list[Tensor]]:
         yield found
 
 
-@pytest.mark.parametrize("name", ["floor", "floor, checkpointed"])
-@pytest.mark.parametrize("mode", [EAGER, pytest.param(COMPILED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        (EAGER, "floor"),
+        (EAGER, "floor, checkpointed"),
+        (COMPILED, "floor"),
+        pytest.param(COMPILED, "floor, checkpointed", marks=pytest.mark.slow),
+    ],
+)
 def test_floor_makes_the_gradients_of_the_first_linears(
     setup: Setup, name: str, mode: str, drained: list[Tensor]
 ) -> None:
@@ -481,6 +489,15 @@ def test_growth_along_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert trained == sorted(set(trained))
     lines = (tmp_path / "grow.md").read_text().splitlines()
     assert sum(line.startswith("| rank_factor |") for line in lines) == 3 * len(points)
+
+
+def test_new_cache_is_empty_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "the user's")
+    with starts.new_cache():
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "the user's"
 
 
 def test_library_imports_none_of_the_tools_packages() -> None:
