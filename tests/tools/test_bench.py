@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.bench import starts
+from losia_fx.tools.bench import apart, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
 from losia_fx.tools.bench.catalogue import METHODS
@@ -476,6 +476,14 @@ def test_each_method_in_a_process_of_its_own(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["floor", "losia-pro, plain"]
     assert all(len(row["ratios"]) == 2 and row["memory"]["peak"] for row in rows)
+
+
+def test_process_that_dies_costs_its_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "CODE", "import sys; sys.exit('out of memory')")
+    methods = chosen(METHODS, ["full"])
+    rows = apart.run_apart(TINY, CPU, methods, entries_of(TINY, methods, [EAGER]), silent)
+    assert [row.method for row in rows] == ["floor", "full"]
+    assert all(row.skipped == "its process ended with 1: out of memory" for row in rows)
 
 
 def test_growth_along_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
