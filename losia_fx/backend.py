@@ -211,7 +211,8 @@ def _refuse_options(options: dict[str, Any]) -> None:
     mode = options.get("mode")
     if mode is not None:
         raise ConfigError(
-            f"mode={mode!r}: backend 'losia' takes no mode. Choose the inner compiler with options={{'compiler': ...}}"
+            f"mode={mode!r}: backend 'losia' takes no mode: the CUDA graphs that modes turn on replay a step without "
+            "what its localization nodes do on the host. Choose the inner compiler with options={'compiler': ...}"
         )
 
 

@@ -100,7 +100,7 @@ class _Plan:
         if node in self.moved:
             return True
         if any(user in self._behind for user in node.users):
-            self._through_casts(node)
+            self._to_source(node)
             return True
         if node.op == "placeholder":
             return True
@@ -110,13 +110,14 @@ class _Plan:
         self.moved.add(node)
         return all(self.covers(source) for source in inputs)
 
-    def _through_casts(self, node: fx.Node) -> None:
-        """What the backward has of a cast or an activation is often what it was made of."""
-        chain: list[fx.Node] = []
-        while (inputs := _moves_over(node)) is not None and len(inputs) == 1 and len(node.all_input_nodes) == 1:
-            chain.append(node)
+    def _to_source(self, node: fx.Node) -> None:
+        """What the backward has of a cast or an activation may be what it was made of: a relu's is not, a silu's is."""
+        while (inputs := _moves_over(node)) is not None and len(inputs) == len(node.all_input_nodes) == 1:
+            same = node.target in _CASTS or node.target in _RESHAPES
+            if not same and not any(user in self._behind for user in inputs[0].users):
+                return
+            self.moved.add(node)
             node = inputs[0]
-        self.moved.update(chain)
 
 
 def _moves_over(node: fx.Node) -> list[fx.Node] | None:
@@ -155,7 +156,8 @@ class _Writer:
             shape = node.args[1]
             assert isinstance(shape, Sequence)
             width = self._cols.meta["val"].shape[0]
-            return self._call(node.target, (self.write(inputs[0]), [*shape[:-1], width]), {})
+            # reshape: the columns of a tensor that could be viewed so may lie otherwise
+            return self._call(aten.reshape.default, (self.write(inputs[0]), [*shape[:-1], width]), {})
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda source: self.write(source) if source in inputs else source
         )
