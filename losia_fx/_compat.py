@@ -17,6 +17,7 @@ from torch._dynamo import OptimizedModule as OptimizedModule
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
@@ -29,6 +30,7 @@ __all__ = [
     "compile_call",
     "compiled_apart",
     "fake_inputs",
+    "graph_counts",
     "graph_task_id",
     "grouped_products",
     "inner_compiler",
@@ -45,6 +47,11 @@ __all__ = [
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
 # backend raises; it is unwrapped so that users read our error and not Dynamo's.
+
+
+def graph_counts() -> tuple[int, int]:
+    """Graphs that Dynamo has made in this process so far, and the breaks it met."""
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
 def graph_task_id() -> int:

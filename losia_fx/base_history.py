@@ -42,15 +42,16 @@ class FullBases:
 
     def remember(self, root: nn.Module, parameters: Iterable[Tensor], subnets: Iterable[SubnetState]) -> None:
         """Copies those of ``parameters`` that are of ``root``, learn, and are met for the first time."""
-        fresh = [parameter for parameter in parameters if parameter.requires_grad and parameter not in self._seen]
+        hidden = {id(state.values) for state in subnets}
+        others = (parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in hidden)
+        fresh = [parameter for parameter in others if parameter not in self._seen]
         if not fresh:  # all but the first step
             return
-        hidden = {id(state.values) for state in subnets}
         names = {id(parameter): plain_name(name) for name, parameter in root.named_parameters()}
         for parameter in fresh:
             self._seen[parameter] = True
             name = names.get(id(parameter))
-            if name is not None and id(parameter) not in hidden and name not in self.histories and is_plain(parameter):
+            if name is not None and name not in self.histories and is_plain(parameter):
                 self.histories[name] = BaseHistory.of_whole(parameter)
 
 

@@ -511,7 +511,7 @@ def _checked(controller: Controller, optimizer: Optimizer) -> list[SubnetState]:
 
 def warn_of_weights(controller: Controller) -> None:
     """One warning for the weights that ran outside a rewritten graph since the last look."""
-    ran = [state for state in controller.states if state in RAN_OUTSIDE]
+    ran = [state for state in controller.states if state in RAN_OUTSIDE] if RAN_OUTSIDE else []
     RAN_OUTSIDE.difference_update(ran)
     outside = [state for state in ran if not state.ran_outside]
     for state in outside:

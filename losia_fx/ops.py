@@ -76,8 +76,8 @@ def as_gradient(grad_values: Tensor, ctx: Any, grad_y: Tensor, ticket: Tensor | 
     grad_values = grad_values.to(ctx.values_dtype)
     if ticket is None:
         return grad_values
-    zero: Tensor = torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
-    return grad_values + zero.to(ctx.values_dtype)
+    summed: Tensor = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
+    return summed.to(ctx.values_dtype)
 
 
 def _subnet_linear(

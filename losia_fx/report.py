@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.table import Table
 from torch import nn
 
 from .blocks import plain_name
@@ -17,6 +15,9 @@ from .errors import listed
 from .schedule import round_length
 from .state import GRAPH_USES
 from .weights import EXPERTS
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Report:
         return covered / max(1, sum(_product(weight.shape) for weight in linear))
 
     def __rich__(self) -> Group:
+        from rich.console import Group  # here: whoever only trains does not wait for it
+        from rich.table import Table
+
         table = Table(title="losia_fx: what learns", title_justify="left")
         for column in ("weight", "shape", "trained", "subnet", "group", "why", "used by"):
             table.add_column(
@@ -88,6 +92,8 @@ class Report:
         return Group(table, summary, *self.notes)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=140, no_color=True, highlight=False)
         with console.capture() as capture:
             console.print(self)

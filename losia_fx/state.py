@@ -91,6 +91,9 @@ class SubnetState:
 
     def __init__(self, owner: nn.Module, parameter: str, name: str, config: LosiaConfig, whole_cols: bool) -> None:
         self.owner, self.parameter, self.name = owner, parameter, name
+        self.values_name, self.rows_name, self.cols_name = (
+            f"{parameter}_subnet{part}" for part in ("", "_rows", "_cols")
+        )
         self.whole_cols = whole_cols
         self.group = 0
         self.profile: Profile | None = None
@@ -134,18 +137,6 @@ class SubnetState:
         buffer = self.owner._buffers[self.cols_name]
         assert buffer is not None
         return buffer
-
-    @property
-    def values_name(self) -> str:
-        return f"{self.parameter}_subnet"
-
-    @property
-    def rows_name(self) -> str:
-        return f"{self.parameter}_subnet_rows"
-
-    @property
-    def cols_name(self) -> str:
-        return f"{self.parameter}_subnet_cols"
 
     @property
     def facts(self) -> SubnetFacts:

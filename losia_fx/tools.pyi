@@ -1,5 +1,6 @@
 from tools import (
     architectures as architectures,
+    bench as bench,
     capture as capture,
     check_architecture as check_architecture,
     costs as costs,
@@ -27,5 +28,6 @@ from tools import (
     resize as resize,
     run_folder as run_folder,
     run_pictures as run_pictures,
+    slots as slots,
     step_cost as step_cost,
 )

@@ -30,6 +30,19 @@ def test_compiler_failed_is_what_a_backends_error_comes_in() -> None:
     assert isinstance(caught.value.inner_exception, KeyError)
 
 
+def test_graph_counts() -> None:
+    def broken(x: Tensor) -> Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    before = _compat.graph_counts()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    graphs, breaks = (now - then for now, then in zip(_compat.graph_counts(), before, strict=True))
+    assert (graphs, breaks) == (3, 1)
+
+
 def test_graph_task_id_tells_backwards_apart() -> None:
     seen: list[int] = []
     assert _compat.graph_task_id() == -1
@@ -395,7 +408,7 @@ def private_names(file: Path) -> Iterator[str]:
 
 
 def sources() -> list[Path]:
-    return [file for folder in ("losia_fx", "passes", "tools") for file in sorted((ROOT / folder).glob("*.py"))]
+    return [file for folder in ("losia_fx", "passes", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def test_the_search_finds_what_it_should() -> None:

@@ -18,7 +18,7 @@ from losia_fx.plan_model import WeightPlan, plan_model
 from losia_fx.schedule import round_length
 
 from .capture import Captured
-from .step_cost import WeightUse, saved_bytes, tapped, weight_uses
+from .step_cost import WeightUse, kept_columns, saved_bytes, tapped, weight_uses
 
 PARTS = {
     "weights": "weights, dense",
@@ -73,6 +73,8 @@ class Facts:
     """Bytes kept for the backward, in the captured graphs."""
     saved_dense: int
     """The same where these weights learn in full."""
+    kept: Mapping[str, int]
+    """By weight: bytes of its inputs' columns among those that are saved."""
     tapped: Mapping[str, int]
     """By weight: bytes of x that are copied while its group is profiled."""
 
@@ -92,15 +94,19 @@ class Facts:
             weight_uses(captured.graphs),
             saved_bytes(graph.stages for graph in captured.graphs),
             saved_bytes(graph.dense for graph in captured.graphs),
+            kept_columns(captured.graphs),
             tapped(captured.graphs),
         )
 
     def at(self, config: LosiaConfig) -> Facts:
         """The same model and step at other factors: what each product keeps of x grows and shrinks with them."""
-        by_name = {weight.name: weight for weight in self.weights}
-        change = sum(_kept(use, by_name[use.weight], config) - _kept(use, by_name[use.weight], self.config)
-                     for use in self.uses)  # fmt: skip
-        return replace(self, config=config, saved=self.saved + change)
+        kept = {weight.name: self._kept(weight, config) for weight in self.weights}
+        change = sum(kept.values()) - sum(self.kept.values())
+        return replace(self, config=config, saved=self.saved + change, kept=kept)
+
+    def _kept(self, weight: SubnetWeight, config: LosiaConfig) -> int:
+        now, then = (weight.subnet(config)[-1] for config in (self.config, config))
+        return self.kept.get(weight.name, 0) * then // now
 
 
 def subnet_weights(plans: Sequence[WeightPlan], groups: Sequence[Sequence[str]]) -> tuple[SubnetWeight, ...]:
@@ -154,10 +160,12 @@ def losia(facts: Facts) -> Method:
         profiled = range(len(facts.groups)) if config.schedule == "sync" else [group]
         elements = sum(weight.elements for weight in facts.weights if weight.group in profiled)
         names = {weight.name for weight in facts.weights if weight.group in profiled}
-        memory["profile"] = 3 * FLOAT_BYTES * elements
+        narrow = sum(w.elements * min(FLOAT_BYTES, w.itemsize) for w in facts.weights if w.group in profiled)
+        memory["profile"] = 2 * FLOAT_BYTES * elements + narrow  # I and U, and G of a single batch
         memory["tapped"] = sum(size for name, size in facts.tapped.items() if name in names)
-        # every group is profiled in one slot of each round
-        flops["profiling"] = sum(use.flops for use in facts.uses) // max(1, len(facts.groups))
+        # every group is profiled in one slot of each round, or in the end of it
+        steps = config.profile_steps or config.period
+        flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * max(1, len(facts.groups)))
     trained = sum(math.prod(shape) for shape in shapes.values()) + sum(count for count, _ in facts.full)
     return Method("LoSiA", trained, memory, flops)
 
@@ -223,11 +231,6 @@ class RoundFit:
 def _common(facts: Facts) -> dict[str, int]:
     products = sum(use.flops for use in facts.uses)
     return {"forward": products, "input gradients": products}
-
-
-def _kept(use: WeightUse, weight: SubnetWeight, config: LosiaConfig) -> int:
-    columns = use.inner if weight.head else subnet_size(config.rank_factor, use.inner)
-    return use.tokens * columns * use.itemsize
 
 
 def _share(use: WeightUse, subnet: tuple[int, ...]) -> int:

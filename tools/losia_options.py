@@ -20,6 +20,9 @@ def add_losia_options(
     group = parser.add_argument_group("LoSiA", "the options of losia_fx.LosiaConfig")
     for option, kind in (("rank_factor", float), ("output_rank_factor", float), ("period", int), ("seed", int)):
         group.add_argument(_flag(option), type=kind, default=getattr(default, option), help="default: %(default)s")
+    group.add_argument(
+        "--profile-steps", type=int, metavar="STEPS", help="of a slot, its last, that measure (default: the whole slot)"
+    )
     for option, choices in (("schedule", SCHEDULES), ("importance", IMPORTANCES)):
         group.add_argument(
             _flag(option), choices=choices, default=getattr(default, option), help="default: %(default)s"

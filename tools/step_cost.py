@@ -11,7 +11,7 @@ from losia_fx.passes import CALL, PRODUCT, Product, graph_modules
 from losia_fx.taps import tap
 
 from .capture import BACKWARD, FORWARD, CapturedGraph
-from .costs import saved_for_backward
+from .costs import base_of, saved_for_backward, saved_nodes
 from .owners import WEIGHT
 
 REWRITTEN = "subnet-rewrite"
@@ -72,6 +72,22 @@ def saved_bytes(stages: Iterable[Mapping[str, fx.GraphModule]]) -> int:
     """What the forwards keep for their backwards, weights and inputs aside. stages: of each graph, dense or not."""
     pairs = [(graph[FORWARD], graph[BACKWARD]) for graph in stages if BACKWARD in graph]
     return sum(sum(saved_for_backward(*pair).values()) for pair in pairs)
+
+
+def kept_columns(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
+    """By weight: the bytes of its inputs' columns that the forwards keep for its own dL/dS.
+
+    Many keep none: where the backward has what an input was made of, it makes the columns again.
+    """
+    found: dict[str, int] = {}
+    for graph in graphs:
+        sizes = {slot.facts.fqn: (slot.facts.rows, slot.facts.cols) for slot in graph.plan.slots}
+        pair = (graph.stages[FORWARD], graph.stages[BACKWARD]) if BACKWARD in graph.stages else None
+        for node in {base_of(node) for node in saved_nodes(*pair)} if pair else ():
+            name, value = node.meta.get(WEIGHT), value_of(node)
+            if name in sizes and value is not None and value.is_floating_point() and value.shape[-1] in sizes[name]:
+                found[name] = found.get(name, 0) + value.numel() * value.element_size()
+    return found
 
 
 def tapped(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:

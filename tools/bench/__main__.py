@@ -1,0 +1,161 @@
+"""The command; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import set_verbosity_error
+
+from losia_fx.delta_show import wide_console
+from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.tools import bench as package
+
+from .apart import run_apart
+from .catalogue import METHODS
+from .clock import Clock, clock_of
+from .grow import AXES, BASE, Growth, grow
+from .methods import COMPILED, MODES, Method, chosen
+from .plot import draw_bench, draw_growth
+from .record import Bench, environment, write_json, write_text
+from .rounds import Report, entries_of, run
+from .schedule import over_rounds, reselection_ms, watched
+from .sizes import DTYPES, SIZES, Setup, Size, check_device
+from .starts import import_times, new_cache, warm_start
+from .table import growth_markdown, markdown, print_table
+
+OVERRIDES = ("layers", "batch", "length", "rank_factor", "dtype", "rounds")
+ALL = "all"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 wrong use, 130 interrupted."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given)
+    set_verbosity_error()
+    try:
+        return _run(args, given)
+    except LosiaError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
+    if args.grow is not None:
+        for option, value in (("size", args.size), ("apart", args.apart), ("warm-start", args.warm_start)):
+            if value:
+                raise ConfigError(f"--grow {args.grow}: measures losia on a base of its own; leave out --{option}")
+    overrides = {name: getattr(args, name) for name in OVERRIDES}
+    size = (BASE if args.grow is not None else SIZES[args.size or "small"]).with_overrides(overrides)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(size, device)
+    methods = chosen(METHODS, args.methods)
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: is a file; give a folder")
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
+    if args.grow is None:
+        _compare(args, size, device, methods, command)
+    else:
+        _grow(args, size, device, command)
+    return 0
+
+
+def _compare(
+    args: argparse.Namespace, size: Size, device: torch.device, methods: Sequence[Method], command: str
+) -> None:
+    console = wide_console()
+    clock = clock_of(device)
+    entries = entries_of(size, methods, args.modes)
+    bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
+    with new_cache(), reporting(console) as report:
+        if args.apart:
+            bench.rows = run_apart(size, device, methods, entries, report)
+        else:
+            setup = Setup.of(size, device)
+            run(setup, entries, clock, report)
+            _follow_schedule(bench, setup, clock, report)
+        report("imports in fresh processes")
+        bench.import_s = import_times()
+        if args.warm_start:
+            report("losia's first step in fresh processes")
+            bench.warm_start_s = warm_start(size, device)
+    write_json(args.out / "bench.json", bench.as_dict())
+    write_text(args.out / "bench.md", markdown(bench))
+    draw_bench(args.out / "bench.png", bench)
+    print_table(console, bench)
+    console.print(f"written: {args.out}/bench.json, bench.md, bench.png", highlight=False)
+
+
+def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -> None:
+    for method in watched(bench.rows):
+        report(f"two rounds of the schedule: {method}")
+        bench.rounds_of_schedule.append(over_rounds(setup, method, COMPILED))
+    modes = [row.mode for row in bench.rows if row.steps and row.method == "losia, a block profiled"]
+    if modes:
+        report("re-selections")
+        bench.reselection_ms = reselection_ms(setup, modes[-1], clock)
+
+
+def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: str) -> None:
+    console = wide_console()
+    axes = list(AXES) if args.grow == ALL else [args.grow]
+    mode = args.modes[-1]
+    with reporting(console) as report:
+        points = grow(axes, base, device, mode, clock_of(device), report)
+    growth = Growth(command, base, environment(device), points)
+    write_json(args.out / "grow.json", growth.as_dict())
+    write_text(args.out / "grow.md", growth_markdown(growth))
+    draw_growth(args.out / "grow.png", points)
+    console.print(f"written: {args.out}/grow.json, grow.md, grow.png", highlight=False)
+
+
+@contextmanager
+def reporting(console: Console) -> Iterator[Report]:
+    """What is under way, in one line on a terminal; elsewhere a line for each piece of work, on stderr."""
+    if not console.is_terminal:
+        yield lambda what: print(what, file=sys.stderr, flush=True)
+        return
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda what: progress.update(task, description=what)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m losia_fx.tools.bench", description=package.__doc__)
+    found.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = found.add_argument
+    add("--size", choices=SIZES, help="(default: small) tiny is a check: floor and losia also compiled, all else eager")
+    for name in ("layers", "batch", "length", "rounds"):
+        add(f"--{name}", type=int, metavar="N", help="instead of the size's own")
+    add("--rank-factor", type=float, metavar="P", help="of losia (default: 0.125)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: bfloat16)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    add(
+        "--methods",
+        nargs="+",
+        default=["*"],
+        metavar="NAME",
+        help="names or patterns (default: all); floors come along",
+    )
+    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: both; --grow takes the last)")
+    add("--apart", action="store_true", help="each method in a process of its own, with its floor; the table alone")
+    add("--warm-start", action="store_true", help="also losia's first step in fresh processes, cold and warm cache")
+    add("--grow", choices=(*AXES, ALL), help="instead of the table: losia along an axis of a smaller model's size")
+    add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the results (default: bench)")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""LoSiA as losia_fx runs it: at rest, with a block profiled, checkpointed, and by the backend's name alone."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import losia_fx
+from losia_fx.backend import losia_backend
+from losia_fx.controller import Controller, find_controller
+from losia_fx.errors import LosiaWarning
+from losia_fx.tools import slots
+
+from .floors import checkpointed
+from .methods import Method, Trial, adamw, options_of
+from .sizes import Setup, block_linears
+
+
+def transformed(setup: Setup, mode: str, model: Any = None, **options: Any) -> nn.Module:
+    """A model with subnets; options: further ones of LosiaConfig."""
+    given = {**options_of(mode), "rank_factor": setup.size.rank_factor, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LosiaWarning)  # of the embedding, which is to be frozen
+        return losia_fx.transform(setup.model() if model is None else model, **given)
+
+
+def trial_of(setup: Setup, model: nn.Module) -> Trial:
+    return Trial(model, setup.batch, adamw(model.parameters()))
+
+
+def build_idle(setup: Setup, mode: str) -> Trial:
+    trial = trial_of(setup, transformed(setup, mode))
+    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    return trial
+
+
+def _build_checkpointed(setup: Setup, mode: str) -> Trial:
+    trial = trial_of(setup, transformed(setup, mode, checkpointed(setup.model())))
+    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    return trial
+
+
+def build_profiled(setup: Setup, mode: str) -> Trial:
+    """The group of the middle block is profiled in every step."""
+    trial = trial_of(setup, transformed(setup, mode))
+    controller = losia_fx.controller(trial.model)
+    group = len(controller.groups) // 2
+    slots.open_slot(controller, group)
+    trial.prepare = partial(_stay, controller, controller.step)
+    return trial
+
+
+def _stay(controller: Controller, step: int) -> None:
+    """The slot goes on, with what has been gathered in it."""
+    controller.step = step
+
+
+def _build_by_string(setup: Setup, mode: str) -> Trial:
+    model = setup.model()
+    for linear in (*block_linears(model), model.lm_head):
+        linear.weight.requires_grad_(True)
+    options = {**options_of(mode), "rank_factor": setup.size.rank_factor}
+    apart: dict[str, Any] = {"isolate_recompiles": True}  # not in the overloads; see compiled_in_place
+    compiled: Any = torch.compile(model, backend=losia_backend, options=options, **apart)
+    return Trial(compiled, setup.batch, adamw(model.parameters()), partial(_rest_if_adopted, model))
+
+
+def _rest_if_adopted(model: nn.Module) -> None:
+    """By string, the first forward makes the controller."""
+    controller = find_controller(model)
+    if controller is not None:
+        slots.rest(controller)
+
+
+def count_trained(setup: Setup) -> int:
+    """How many parameters LoSiA trains at a time."""
+    return sum(parameter.numel() for parameter in trial_of(setup, transformed(setup, "eager")).trained)
+
+
+LOSIA = (
+    Method("losia", build_idle, note="no group is profiled"),
+    Method("losia, a block profiled", build_profiled, note="the middle block's group is profiled in every step"),
+    Method("losia by string", _build_by_string, note='torch.compile(model, backend="losia"); no group is profiled'),
+    Method("losia, checkpointed", _build_checkpointed, floor="floor, checkpointed", note="no group is profiled"),
+)
