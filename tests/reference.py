@@ -143,10 +143,12 @@ class Reference:
         beta1: float = 0.85,
         beta2: float = 0.85,
         rewarm: bool = True,
+        profile_steps: int | None = None,
     ) -> None:
         self.model, self.groups, self.learning_rate = model, [list(group) for group in groups], learning_rate
         self.period, self.schedule, self.importance = period, schedule, importance
         self.beta1, self.beta2, self.rewarm = beta1, beta2, rewarm
+        self.profile_steps = period if profile_steps is None else profile_steps
         self.steps = 0
         self.reselections: list[tuple[int, int]] = []  # (steps completed, group)
         parameters = dict(model.named_parameters())
@@ -157,12 +159,16 @@ class Reference:
         self.full = [parameters[name] for name in sorted(full)]
         self.full_optimizer = make(self.full) if self.full else None
 
-    def profiled(self) -> list[int]:
-        """The groups that are profiled during the step to come."""
+    def slot_groups(self) -> list[int]:
+        """The groups whose slot the step to come is in."""
         slot, count = self.steps // self.period, len(self.groups)
         if self.schedule == "async":
             return [slot % count]
         return list(range(count)) if self.schedule == "sync" and slot % count == 0 else []
+
+    def profiled(self) -> list[int]:
+        """The groups that are profiled during the step to come: in the last steps of a slot."""
+        return self.slot_groups() if self.steps % self.period >= self.period - self.profile_steps else []
 
     def step(self, clip_norm: float | None = None, clip_value: float | None = None) -> None:
         """One optimizer step on the gradients that the backwards left on the model."""
@@ -175,17 +181,17 @@ class Reference:
             factor = min(1.0, clip_norm / (norm + 1e-6))
         if clip_value is not None:
             nn.utils.clip_grad_value_(learning, clip_value)
-        profiled = self.profiled()
-        for weight in self.members(profiled):
+        slot_groups = self.slot_groups()
+        for weight in self.members(self.profiled()):
             if weight.weight.grad is not None:
                 grad = weight.weight.grad * factor
                 grad = grad if clip_value is None else grad.clamp(-clip_value, clip_value)
                 weight.profile(self.importance, grad, self.beta1, self.beta2)
         self.update()
         if (self.steps + 1) % self.period == 0:
-            for weight in self.members(profiled):
+            for weight in self.members(slot_groups):
                 weight.reselect(self.importance)
-            self.reselections += [(self.steps + 1, group) for group in profiled]
+            self.reselections += [(self.steps + 1, group) for group in slot_groups]
         self.steps += 1
         self.model.zero_grad()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,59 @@ def test_no_view_can_be_changed_in_place_where_a_compiler_makes_a_view() -> None
     torch.testing.assert_close(y, x.mT @ w.t() + 1.0)
     assert torch.equal(_compat.no_view(w), w)
     assert _compat.no_view(w).data_ptr() == w.data_ptr()
+
+
+def test_no_view_is_the_tensor_itself_where_it_is_no_view() -> None:
+    y = torch.randn(2, 3)
+    assert _compat.no_view(y) is y
+    assert not _compat.no_view(y.mT)._is_view()
+
+
+def compiled_seeing_joint_graphs(edit: Callable[[torch.fx.GraphModule], Any]) -> Callable[..., Any]:
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        with _compat.on_joint_graph(edit):
+            return _compat.inner_compiler("aot_eager")(gm, inputs)
+
+    compiled: Callable[..., Any] = torch.compile(lambda x: torch.sin(x).sum(), backend=backend)
+    return compiled
+
+
+def test_on_joint_graph_shows_forward_and_backward_and_runs_what_becomes_of_them() -> None:
+    """torch asks for joint_custom_pass, and names the gradients that come in tangents: both are private."""
+    seen: list[list[str]] = []
+
+    def edit(gm: torch.fx.GraphModule) -> None:
+        seen.append([str(node.target) for node in gm.graph.nodes])
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default):
+            node.target = torch.ops.aten.exp.default
+        gm.recompile()
+
+    before = torch._functorch.config.joint_custom_pass
+    x = torch.randn(3, requires_grad=True)
+    compiled_seeing_joint_graphs(edit)(x).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, x.detach().exp())
+    (targets,) = seen
+    assert {"aten.sin.default", "aten.cos.default"} <= set(targets)
+    assert any("tangents" in target for target in targets)
+    assert torch._functorch.config.joint_custom_pass is before
+
+
+def test_on_joint_graph_comes_after_the_users_own_pass() -> None:
+    order: list[str] = []
+
+    def users(gm: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        order.append("user")
+        made = torch.fx.GraphModule(gm, gm.graph)
+        made.meta["made by"] = "user"
+        return made
+
+    x = torch.randn(3, requires_grad=True)
+    with torch._functorch.config.patch(joint_custom_pass=users):
+        compiled_seeing_joint_graphs(lambda gm: order.append(gm.meta.get("made by", "torch")))(x).backward()
+        assert torch._functorch.config.joint_custom_pass is users
+    assert order == ["user", "user"]
+    torch.testing.assert_close(x.grad, x.detach().cos())
 
 
 def test_plain_call_runs_hooks_and_nothing_compiled() -> None:

@@ -29,6 +29,7 @@ DEFAULTS = {
     "seed": 0,
     "compiler": "inductor",
     "train_tied_head": False,
+    "profile_steps": None,
 }
 
 
@@ -56,6 +57,7 @@ WRONG: dict[str, list[Any]] = {
     "trainable": [None, ("",), (b"a",)],
     "seed": [-1, 1.0, "0", None, True],
     "compiler": ["", "gcc", None, 3],
+    "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 
 
@@ -67,6 +69,15 @@ def test_a_wrong_value_is_named(option: str, value: Any) -> None:
     if not isinstance(value, tuple):
         assert repr(value) in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_profile_steps_fit_into_the_period() -> None:
+    assert LosiaConfig(period=7, profile_steps=7).profile_steps == 7
+    assert LosiaConfig(period=7, profile_steps=1).profile_steps == 1
+    with pytest.raises(ConfigError, match=r"profile_steps=8: .*at least 1 and at most the period, 7"):
+        LosiaConfig(period=7, profile_steps=8)
+    with pytest.raises(ConfigError, match="profile_steps"):
+        LosiaConfig.of(LosiaConfig(profile_steps=20), {"period": 10})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from losia_fx import LosiaConfig
-from losia_fx.schedule import ends_slot, profiled_groups, rewarm_factor, round_length
+from losia_fx.schedule import ends_slot, profiled_groups, rewarm_factor, round_length, slot_groups
+
+Groups = tuple[int, ...]
 
 
 def config(schedule: str = "async", period: int = 2, rewarm: bool = True) -> LosiaConfig:
@@ -56,6 +60,48 @@ def test_a_round_gives_every_group_one_slot(period: int, groups: int) -> None:
             profiled_groups(settings, groups, t)[0] for t in range(start, start + length) if ends_slot(settings, t)
         ]
         assert ended == list(range(groups))
+
+
+WINDOW = [
+    # t, its slot's groups, profiled with profile_steps=1, 2, 3 (T = 3, L = 2)
+    (0, (0,), (), (), (0,)),
+    (1, (0,), (), (0,), (0,)),
+    (2, (0,), (0,), (0,), (0,)),
+    (3, (1,), (), (), (1,)),
+    (4, (1,), (), (1,), (1,)),
+    (5, (1,), (1,), (1,), (1,)),
+    (6, (0,), (), (), (0,)),
+]
+
+
+@pytest.mark.parametrize(("step", "slot", "one", "two", "three"), WINDOW)
+def test_the_last_steps_of_a_slot(step: int, slot: Groups, one: Groups, two: Groups, three: Groups) -> None:
+    settings = [LosiaConfig(period=3, profile_steps=count) for count in (1, 2, 3)]
+    assert [slot_groups(each, 2, step) for each in settings] == [slot] * 3
+    assert [profiled_groups(each, 2, step) for each in settings] == [one, two, three]
+
+
+@given(
+    st.sampled_from(["async", "sync", "static"]),
+    st.sampled_from(["mixed", "random"]),
+    st.integers(1, 40),
+    st.integers(0, 12),
+    st.integers(0, 10**6),
+    st.data(),
+)
+def test_profiling_is_the_slot_in_its_last_steps(
+    schedule: str, importance: str, period: int, groups: int, step: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, period))
+    whole = LosiaConfig(schedule=schedule, importance=importance, period=period)
+    part = dataclasses.replace(whole, profile_steps=count)
+    assert slot_groups(part, groups, step) == slot_groups(whole, groups, step)
+    inside = importance != "random" and step % period >= period - count
+    assert profiled_groups(part, groups, step) == (slot_groups(whole, groups, step) if inside else ())
+    if count == period:
+        assert profiled_groups(part, groups, step) == profiled_groups(whole, groups, step)
+    if ends_slot(part, step) and importance != "random":
+        assert profiled_groups(part, groups, step) == slot_groups(part, groups, step)
 
 
 def test_without_groups_nothing_is_profiled() -> None:

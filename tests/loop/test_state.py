@@ -68,6 +68,28 @@ def test_a_run_goes_on_to_the_bit(make: Any, dtype: torch.dtype, options: dict[s
     assert bool(losia_fx.controller(resumed).history) == ("static" not in options.values())
 
 
+@pytest.mark.parametrize("schedule", ["async", pytest.param("sync", marks=SLOW)])
+def test_a_run_that_measures_the_last_steps_of_a_slot_goes_on_to_the_bit(schedule: str) -> None:
+    """Cut before the steps that are measured, at their border, within them, and at the slot's end."""
+    options = {"profile_steps": 2, "schedule": schedule}
+    steps, whole, saved = batches(STEPS), toy(**options), {}
+    optimizer = adamw(learning(whole))
+    for number, ids in enumerate(steps):
+        if number <= 2 * PERIOD:
+            saved[number] = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), losia_fx.state_dict(whole)))
+        train(whole, optimizer, [ids])
+    assert losia_fx.controller(whole).history
+    for cut, (weights, moments, state) in saved.items():
+        assert any(":importance" in name for name in state) == (cut % PERIOD == PERIOD - 1 and cut != 2 * PERIOD), cut
+        resumed = toy(seed=2, **options)
+        continued = adamw(learning(resumed))
+        resumed.load_state_dict(weights)
+        continued.load_state_dict(moments)
+        losia_fx.load_state_dict(resumed, state)
+        train(resumed, continued, steps[cut:])
+        assert_same(whole, resumed)
+
+
 def test_the_file_form_goes_on_to_the_bit(tmp_path: Path) -> None:
     whole, resumed = toy(torch.bfloat16), toy(torch.bfloat16, seed=2)
     train(whole, adamw(learning(whole)), batches(PERIOD + 2))

@@ -255,6 +255,29 @@ def test_importance(importance: str) -> None:
     Run(TOY, options={"importance": importance}).rounds()
 
 
+@pytest.mark.parametrize("steps", [1, 2, PERIOD])
+@pytest.mark.parametrize("schedule", ["async", "sync"])
+def test_profile_steps(schedule: str, steps: int) -> None:
+    """Measured in the last steps of a slot alone, chosen by that at its end; one graph for both kinds of steps."""
+    run = Run(TOY, clip_norm=0.5, options={"profile_steps": steps, "schedule": schedule})
+    controller = losia_fx.controller(run.model)
+    states, seen = losia_fx.state.states_of(run.model), set()
+
+    def check() -> None:
+        profiled = run.reference.profiled()
+        assert controller.active == (profiled[0] if len(profiled) == 1 else None)
+        assert {state.group for state in states if state.profile is not None} == set(profiled)
+        seen.add(bool(profiled))
+
+    step = run.step
+    run.step = lambda *args: (check(), step(*args))  # type: ignore[assignment,method-assign,func-returns-value]
+    run.rounds()
+    assert seen == ({True, False} if steps < PERIOD or schedule == "sync" else {True})
+    assert controller.left_out == 0
+    assert graphs() == 1
+    assert not breaks()
+
+
 def test_betas() -> None:
     Run(TOY, options={"beta1": 0.5, "beta2": 0.2}).rounds()
 
@@ -294,10 +317,11 @@ def test_shapes_that_vary() -> None:
     assert not breaks()
 
 
-@pytest.mark.parametrize("schedule", ["async", "sync"])
-def test_random_selection(schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "steps"), [("async", None), ("sync", None), ("async", 1)])
+def test_random_selection(schedule: str, steps: int | None) -> None:
     """Subnets move when a slot ends and at no other time, to sorted distinct indices; nothing is profiled."""
     options = {"rank_factor": 0.25, "period": PERIOD, "schedule": schedule, "importance": "random"}
+    options["profile_steps"] = steps
     model = losia_fx.transform(table.build(TOY), compiler="aot_eager", **options)
     optimizer, controller = adamw(list(model.parameters())), losia_fx.controller(model)
     subnets, count = losia_fx.subnets(model), len(controller.groups)
