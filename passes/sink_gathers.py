@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
+from losia_fx.taps import tap
+
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -37,32 +39,40 @@ class SinkGathers(GraphPass):
     name: ClassVar[str] = "sink-gathers"
 
     def apply(self, gm: fx.GraphModule) -> int:
+        forward = _forward(gm.graph)
         behind = _behind_tangents(gm.graph)
-        done = 0
-        for node in list(gm.graph.nodes):
-            picked = None if node in behind or not _serves(node, behind) else _picked(node)
-            if picked is not None:
-                done += _sink(gm.graph, node, *picked, behind)
+        found = {
+            node: picked
+            for node in gm.graph.nodes
+            if node not in forward and node not in behind and (picked := _picked(node)) is not None
+        }
+        # Nodes that the backward has a use for, be it for values of the forward alone (a gelu's derivative).
+        backward = {node for node in gm.graph.nodes if node not in forward and node not in found and node.target != tap}
+        done = sum(_sink(gm.graph, node, *picked, backward) for node, picked in found.items())
         if done:
             gm.graph.eliminate_dead_code()
         return done
 
 
+def _forward(graph: fx.Graph) -> set[fx.Node]:
+    """Every node that the forward's results depend on."""
+    behind = _behind_tangents(graph)
+    front = [node for node in graph.output_node().all_input_nodes if node not in behind]
+    found = set(front)
+    while front:
+        front = [source for node in front for source in node.all_input_nodes if source not in found]
+        found.update(front)
+    return found
+
+
 def _behind_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """Every node that depends on a gradient that comes in: the backward."""
+    """Every node that depends on a gradient that comes in."""
     behind: set[fx.Node] = set()
     for node in graph.nodes:
         comes_in = node.op == "placeholder" and "tangents" in str(node.target)
         if comes_in or any(source in behind for source in node.all_input_nodes):
             behind.add(node)
     return behind
-
-
-def _serves(node: fx.Node, behind: set[fx.Node]) -> bool:
-    """Whether the backward alone has a use for ``node``, views of it included."""
-    used = [user for user in node.users if user.target not in _RESHAPES]
-    views = [user for user in node.users if user.target in _RESHAPES]
-    return all(user in behind for user in used) and all(view in behind or _serves(view, behind) for view in views)
 
 
 def _picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -77,8 +87,8 @@ def _picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (x, cols) if isinstance(cols, fx.Node) and _rank(cols) == 1 else None
 
 
-def _sink(graph: fx.Graph, node: fx.Node, x: fx.Node, cols: fx.Node, behind: set[fx.Node]) -> bool:
-    plan = _Plan(behind)
+def _sink(graph: fx.Graph, node: fx.Node, x: fx.Node, cols: fx.Node, backward: set[fx.Node]) -> bool:
+    plan = _Plan(backward)
     if not plan.covers(x) or not plan.moved:
         return False
     with graph.inserting_before(node):
@@ -91,15 +101,15 @@ def _sink(graph: fx.Graph, node: fx.Node, x: fx.Node, cols: fx.Node, behind: set
 class _Plan:
     """Which nodes above x are made again for its columns, and where the gathers end up."""
 
-    def __init__(self, behind: set[fx.Node]) -> None:
-        self._behind = behind
+    def __init__(self, backward: set[fx.Node]) -> None:
+        self._backward = backward
         self.moved: set[fx.Node] = set()
 
     def covers(self, node: fx.Node) -> bool:
         """Whether the chain above ``node`` ends, within reach, in what the backward has anyway."""
         if node in self.moved:
             return True
-        if any(user in self._behind for user in node.users):
+        if any(user in self._backward for user in node.users):
             self._to_source(node)
             return True
         if node.op == "placeholder":
@@ -114,7 +124,7 @@ class _Plan:
         """What the backward has of a cast or an activation may be what it was made of: a relu's is not, a silu's is."""
         while (inputs := _moves_over(node)) is not None and len(inputs) == len(node.all_input_nodes) == 1:
             same = node.target in _CASTS or node.target in _RESHAPES
-            if not same and not any(user in self._behind for user in inputs[0].users):
+            if not same and not any(user in self._backward for user in inputs[0].users):
                 return
             self.moved.add(node)
             node = inputs[0]
