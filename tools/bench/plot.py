@@ -77,7 +77,7 @@ def draw_growth(path: Path, found: Mapping[str, Mapping[float, Sequence[Row]]]) 
         panel.set(xlabel=axis.replace("_", " "), ylabel="over the floor")
         panel.set_xticks(list(points), [f"{point:g}" for point in points])
         _plain(panel, "y")
-    next(iter(figure.axes)).legend(frameon=False, fontsize=7)
+    next(iter(figure.axes)).legend(frameon=False, fontsize=7, handlelength=4)
     _save(path, figure)
 
 
