@@ -15,7 +15,7 @@ import losia_fx
 from losia_fx import kernels
 from losia_fx.config import IMPORTANCES
 from losia_fx.kernels import update_importance, write_back
-from losia_fx.subnet import gather
+from losia_fx.subnet import gather, scatter
 from tests.toys import Toy, batch, loss_of
 
 KINDS = [kind for kind in IMPORTANCES if kind != "random"]
@@ -200,6 +200,24 @@ def test_write_back_of_experts(rows: Any, cols: Any, layout: str) -> None:
     weight = laid_out(before, layout)
     write_back([weight], [rows], [cols], [values], False)
     assert_written(weight, before, rows, cols, values)
+
+
+WHOLE = pytest.mark.xfail(strict=True, raises=(RuntimeError, IndexError), reason="index_copy_ takes no value for all")
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "experts", pytest.param("whole", marks=WHOLE)])
+def test_one_value_for_all(layout: str, shape: tuple[int, ...]) -> None:
+    rows, cols = torch.tensor([0, 2]), torch.tensor([1, 3, 4])
+    before = torch.randn(4, 6)
+    if layout == "experts":
+        rows, cols, before = rows.repeat(3, 1), cols.repeat(3, 1), torch.randn(3, 4, 6)
+    picked = None if layout == "whole" else cols
+    ways = (scatter, lambda *args: write_back(*([each] for each in args), False))
+    for way in ways:
+        weight = laid_out(before, layout)
+        way(weight, rows, picked, torch.full(shape, 2.5))
+        assert_written(weight, before, rows, picked, torch.full_like(gather(weight, rows, picked), 2.5))
 
 
 def test_write_back_of_parameters_and_of_nothing() -> None:

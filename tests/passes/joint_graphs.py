@@ -63,14 +63,14 @@ class Attended(nn.Module):
 
 
 class Gated(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, act: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.act = norm, act
         self.gate, self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.down(self.act(self.gate(h)) * self.up(h))
 
 
 class Mlp(nn.Module):
@@ -81,6 +81,34 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.act(self.up(self.norm(x))))
+
+
+def rms() -> nn.Module:
+    return nn.RMSNorm(WIDTH)
+
+
+def layer_norm() -> nn.Module:
+    return nn.LayerNorm(WIDTH)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x) ** 2
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "rms, q k v": lambda: Attended(rms()),
+    "layer norm, q k v": lambda: Attended(layer_norm()),
+    "gated": lambda: Gated(rms()),
+    "gelu": lambda: Mlp(rms(), F.gelu),
+    "gelu of tanh": lambda: Mlp(rms(), lambda x: F.gelu(x, approximate="tanh")),
+    "silu": lambda: Mlp(rms(), F.silu),
+    "gated by relu": lambda: Gated(rms(), F.relu),
+    "gated by tanh": lambda: Gated(rms(), torch.tanh),
+    "relu": lambda: Mlp(rms(), F.relu),
+    "squared relu": lambda: Mlp(rms(), squared_relu),
+    "dropout of none": lambda: Mlp(rms(), lambda x: F.dropout(F.gelu(x), 0.0)),
+    "no norm": lambda: Mlp(nn.Identity(), F.gelu),
+}
 
 
 class Stack(nn.Module):
@@ -116,6 +144,11 @@ def losia(model: nn.Module, decompositions: str = "aot_eager", **options: Any) -
     inner = aot_compiler(decompositions, lambda gm: None, lambda gm: None)
     install_call(twin, CompiledCall(twin, config, LosiaBackend(config, inner=inner)))
     return twin
+
+
+def lively(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """An x that asks for a gradient, as what an embedding gives does where it learns."""
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
