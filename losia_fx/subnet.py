@@ -23,7 +23,7 @@ def gather(full: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
 def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
     """full[rows][:, cols] = values, in place; values of full's dtype, or one for all."""
     if cols is None:
-        full.index_copy_(0, rows, values)
+        full.index_copy_(0, rows, values.expand(rows.numel(), full.shape[1]))
     elif full.dim() == 2 and full.is_contiguous():
         # One index instead of two, for a third less time on a CPU.
         flat = (rows.unsqueeze(-1) * full.shape[1] + cols).view(-1)

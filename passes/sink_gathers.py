@@ -93,6 +93,9 @@ def _sink(graph: fx.Graph, node: fx.Node, x: fx.Node, cols: fx.Node, backward: s
         return False
     with graph.inserting_before(node):
         new = _Writer(graph, node, cols, plan).write(x)
+    for user in node.users:
+        if user.target in _RESHAPES:  # what is made anew may lie in another order than what was gathered
+            user.target = aten.reshape.default
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return True

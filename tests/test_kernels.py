@@ -202,11 +202,8 @@ def test_write_back_of_experts(rows: Any, cols: Any, layout: str) -> None:
     assert_written(weight, before, rows, cols, values)
 
 
-WHOLE = pytest.mark.xfail(strict=True, raises=(RuntimeError, IndexError), reason="index_copy_ takes no value for all")
-
-
 @pytest.mark.parametrize("shape", [(), (1, 1)])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "experts", pytest.param("whole", marks=WHOLE)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "experts", "whole"])
 def test_one_value_for_all(layout: str, shape: tuple[int, ...]) -> None:
     rows, cols = torch.tensor([0, 2]), torch.tensor([1, 3, 4])
     before = torch.randn(4, 6)
