@@ -136,8 +136,8 @@ def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:
         sizes = [sum(_product(s.weight.shape) for s in controller.members(g)) for g in range(len(controller.groups))]
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         notes.append(
-            f"while group {largest}, the largest, is profiled, its importance, uncertainty and gradient (float32) hold up "
-            f"to {3 * 4 * sizes[largest] / 1e9:.3g} GB"
+            f"while group {largest}, the largest, is profiled, its importance, uncertainty and gradient (float32) "
+            f"hold up to {3 * 4 * sizes[largest] / 1e9:.3g} GB"
         )
     for start, text in (
         (
