@@ -142,8 +142,8 @@ def check_layer(layer: dict[str, Any]) -> None:
     # forward and dL/dx stay, dL/dW shrinks to the subnet's share: 3 or (where x does not learn) 2 products before
     product = {before - before * n // (n + 1): n for n in (1, 2)}
     assert any(after == before - share + share * subnet // whole for share in product), layer
-    # x whole before; after it a few columns, or what x is made of again and others hold too: a norm's input and a number
-    # a token, the two factors of a gated MLP
+    # x whole before; after it a few columns, or what x is made of again and others hold too: a norm's input and a
+    # number a token, the two factors of a gated MLP
     assert layer["after"]["saved_bytes"] <= 2.02 * layer["before"]["saved_bytes"]
     assert len(experts) in (0, 1)
 
