@@ -17,7 +17,7 @@ from .localize import importance_of, smooth
 from .subnet import scatter
 
 WORTH_COMPILING = 2**20
-"""Elements of W from which a pass is compiled: a smaller one never earns back the seconds that compiling takes."""
+"""Elements of W from which a pass is compiled: below, that takes longer than it saves in hundreds of steps."""
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Elements that the plain form takes at a time, by device: on a CPU what fits a cache, elsewhere what memory allows."""

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from losia_fx.taps import tap
 
@@ -39,8 +38,8 @@ class SinkGathers(GraphPass):
     name: ClassVar[str] = "sink-gathers"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        forward = _forward(gm.graph)
         behind = _behind_tangents(gm.graph)
+        forward = _forward(gm.graph, behind)
         found = {
             node: picked
             for node in gm.graph.nodes
@@ -54,9 +53,8 @@ class SinkGathers(GraphPass):
         return done
 
 
-def _forward(graph: fx.Graph) -> set[fx.Node]:
+def _forward(graph: fx.Graph, behind: set[fx.Node]) -> set[fx.Node]:
     """Every node that the forward's results depend on."""
-    behind = _behind_tangents(graph)
     front = [node for node in graph.output_node().all_input_nodes if node not in behind]
     found = set(front)
     while front:
@@ -190,4 +188,4 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _rank(node: fx.Node) -> int:
     value = node.meta["val"]
-    return 0 if isinstance(value, py_sym_types) else int(value.dim())
+    return value.dim() if isinstance(value, torch.Tensor) else 0
