@@ -114,11 +114,6 @@ class Fit(NamedTuple):
     factor: float
     limit: float | None = None
 
-    def apply(self, grad: Tensor) -> Tensor:
-        """The gradient of the whole weight as the optimizer sees it, float32."""
-        seen = grad * self.factor
-        return seen if self.limit is None else seen.clamp_(-self.limit, self.limit)
-
 
 def fit_gradient(
     seen: Tensor, accumulated: Tensor, fallback: float | None = None, tolerance: float = 1e-2
