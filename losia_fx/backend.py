@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from losia_fx.passes import (
     Observer,
+    RemakeInputs,
     SinkGathers,
     Uses,
     copy_graph_module,
@@ -91,7 +92,7 @@ class LosiaBackend:
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         inner = self.inner or inner_compiler(self.config.compiler)
-        with keep_saved_tensors(), on_joint_graph(SinkGathers()):
+        with keep_saved_tensors(), on_joint_graph(SinkGathers()), on_joint_graph(RemakeInputs()):
             return inner(gm, list(inputs))
 
 

@@ -300,8 +300,8 @@ class Controller:
             if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
                 grad = torch.zeros_like(state.weight, dtype=torch.float32)
             pairs[state] = (seen, state.block_of(grad))
-            # A sum is finite where all of it is, and takes one pass.
-            finite = torch.isfinite(grad.sum(dtype=torch.float32))
+            # One pass, in G's own width; a nan anywhere is both the least and the most.
+            finite = torch.isfinite(torch.stack(grad.aminmax())).all()
             found.append(torch.cat([measure_fit(*pairs[state]), finite.float().unsqueeze(0)]))
         if not found:
             return {}

@@ -76,8 +76,7 @@ def as_gradient(grad_values: Tensor, ctx: Any, grad_y: Tensor, ticket: Tensor | 
     grad_values = grad_values.to(ctx.values_dtype)
     if ticket is None:
         return grad_values
-    summed: Tensor = grad_values + torch.ops.losia.localize(grad_y, ticket, handle, ctx.call)
-    return summed.to(ctx.values_dtype)
+    return grad_values.add_(torch.ops.losia.localize(grad_y, ticket, handle, ctx.call))
 
 
 def _subnet_linear(

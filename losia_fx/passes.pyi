@@ -6,6 +6,7 @@ from passes import (
     Observer as Observer,
     PassPipeline as PassPipeline,
     Product as Product,
+    RemakeInputs as RemakeInputs,
     SinkGathers as SinkGathers,
     SubnetRewrite as SubnetRewrite,
     Uses as Uses,

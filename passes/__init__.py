@@ -7,6 +7,7 @@ from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_mo
 from .insert_localization import InsertLocalization
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
+from .remake_inputs import RemakeInputs
 from .sink_gathers import SinkGathers
 from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite, outputs_may_learn
 
@@ -27,6 +28,7 @@ __all__ = [
     "Observer",
     "PassPipeline",
     "Product",
+    "RemakeInputs",
     "SinkGathers",
     "SubnetRewrite",
     "Uses",
