@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from losia_fx.tools.bench import apart, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
+from losia_fx.tools.bench.allocator import KEEPS
 from losia_fx.tools.bench.catalogue import METHODS
 from losia_fx.tools.bench.clock import StepTime
 from losia_fx.tools.bench.graphs import GraphCounts
@@ -258,6 +260,27 @@ def test_saved_bytes_of_losia_are_fewer(setup: Setup) -> None:
         trial.step()
         saved[name] = measure_memory(trial).saved
     assert saved["losia"] < saved["full"]
+
+
+PAGES = """
+import resource, torch
+from losia_fx.tools.bench.allocator import keep_freed_memory
+print(keep_freed_memory())
+faults = []
+for _ in range(5):  # the first ones are the system's pages, and a small block may have settled among them
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(256 << 20, dtype=torch.uint8)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to tell another allocator")
+def test_freed_memory_is_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", PAGES], stdout=subprocess.PIPE, text=True, check=True)
+    said, faults = done.stdout.splitlines()
+    assert said == KEEPS
+    assert int(faults) < 64, "256 MiB from the system are 128 faults with pages of 2 MiB, 65,536 with the usual ones"
 
 
 # -- losia ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from losia_fx.delta_show import wide_console
 from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.tools import bench as package
 
+from .allocator import keep_freed_memory
 from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
@@ -27,7 +28,7 @@ from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
 from .rounds import Report, entries_of, run
 from .schedule import over_rounds, reselection_ms, watched
-from .sizes import DTYPES, SIZES, Setup, Size, check_device
+from .sizes import DTYPES, SIZES, Setup, check_device
 from .starts import import_times, new_cache, warm_start
 from .table import growth_markdown, markdown, print_table
 
@@ -62,22 +63,21 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a file; give a folder")
     torch.set_num_threads(1)
+    surroundings = environment(device, keep_freed_memory())
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
     if args.grow is None:
-        _compare(args, size, device, methods, command)
+        _compare(args, Bench(command, size, device.type, surroundings), device, methods)
     else:
-        _grow(args, size, device, command)
+        _grow(args, Growth(command, size, surroundings), device)
     return 0
 
 
-def _compare(
-    args: argparse.Namespace, size: Size, device: torch.device, methods: Sequence[Method], command: str
-) -> None:
+def _compare(args: argparse.Namespace, bench: Bench, device: torch.device, methods: Sequence[Method]) -> None:
     console = wide_console()
-    clock = clock_of(device)
+    size, clock = bench.size, clock_of(device)
     entries = entries_of(size, methods, args.modes)
-    bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
+    bench.rows = [entry.row for entry in entries]
     with new_cache(), reporting(console) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
@@ -107,16 +107,15 @@ def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -
         bench.reselection_ms = reselection_ms(setup, modes[-1], clock)
 
 
-def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: str) -> None:
+def _grow(args: argparse.Namespace, growth: Growth, device: torch.device) -> None:
     console = wide_console()
     axes = list(AXES) if args.grow == ALL else [args.grow]
     mode = args.modes[-1]
     with reporting(console) as report:
-        points = grow(axes, base, device, mode, clock_of(device), report)
-    growth = Growth(command, base, environment(device), points)
+        growth.points = grow(axes, growth.base, device, mode, clock_of(device), report)
     write_json(args.out / "grow.json", growth.as_dict())
     write_text(args.out / "grow.md", growth_markdown(growth))
-    draw_growth(args.out / "grow.png", points)
+    draw_growth(args.out / "grow.png", growth.points)
     console.print(f"written: {args.out}/grow.json, grow.md, grow.png", highlight=False)
 
 

@@ -112,8 +112,8 @@ class Bench:
     size: Size
     device: str
     """"cpu" or "cuda": decides what times and memory are measured with."""
-    rows: list[Row]
     environment: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
     rounds_of_schedule: list[RoundsOfSchedule] = field(default_factory=list)
     reselection_ms: dict[str, float] = field(default_factory=dict)
     """What the step that re-selects takes longer than another profiled one, by group."""
@@ -134,11 +134,13 @@ class Bench:
         return {**asdict(self), **said, "rows": [row.as_dict() for row in self.rows]}
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, allocator: str) -> dict[str, str]:
+    """What a table says of the machine and the packages. allocator: what keep_freed_memory() says."""
     found = {
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
+        "allocator": allocator,
         "python": platform.python_version(),
     }
     for package in PACKAGES:
