@@ -482,7 +482,7 @@ def test_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(len(row["steps"]) == len(row["ratios"]) == 2 for row in found["rows"])
     assert found["size"]["layers"] == 1
     assert found["environment"]["torch"] == torch.__version__
-    assert set(found["reselection_ms"]) == {"a block's group", "the head"}
+    assert set(found["reselection_ms"]) == {"a block's group", "the head", "a 4096 x 11008 weight by itself"}
     assert set(found["import_s"]) == {"torch", "losia_fx, after torch"}
 
     text = (out / "bench.md").read_text()

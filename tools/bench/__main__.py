@@ -27,7 +27,7 @@ from .methods import COMPILED, MODES, Method, chosen
 from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
 from .rounds import Report, entries_of, run
-from .schedule import over_rounds, reselection_ms, watched
+from .schedule import LARGEST, over_rounds, reselection_ms, selection_ms, watched
 from .sizes import DTYPES, SIZES, Setup, check_device
 from .starts import import_times, new_cache, warm_start
 from .table import growth_markdown, markdown, print_table
@@ -105,6 +105,9 @@ def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -
     if modes:
         report("re-selections")
         bench.reselection_ms = reselection_ms(setup, modes[-1], clock)
+        rows, cols = LARGEST
+        alone = selection_ms(torch.device(bench.device), setup.size.rank_factor)
+        bench.reselection_ms[f"a {rows} x {cols} weight by itself"] = alone
 
 
 def _grow(args: argparse.Namespace, growth: Growth, device: torch.device) -> None:

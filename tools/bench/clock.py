@@ -65,6 +65,20 @@ def _cuda_step(trial: Trial) -> StepTime:
     return StepTime(*(first.elapsed_time(second) for first, second in itertools.pairwise(marks)))
 
 
+def elapsed_ms(device: torch.device, work: Callable[[], None]) -> float:
+    """Milliseconds of ``work`` on the same clock."""
+    if device.type != "cuda":
+        before = time.process_time()
+        work()
+        return 1e3 * (time.process_time() - before)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """The collector does not run inside. Not gc.freeze: losia_fx finds optimizers among the objects that gc knows."""

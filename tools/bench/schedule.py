@@ -6,10 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 import losia_fx
+from losia_fx.config import subnet_size
+from losia_fx.localize import score_of, select_subnet
 from losia_fx.tools import slots
 
-from .clock import Clock
+from .clock import Clock, elapsed_ms
 from .floors import checkpointed
 from .graphs import GraphCounts
 from .losia_methods import build_profiled, transformed, trial_of
@@ -19,6 +23,8 @@ from .sizes import Setup
 
 PERIOD = 2
 REPEATS = 3
+LARGEST = (4096, 11008)
+"""The largest weight of a block of LLaMA-2-7B."""
 WATCHED: dict[str, Callable[[Any], Any]] = {"losia": lambda model: model, "losia, checkpointed": checkpointed}
 """The methods whose graphs are counted over whole rounds, and what becomes of the model first."""
 
@@ -61,3 +67,14 @@ def reselection_ms(setup: Setup, mode: str, clock: Clock) -> dict[str, float]:
             extra.append(clock(trial).optimizer_ms - profiled)
         found[name] = statistics.median(extra)
     return found
+
+
+def selection_ms(device: torch.device, rank_factor: float) -> float:
+    """From I and U of a weight of the shape LARGEST to its subnet: the score and the three candidates. A median."""
+    importance, uncertainty = torch.rand((2, *LARGEST), device=device)
+    rows, cols = (subnet_size(rank_factor, size) for size in LARGEST)
+
+    def select() -> None:
+        select_subnet(score_of("mixed", importance, uncertainty), rows, cols)
+
+    return statistics.median(elapsed_ms(device, select) for _ in range(REPEATS))
