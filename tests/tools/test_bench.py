@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import torch
 from losia_fx.tools.bench import apart, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
-from losia_fx.tools.bench.allocator import KEEPS
 from losia_fx.tools.bench.catalogue import METHODS
 from losia_fx.tools.bench.clock import StepTime
 from losia_fx.tools.bench.graphs import GraphCounts
@@ -260,30 +258,6 @@ def test_saved_bytes_of_losia_are_fewer(setup: Setup) -> None:
         trial.step()
         saved[name] = measure_memory(trial).saved
     assert saved["losia"] < saved["full"]
-
-
-PAGES = """
-import ctypes, resource
-from losia_fx.tools.bench.allocator import keep_freed_memory
-print(keep_freed_memory())
-library = ctypes.CDLL(None)
-library.malloc.restype = ctypes.c_void_p
-library.free.argtypes = [ctypes.c_void_p]
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = library.malloc(256 << 20)
-    ctypes.memset(block, 1, 256 << 20)
-    library.free(block)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to tell another allocator")
-def test_freed_memory_is_kept() -> None:
-    done = subprocess.run([sys.executable, "-c", PAGES], stdout=subprocess.PIPE, text=True, check=True)
-    said, faults = done.stdout.splitlines()
-    assert said == KEEPS
-    assert int(faults) < 64, "256 MiB from the system are 128 faults with pages of 2 MiB, 65,536 with the usual ones"
 
 
 # -- losia ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from losia_fx.delta_show import wide_console
 from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.tools import bench as package
 
-from .allocator import keep_freed_memory
 from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
@@ -63,7 +62,7 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a file; give a folder")
     torch.set_num_threads(1)
-    surroundings = environment(device, keep_freed_memory())
+    surroundings = environment(device)
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
     if args.grow is None:

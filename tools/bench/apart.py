@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from .allocator import keep_freed_memory
 from .catalogue import METHODS
 from .clock import StepTime, clock_of
 from .graphs import GraphCounts
@@ -64,7 +63,6 @@ def measure_one(job: str, answer: str) -> None:
     """What a process does: one method and its floor. job: JSON of a size, a device, a method's name and modes."""
     given = json.loads(job)
     torch.set_num_threads(1)
-    keep_freed_memory()
     setup = Setup.of(Size(**given["size"]), torch.device(given["device"]))
     entries = entries_of(setup.size, chosen(METHODS, [given["method"]]), given["modes"])
     run(setup, entries, clock_of(torch.device(given["device"])), _silent)

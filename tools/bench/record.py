@@ -134,13 +134,11 @@ class Bench:
         return {**asdict(self), **said, "rows": [row.as_dict() for row in self.rows]}
 
 
-def environment(device: torch.device, allocator: str) -> dict[str, str]:
-    """What a table says of the machine and the packages. allocator: what keep_freed_memory() says."""
+def environment(device: torch.device) -> dict[str, str]:
     found = {
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
-        "allocator": allocator,
         "python": platform.python_version(),
     }
     for package in PACKAGES:
