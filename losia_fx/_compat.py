@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,16 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of torch
+
 __all__ = [
     "CompilerFailed",
     "OptimizedModule",
     "aot_compiler",
     "compile_call",
     "compiled_apart",
+    "ddp_group",
     "fake_inputs",
     "graph_counts",
     "graph_task_id",
@@ -41,7 +45,6 @@ __all__ = [
     "on_joint_graph",
     "plain_call",
     "region_inputs",
-    "running_ddp",
     "runs_uncompiled",
     "whole_graphs",
 ]
@@ -187,9 +190,10 @@ def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
         module._compiled_call_impl = call
 
 
-def running_ddp() -> bool:
-    """Whether the forward under way is that of a DistributedDataParallel."""
-    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+def ddp_group() -> ProcessGroup | None:
+    """The processes of the DistributedDataParallel whose forward is under way; None outside of one."""
+    ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    return None if ddp is None else ddp.process_group
 
 
 def whole_graphs(under_ddp: bool) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._compat import OptimizedModule, is_compiled_in_place, running_ddp
+from ._compat import OptimizedModule, ddp_group, is_compiled_in_place
 from .attach import ask_for_gradients, attach
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
@@ -31,7 +31,7 @@ def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
     Raises TransformError where more than one process trains: each would choose and train its own subnets; ConfigError
     for patterns that match nothing.
     """
-    if running_ddp() or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if ddp_group() is not None or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         _refuse_ddp()
     fresh = [weight for weight in weights if weight.requires_grad and not _is_known(weight)]
     if not fresh:

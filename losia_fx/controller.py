@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ from .optimizers import (
 from .schedule import ends_slot, profiled_groups, rewarm_factor, slot_groups
 from .state import COPIES, Profile, SubnetState, states_of
 from .taps import drop_taps
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 log = logging.getLogger("losia_fx")
 
@@ -115,8 +118,8 @@ class Controller:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.hooks: list[RemovableHandle] = []
         self._watched: tuple[set[nn.Module], set[nn.Module]] = (set(), set())
-        self.averages_ranks = False
-        """DistributedDataParallel averages S.grad over ranks, so G must be averaged too."""
+        self.ranks: ProcessGroup | None = None
+        """The processes over which DistributedDataParallel averages S.grad: G must be averaged over the same."""
         self._loaded = False
         """A state came in, and no step has been taken from it yet."""
         self._forget_step()
@@ -133,7 +136,7 @@ class Controller:
         self._fits: dict[SubnetState, Fit | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_optimizers", "_stepped", "_before", "_fits", "generator")
+        gone = ("_optimizers", "_stepped", "_before", "_fits", "generator", "ranks")
         kept = {key: value for key, value in self.__dict__.items() if key not in gone}
         return {**kept, "generator": self.generator.get_state()}
 
@@ -141,6 +144,7 @@ class Controller:
         self.__dict__.update(state)
         self.generator = torch.Generator()
         self.generator.set_state(state["generator"])
+        self.ranks = None
         COPIES.difference_update(self.states)
         self._forget_step()
         self._enlist()
@@ -289,9 +293,9 @@ class Controller:
     def _fit(self, optimizer: Optimizer, mine: list[SubnetState]) -> dict[SubnetState, Fit | None]:
         """How each profiled subnet's gradient, as the optimizer sees it, follows from its G."""
         profiled = [(state, state.profile) for state in mine if state.profile is not None]
-        if self.averages_ranks:
+        if self.ranks is not None:
             for state, profile in profiled:
-                profile.average_ranks(state.weight)
+                profile.average_ranks(state.weight, self.ranks)
         pairs, found = {}, []
         for state, profile in profiled:
             seen, grad = state.values.grad, profile.grad

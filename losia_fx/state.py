@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from .pieces import BaseHistory
 from .plan import SubnetFacts
 from .subnet import draw, gather, scatter
 from .taps import PROFILES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ATTRIBUTE = "_losia_subnets"
 """Of an owner module: its SubnetStates by the name of the weight within it."""
@@ -79,11 +82,11 @@ class Profile:
     backward: int = -1
     """The backward pass that last added to G."""
 
-    def average_ranks(self, weight: Tensor) -> None:
+    def average_ranks(self, weight: Tensor, ranks: ProcessGroup) -> None:
         """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
         grad = torch.zeros_like(weight, dtype=torch.float32) if self.grad is None else self.grad.float()
-        dist.all_reduce(grad)
-        self.grad = grad.div_(dist.get_world_size())
+        dist.all_reduce(grad, group=ranks)
+        self.grad = grad.div_(dist.get_world_size(ranks))
 
 
 class SubnetState:

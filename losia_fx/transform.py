@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._compat import CompilerFailed, OptimizedModule, compile_call, install_call, plain_call, running_ddp, whole_graphs
+from ._compat import CompilerFailed, OptimizedModule, compile_call, ddp_group, install_call, plain_call, whole_graphs
 from .attach import asking_for_gradients, attach, detach
 from .backend import LosiaBackend
 from .blocks import find_blocks, group_names
@@ -148,10 +148,10 @@ class CompiledCall:
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
         controller = find_controller(self.root)
         assert controller is not None
-        controller.averages_ranks = running_ddp()
+        controller.ranks = ddp_group()
         _free_input_gradients(self.root)
         try:
-            with asking_for_gradients(controller.states), whole_graphs(controller.averages_ranks):
+            with asking_for_gradients(controller.states), whole_graphs(controller.ranks is not None):
                 result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
             inner = getattr(failure, "inner_exception", None)

@@ -254,8 +254,8 @@ def test_compile_call_has_a_limit_of_its_own() -> None:
     assert graphs == [str(index) for index in range(12)]
 
 
-def test_running_ddp(tmp_path: Path) -> None:
-    seen: list[bool] = []
+def test_ddp_group(tmp_path: Path) -> None:
+    seen: list[dist.ProcessGroup | None] = []
 
     class Probe(nn.Module):
         def __init__(self) -> None:
@@ -263,18 +263,19 @@ def test_running_ddp(tmp_path: Path) -> None:
             self.linear = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(_compat.running_ddp())
+            seen.append(_compat.ddp_group())
             return self.linear(x)
 
-    assert not _compat.running_ddp()
+    assert _compat.ddp_group() is None
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        DistributedDataParallel(Probe())(torch.ones(1, 2))
+        group = dist.new_group([0])
+        DistributedDataParallel(Probe(), process_group=group)(torch.ones(1, 2))
     finally:
         dist.destroy_process_group()
     Probe()(torch.ones(1, 2))
-    assert seen == [True, False]
-    assert not _compat.running_ddp()
+    assert seen == [group, None]
+    assert _compat.ddp_group() is None
 
 
 def test_whole_graphs_are_not_cut_up_under_ddp() -> None:

@@ -146,8 +146,21 @@ def resumed() -> dict[str, Any]:
     return {"whole": ends[0], "resumed": ends[1]}
 
 
+def group_of_its_own() -> dict[str, Any]:
+    """DistributedDataParallel over this rank alone: its half of each batch is all it learns from."""
+    groups = [dist.new_group([rank]) for rank in range(RANKS)]
+    model = model_of()
+    ddp = DistributedDataParallel(model, process_group=groups[dist.get_rank()])
+    optimizer = adamw(model)
+    for ids in joined_batches(PERIOD + 2):
+        loss_of(ddp, mine(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(model)
+
+
 SCENARIOS: list[Callable[[], dict[str, Any]]] = [
-    trajectory, accumulation, two_forwards_before_a_backward, compiled_around, resumed,
+    trajectory, accumulation, two_forwards_before_a_backward, compiled_around, resumed, group_of_its_own,
 ]  # fmt: skip
 
 

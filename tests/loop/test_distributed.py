@@ -16,7 +16,7 @@ from torch import nn, optim
 
 import losia_fx
 from losia_fx.run_state import LOSIA, RUN, WEIGHTS, folders
-from tests.loop.ddp_worker import joined_batches, model_of
+from tests.loop.ddp_worker import RANKS, joined_batches, model_of
 from tests.loop.finetune_runs import Run, assert_same_outcome
 from tests.loop.pair import PERIOD, Pair
 from tests.loop.toy_runs import same
@@ -95,6 +95,16 @@ def test_other_forms_of_a_step(found: list[dict[str, Any]], name: str) -> None:
         one.step(ids=ids)
     assert_like(one, outcome)
     assert one.controller.history
+
+
+def test_ranks_in_groups_of_their_own_are_not_averaged(found: list[dict[str, Any]]) -> None:
+    for rank, outcomes in enumerate(found):
+        outcome, one = outcomes["group_of_its_own"], _Joined()
+        assert "error" not in outcome, outcome["error"]
+        for ids in joined_batches(PERIOD + 2):
+            one.step(ids=ids.chunk(RANKS)[rank])
+        assert_like(one, outcome)
+        assert one.controller.history
 
 
 def test_ranks_go_on_to_the_bit(found: list[dict[str, Any]]) -> None:

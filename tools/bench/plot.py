@@ -90,6 +90,7 @@ def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
     axes.grid(axis=grid, color=GREY, linewidth=0.4)
     axes.set_axisbelow(True)
 
