@@ -109,16 +109,20 @@ def two_forwards_before_a_backward() -> dict[str, Any]:
     return outcome(model)
 
 
-def compiled_around() -> dict[str, Any]:
-    """torch.compile around the wrapper, as people stack them."""
-    model = model_of(compiler="aot_eager")
-    ddp = torch.compile(DistributedDataParallel(model), backend="eager")
+def plain_steps(model: nn.Module, ddp: Callable[..., Any]) -> dict[str, Any]:
     optimizer = adamw(model)
     for ids in joined_batches(PERIOD + 2):
         loss_of(ddp, mine(ids)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return outcome(model)
+
+
+def compiled_around() -> dict[str, Any]:
+    """torch.compile around the wrapper, as people stack them."""
+    model = model_of(compiler="aot_eager")
+    ddp = torch.compile(DistributedDataParallel(model), backend="eager")
+    return plain_steps(model, ddp)
 
 
 def resumed() -> dict[str, Any]:
@@ -151,12 +155,7 @@ def group_of_its_own() -> dict[str, Any]:
     groups = [dist.new_group([rank]) for rank in range(RANKS)]
     model = model_of()
     ddp = DistributedDataParallel(model, process_group=groups[dist.get_rank()])
-    optimizer = adamw(model)
-    for ids in joined_batches(PERIOD + 2):
-        loss_of(ddp, mine(ids)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return outcome(model)
+    return plain_steps(model, ddp)
 
 
 SCENARIOS: list[Callable[[], dict[str, Any]]] = [

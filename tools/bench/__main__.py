@@ -27,7 +27,7 @@ from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
 from .rounds import Report, entries_of, run
 from .schedule import LARGEST, over_rounds, reselection_ms, selection_ms, watched
-from .sizes import DTYPES, SIZES, Setup, check_device
+from .sizes import DTYPES, SIZES, Setup, Size, check_device
 from .starts import import_times, new_cache, warm_start
 from .table import growth_markdown, markdown, print_table
 
@@ -62,21 +62,22 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a file; give a folder")
     torch.set_num_threads(1)
-    surroundings = environment(device)
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
     if args.grow is None:
-        _compare(args, Bench(command, size, device.type, surroundings), device, methods)
+        _compare(args, size, device, methods, command)
     else:
-        _grow(args, Growth(command, size, surroundings), device)
+        _grow(args, size, device, command)
     return 0
 
 
-def _compare(args: argparse.Namespace, bench: Bench, device: torch.device, methods: Sequence[Method]) -> None:
+def _compare(
+    args: argparse.Namespace, size: Size, device: torch.device, methods: Sequence[Method], command: str
+) -> None:
     console = wide_console()
-    size, clock = bench.size, clock_of(device)
+    clock = clock_of(device)
     entries = entries_of(size, methods, args.modes)
-    bench.rows = [entry.row for entry in entries]
+    bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
     with new_cache(), reporting(console) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
@@ -105,19 +106,20 @@ def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -
         report("re-selections")
         bench.reselection_ms = reselection_ms(setup, modes[-1], clock)
         rows, cols = LARGEST
-        alone = selection_ms(torch.device(bench.device), setup.size.rank_factor)
+        alone = selection_ms(torch.device(bench.device), bench.size.rank_factor)
         bench.reselection_ms[f"a {rows} x {cols} weight by itself"] = alone
 
 
-def _grow(args: argparse.Namespace, growth: Growth, device: torch.device) -> None:
+def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: str) -> None:
     console = wide_console()
     axes = list(AXES) if args.grow == ALL else [args.grow]
     mode = args.modes[-1]
     with reporting(console) as report:
-        growth.points = grow(axes, growth.base, device, mode, clock_of(device), report)
+        points = grow(axes, base, device, mode, clock_of(device), report)
+    growth = Growth(command, base, environment(device), points)
     write_json(args.out / "grow.json", growth.as_dict())
     write_text(args.out / "grow.md", growth_markdown(growth))
-    draw_growth(args.out / "grow.png", growth.points)
+    draw_growth(args.out / "grow.png", points)
     console.print(f"written: {args.out}/grow.json, grow.md, grow.png", highlight=False)
 
 

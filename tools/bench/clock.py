@@ -66,7 +66,7 @@ def _cuda_step(trial: Trial) -> StepTime:
 
 
 def elapsed_ms(device: torch.device, work: Callable[[], None]) -> float:
-    """Milliseconds of ``work`` on the same clock."""
+    """Milliseconds of ``work``, on the clock of the steps."""
     if device.type != "cuda":
         before = time.process_time()
         work()

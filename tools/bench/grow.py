@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,14 +40,14 @@ def sized(base: Size, axis: str, value: float) -> Size:
     return base.with_overrides({axis: whole})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Growth:
     """The rows of MEASURED at every point of the axes."""
 
     command: str
     base: Size
     environment: dict[str, str]
-    points: Mapping[str, Mapping[float, Sequence[Row]]] = field(default_factory=dict)
+    points: Mapping[str, Mapping[float, Sequence[Row]]]
 
     def as_dict(self) -> dict[str, Any]:
         points = {

@@ -112,11 +112,11 @@ class Bench:
     size: Size
     device: str
     """"cpu" or "cuda": decides what times and memory are measured with."""
+    rows: list[Row]
     environment: dict[str, str]
-    rows: list[Row] = field(default_factory=list)
     rounds_of_schedule: list[RoundsOfSchedule] = field(default_factory=list)
     reselection_ms: dict[str, float] = field(default_factory=dict)
-    """What the step that re-selects takes longer than another profiled one, by group."""
+    """By group, what the step that re-selects takes longer than another profiled one; and of one weight by itself."""
     import_s: dict[str, float] = field(default_factory=dict)
     warm_start_s: list[float] = field(default_factory=list)
 
