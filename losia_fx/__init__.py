@@ -29,7 +29,7 @@ from .errors import (
     TransformError,
     UnsupportedGraphError,
 )
-from .inspect import controller, report, subnets
+from .inspect import controller, dense, report, stepped, subnets
 from .report import Report
 from .state import Subnet
 from .transform import restore, transform
@@ -55,12 +55,14 @@ __all__ = [
     "TransformError",
     "UnsupportedGraphError",
     "controller",
+    "dense",
     "load_delta",
     "load_state_dict",
     "report",
     "restore",
     "save_delta",
     "state_dict",
+    "stepped",
     "subnets",
     "transform",
 ]

@@ -5,9 +5,10 @@ Checked against torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -29,10 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CompilerFailed",
     "OptimizedModule",
+    "active_ddp",
     "aot_compiler",
     "compile_call",
     "compiled_apart",
+    "compiled_call",
     "ddp_group",
+    "ddp_ignores",
     "fake_inputs",
     "graph_counts",
     "graph_task_id",
@@ -40,9 +45,13 @@ __all__ = [
     "inner_compiler",
     "input_index",
     "install_call",
-    "is_compiled_in_place",
+    "install_calls",
+    "is_exporting",
+    "is_jit_tracing",
     "keep_saved_tensors",
+    "not_installed",
     "on_joint_graph",
+    "own_code",
     "plain_call",
     "region_inputs",
     "runs_uncompiled",
@@ -182,18 +191,60 @@ def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit
     return compiled
 
 
+_CALL = "_compiled_call_impl"
+
+
 def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
-    if call is None:
-        module.__dict__.pop("_compiled_call_impl", None)
-    else:
-        module._compiled_call_impl = call
+    install_calls([(module, call)])
+
+
+def install_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
+    """As ``install_call``, of many at once; past Module.__setattr__, which would take ten times as long."""
+    for module, call in calls:
+        if call is None:
+            module.__dict__.pop(_CALL, None)
+        else:
+            module.__dict__[_CALL] = call
+
+
+def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:
+    """The modules that run something else than what ``install_call`` gave them."""
+    return [module for module, call in calls.items() if module.__dict__.get(_CALL) is not call]
 
 
 def ddp_group() -> ProcessGroup | None:
     """The processes of the DistributedDataParallel whose forward is under way; None outside of one."""
-    ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    ddp = active_ddp()
     return None if ddp is None else ddp.process_group
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, by which Dynamo tells frames and counts their graphs."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is under way; None outside of one."""
+    found: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return found
+
+
+def ddp_ignores(module: nn.Module, add: Collection[str] = (), remove: Collection[str] = ()) -> None:
+    """Parameters and buffers, by name, that a DistributedDataParallel made around ``module`` later leaves alone.
+
+    Documented in DistributedDataParallel, but experimental: the names are an attribute of the module.
+    """
+    names = set(getattr(module, _DDP_IGNORES, ()))
+    names = (names | set(add)) - set(remove)
+    if names:
+        setattr(module, _DDP_IGNORES, sorted(names))
+    elif hasattr(module, _DDP_IGNORES):
+        delattr(module, _DDP_IGNORES)
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 def whole_graphs(under_ddp: bool) -> AbstractContextManager[Any]:
@@ -240,9 +291,19 @@ def on_joint_graph(edit: Callable[[fx.GraphModule], Any]) -> Iterator[None]:
         yield
 
 
-def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether Module.compile() was called on ``module``."""
-    return module._compiled_call_impl is not None
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What runs instead of the module's own call: that of Module.compile(), or what ``install_call`` put there."""
+    found: Callable[..., Any] | None = module._compiled_call_impl
+    return found
+
+
+def is_exporting() -> bool:
+    """Whether torch.export (strict or not), torch.onnx or torch.jit is tracing: what is made has no training in it."""
+    return torch.compiler.is_exporting() or is_jit_tracing()
+
+
+def is_jit_tracing() -> bool:
+    return bool(torch._C._get_tracing_state())
 
 
 def runs_uncompiled(function: Callable[..., Any]) -> Any:

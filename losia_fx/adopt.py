@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._compat import OptimizedModule, ddp_group, is_compiled_in_place
-from .attach import ask_for_gradients, attach
+from ._compat import OptimizedModule, compiled_call, ddp_group
+from .attach import Watch, ask_for_gradients, attach
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
-from .controller import CONTROLLERS, Controller, controller_of
+from .controller import Controller, controller_of
 from .errors import TransformError
 from .optimizers import adopt_subnets, live_optimizers
 from .plan_model import judge_weights
-from .state import SubnetState, resolve
-
-_refused: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
-"""Weights that were looked at and are to learn in full, by id."""
+from .registry import CONTROLLERS, DENSE, resolve
+from .state import SubnetState
 
 
 def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
@@ -38,11 +35,11 @@ def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
         return
     for root, mine in _by_root(fresh):
         _adopt_into(root, mine, config)
-    _refused.update({id(weight): weight for weight in fresh if resolve(weight) is None})
+    DENSE.update({id(weight): weight for weight in fresh if resolve(weight) is None})
 
 
 def _is_known(weight: nn.Parameter) -> bool:
-    return _refused.get(id(weight)) is weight or resolve(weight) is not None
+    return DENSE.get(id(weight)) is weight or resolve(weight) is not None
 
 
 def _refuse_ddp() -> None:
@@ -89,11 +86,18 @@ def _whole_modules(root: nn.Module, seen: set[int]) -> set[int]:
     """``seen``, and the parameters of every module compiled in place that holds one of them."""
     wanted = set(seen)
     for module in root.modules():
-        if is_compiled_in_place(module) or isinstance(module, OptimizedModule):
+        if _is_compiled(module):
             inside = {id(parameter) for parameter in module.parameters()}
             if inside & seen:
                 wanted |= inside
     return wanted
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By Module.compile(), or by torch.compile(module) around it."""
+    call = compiled_call(module)
+    in_place = call is not None and (not isinstance(call, Watch) or call.before is not None)
+    return in_place or isinstance(module, OptimizedModule)
 
 
 class _ModuleTree:

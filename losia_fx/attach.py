@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,20 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ._compat import runs_uncompiled
+from . import registry
+from ._compat import compiled_call, install_call, install_calls, is_jit_tracing, plain_call, runs_uncompiled
+from .errors import StateError, listed
 from .ops import subnet_linear, subnet_weight
-from .state import ATTRIBUTE, SubnetState, resolve
+from .registry import resolve
+from .state import ATTRIBUTE, SubnetState
 from .taps import tap
-
-RAN_OUTSIDE: weakref.WeakSet[SubnetState] = weakref.WeakSet()
-"""Subnets whose weight ran outside a rewritten graph since the controller last looked."""
-
-
-RAN_BLIND: weakref.WeakSet[SubnetState] = weakref.WeakSet()
-"""Subnets whose weight ran with gradients off in the midst of a forward that has them on."""
 
 
 def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
@@ -41,40 +35,92 @@ def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
         owner._apply = functools.partial(_apply_keeping_subnets, owner)  # type: ignore[method-assign]
     state.register(rows, cols)
     state.hooks += [
+        owner.register_state_dict_pre_hook(_before_state_dict),
         owner.register_state_dict_post_hook(_hide_subnets),
         owner.register_load_state_dict_post_hook(_after_load),
     ]
 
 
-def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[RemovableHandle]:
+def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[Watch]:
     """Has modules see to their weights also where no graph does.
 
     owners: modules that hold a weight with a subnet; what they do with it goes through the subnet. around: the modules
     right around them, which may use their weights without calling them; there the weights ask for their gradient.
     """
-    hooks: list[RemovableHandle] = []
-    for module in owners:
-        hooks.append(module.register_forward_pre_hook(_before_owner))
-        hooks.append(module.register_forward_hook(_after_owner, always_call=True))
-    for module in around:
-        hooks.append(module.register_forward_pre_hook(_before_around))
-        hooks.append(module.register_forward_hook(_after_around, always_call=True))
-    return hooks
+    return [Watch(module, call_owner) for module in owners] + [Watch(module, call_around) for module in around]
+
+
+WATCH = "_losia_watch"
+"""Attribute of a watched module: its Watch, which so goes with copies of it, where torch drops a compiled call."""
+
+
+class Watch:
+    """What calling a module runs instead of the module's own call, in the place where Module.compile() puts its own.
+
+    Not hooks: a module with hooks is called the long way round, also where gradients are off, and Dynamo makes a graph
+    for each. Without any, it goes from the call straight to the forward, and knows nothing of this.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        self.module, self._run = module, run
+        self.before = compiled_call(module)
+        """The user's own Module.compile(), which serves while gradients are off, and comes back in the end."""
+        self.install()
+
+    def install(self) -> None:
+        self.module.__dict__[WATCH] = self
+        install_call(self.module, self)
+
+    @property
+    def installed(self) -> bool:
+        return compiled_call(self.module) is self
+
+    def remove(self) -> None:
+        self.module.__dict__.pop(WATCH, None)
+        if self.installed:
+            install_call(self.module, self.before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "_run": self._run, "before": None}  # as torch drops it from copies
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.install()
+
+    @runs_uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo folds is_compiling() to True: what it inlines leaves no trace in a graph.
+        if torch.compiler.is_compiling() or is_jit_tracing():
+            return plain_call(self.module, *args, **kwargs)
+        return self._run(self, *args, **kwargs)
+
+    @runs_uncompiled
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None and not torch.is_grad_enabled():
+            return self.before(*args, **kwargs)
+        return plain_call(self.module, *args, **kwargs)
 
 
 def detach(state: SubnetState) -> None:
     """Takes everything off again; W stays as trained."""
-    if (hook := _CUT_DOWN.pop(state.weight, None)) is not None:
+    weight = state.owner._parameters.get(state.parameter)
+    if weight is not None and (hook := registry.CUT_DOWN.pop(weight, None)) is not None:
         hook.remove()
     state.unregister()
-    RAN_OUTSIDE.discard(state)
     if ATTRIBUTE not in state.owner.__dict__:
-        del state.owner.__dict__["_apply"]
+        state.owner.__dict__.pop("_apply", None)
 
 
 def _states(module: nn.Module) -> dict[str, SubnetState]:
     states: dict[str, SubnetState] = module.__dict__.get(ATTRIBUTE, {})
     return states
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    for state in _states(module).values():
+        if (controller := registry.follower(state)) is not None:
+            controller.mend()
+        look_at(state, values=True)
 
 
 def _hide_subnets(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -88,19 +134,37 @@ def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key.rpartition(".")[2] not in hidden]
     for state in states.values():
         state.reload()
+        if state.agreement is not None:
+            state.agreement.remember([state], places=True)
 
 
 def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, but S is moved and never narrowed: .bfloat16() would round its small updates away."""
-    kept = [tensor for state in _states(owner).values() for tensor in (state.values, state.values.grad)]
+    """nn.Module._apply, but S is moved and never narrowed: .bfloat16() would round its small updates away.
+
+    rows and cols keep what they say whatever becomes of the weights (to_empty()), and what a slot has gathered so far
+    goes where its weight goes.
+    """
+    states = list(_states(owner).values())
+    kept = [tensor for state in states for tensor in (state.values, state.values.grad)]
+    indices = [index for state in states for index in (state.rows, state.cols)]
 
     def guarded(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
+        if any(tensor is index for index in indices):
+            if tensor.is_meta and not moved.is_meta:
+                raise StateError(
+                    f"{listed([state.name for state in states])}: where the subnets lie was lost on the meta device: "
+                    "call losia_fx.transform once the weights are on a real one"
+                )
+            return tensor.to(moved.device)
         if moved.dtype == tensor.dtype or not any(tensor is subnet for subnet in kept):
             return moved
         return tensor.to(moved.device, torch.promote_types(tensor.dtype, moved.dtype))
 
     applied: nn.Module = type(owner)._apply(owner, guarded, recurse)
+    for state in states:
+        if state.profile is not None:
+            state.profile.to(state.weight.device)
     return applied
 
 
@@ -109,7 +173,7 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     state = resolve(weight) if torch.is_grad_enabled() else None
     if state is None:
         return F.linear(input, weight, bias)
-    RAN_OUTSIDE.add(state)
+    registry.RAN_OUTSIDE.add(state)
     ticket = tap(input.detach(), state.handle, 0)
     result: Tensor = subnet_linear(
         input, weight, state.values, state.rows, state.picked_cols, bias, ticket, state.handle, 0
@@ -124,7 +188,7 @@ def eager_weight(value: Any) -> Any:
     state = resolve(value)
     if state is None:
         return value
-    RAN_OUTSIDE.add(state)
+    registry.RAN_OUTSIDE.add(state)
     return _whole(state)
 
 
@@ -180,8 +244,8 @@ def _replaced(value: Any) -> Any:
 
 class _Entered(threading.local):
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, _EagerSubnets]] = []
-        self.asking: list[tuple[nn.Module, list[nn.Parameter]]] = []
+        self.modes = 0
+        """Modules under way that have entered the mode."""
         self.calls = 0
         """Forwards of transformed models under way, with gradients on."""
         self.paused = False
@@ -202,51 +266,74 @@ def compiled_region() -> Iterator[None]:
 
 
 @runs_uncompiled
-def _before_owner(module: nn.Module, args: Any) -> None:
-    # Dynamo folds is_compiling() to True: the hooks leave no trace in a graph. Running at all means: no graph does.
-    if torch.compiler.is_compiling():
-        return
+def call_owner(watch: Watch, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module whose weights have subnets. Running at all means: no graph of ours holds this call."""
+    module = watch.module
+    if not _entered.calls:
+        for state in _states(module).values():
+            look_at(state)
     if not torch.is_grad_enabled():
         if _entered.calls:
-            RAN_BLIND.update(_states(module).values())
-        return
-    if _entered.stack:  # a module around this one has seen to it
-        return
-    mode = _EagerSubnets()
-    mode.__enter__()  # type: ignore[no-untyped-call]
-    _entered.stack.append((module, mode))
+            registry.RAN_BLIND.update(_states(module).values())
+        return watch.plain(*args, **kwargs)
+    if _entered.modes:  # a module around this one has seen to it
+        return watch.plain(*args, **kwargs)
+    _entered.modes += 1
+    try:
+        with _EagerSubnets():
+            return watch.plain(*args, **kwargs)
+    finally:
+        _entered.modes -= 1
 
 
 @runs_uncompiled
-def _after_owner(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if _entered.stack and _entered.stack[-1][0] is module:
-        _entered.stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+def call_around(watch: Watch, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module right around those, which may use their weights without calling them."""
+    if not torch.is_grad_enabled():
+        return watch.plain(*args, **kwargs)
+    inside = [state for child in watch.module.children() for state in _states(child).values()]
+    asked = ask_for_gradients(inside)
+    try:
+        return watch.plain(*args, **kwargs)
+    finally:
+        stop_asking(asked)
 
 
-@runs_uncompiled
-def _before_around(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    inside = [state for child in module.children() for state in _states(child).values()]
-    _entered.asking.append((module, ask_for_gradients(inside)))
+PART_LOOKS = 3
+"""Uses of a weight, outside of forwards of the whole model, that compare values whatever the versions say."""
 
 
-@runs_uncompiled
-def _after_around(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if _entered.asking and _entered.asking[-1][0] is module:
-        for weight in _entered.asking.pop()[1]:
-            weight.requires_grad_(False)
+def look_at(state: SubnetState, values: bool = False) -> None:
+    """Before a use of a weight that no forward of the whole model has looked at: S and W agree."""
+    controller = registry.follower(state) if state.agreement is None else None
+    agreement = state.agreement if controller is None else controller.agreement
+    if (
+        agreement is None
+        or agreement.waiting
+        or not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
+    ):
+        return  # a copy without a controller; torch.func.functional_call
+    if any(agreement.moved(state)):
+        agreement.settle([state])
+    if values or agreement.vigilant or state.part_looks < PART_LOOKS:
+        state.part_looks += 1
+        if agreement.compare([state]):
+            agreement.vigilant = True
 
 
 # -- weights that ask for their gradient -----------------------------------------------------------------------------
 
 
-_CUT_DOWN: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
-"""The hook of each weight that has asked for its gradient."""
+@contextmanager
+def plain_forward(watches: Iterable[Watch]) -> Iterator[None]:
+    """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns, so
+    its modules are called as they were before."""
+    calls = [(watching.module, watching.before, watching) for watching in watches]
+    try:
+        install_calls((module, before) for module, before, _ in calls)
+        yield
+    finally:
+        install_calls((module, watching) for module, _, watching in calls)
 
 
 @contextmanager
@@ -263,8 +350,7 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
         yield
     finally:
         _entered.calls -= 1
-        for weight in asked:
-            weight.requires_grad_(False)
+        stop_asking(asked)
 
 
 def ask_for_gradients(states: Iterable[SubnetState]) -> list[nn.Parameter]:
@@ -275,11 +361,16 @@ def ask_for_gradients(states: Iterable[SubnetState]) -> list[nn.Parameter]:
         if not weight.requires_grad:
             weight.requires_grad_(True)
             asked.append(weight)
-            if weight not in _CUT_DOWN:
-                _CUT_DOWN[weight] = weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
-        elif weight not in _CUT_DOWN:
-            _CUT_DOWN[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
+            if weight not in registry.CUT_DOWN:
+                registry.CUT_DOWN[weight] = weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
+        elif weight not in registry.CUT_DOWN:
+            registry.CUT_DOWN[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
     return asked
+
+
+def stop_asking(weights: Iterable[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.requires_grad_(False)
 
 
 def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:
@@ -287,7 +378,7 @@ def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:
     found = weight()
     state = None if found is None else resolve(found)
     if state is not None and grad is not None:
-        RAN_OUTSIDE.add(state)
+        registry.RAN_OUTSIDE.add(state)
         state.take_gradient(grad)
 
 

@@ -31,11 +31,12 @@ from losia_fx.passes import (
 )
 
 from ._compat import fake_inputs, inner_compiler, keep_saved_tensors, on_joint_graph
-from .attach import RAN_BLIND, compiled_region, eager_linear, eager_weight
+from .attach import compiled_region, eager_linear, eager_weight
 from .config import LosiaConfig
 from .errors import ConfigError, LosiaWarning
 from .plan import SubnetPlan, SubnetSlot
-from .state import GRAPH_USES, GraphUses, SubnetState, find, resolve
+from .registry import GRAPH_USES, RAN_BLIND, GraphUses, find, resolve
+from .state import SubnetState
 
 log = logging.getLogger("losia_fx")
 
@@ -142,6 +143,7 @@ class CompiledGraph:
             state = resolve(inputs[slot.position])
             if state is None or not _fits(state, slot):
                 return None
+            state.ran = True
             tensors += state.inputs()
             handles.append(state.handle)
         if any(find(inputs[position]) is not None for position in self._bare):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .blocks import plain_name
 from .errors import DeltaError
-from .optimizers import parameters_of
+from .optimizers import Owned, owned, parameters_of
 from .pieces import BaseHistory, Piece, is_plain
 from .state import SubnetState
 
@@ -29,24 +30,28 @@ class FullBases:
     def __init__(self) -> None:
         self.histories: dict[str, BaseHistory] = {}
         self._seen = WeakIdKeyDictionary()
+        self._met: weakref.WeakKeyDictionary[Optimizer, Owned] = weakref.WeakKeyDictionary()
+        """Optimizers whose parameters have all been seen, with what they owned of ours then."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"histories": self.histories}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.histories, self._seen = state["histories"], WeakIdKeyDictionary()
+        self.histories, self._seen, self._met = state["histories"], WeakIdKeyDictionary(), weakref.WeakKeyDictionary()
 
     def clear(self) -> None:
         self.histories.clear()
         self._seen.clear()
+        self._met.clear()
 
-    def remember(self, root: nn.Module, parameters: Iterable[Tensor], subnets: Iterable[SubnetState]) -> None:
-        """Copies those of ``parameters`` that are of ``root``, learn, and are met for the first time."""
-        hidden = {id(state.values) for state in subnets}
-        others = (parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in hidden)
-        fresh = [parameter for parameter in others if parameter not in self._seen]
-        if not fresh:  # all but the first step
+    def remember(self, root: nn.Module, optimizer: Optimizer, subnets: Iterable[SubnetState]) -> None:
+        """Copies what ``optimizer`` steps of ``root``, beside the subnets, and is met for the first time."""
+        if self._met.get(optimizer) is (now := owned(optimizer)):  # all but the first step
             return
+        self._met[optimizer] = now
+        hidden = {id(state.values) for state in subnets}
+        others = (p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in hidden)
+        fresh = [parameter for parameter in others if parameter not in self._seen]
         names = {id(parameter): plain_name(name) for name, parameter in root.named_parameters()}
         for parameter in fresh:
             self._seen[parameter] = True
@@ -63,7 +68,7 @@ def remember_base(controller: Controller, optimizer: Optimizer, mine: list[Subne
             state.base.restarted = False
     for state in mine:
         state.base.open(state.weight, state.rows, state.cols)
-    controller.full.remember(controller.root, parameters_of(optimizer), controller.states)
+    controller.full.remember(controller.root, optimizer, controller.states)
 
 
 def _restarted(controller: Controller) -> bool:

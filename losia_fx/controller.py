@@ -1,30 +1,33 @@
-"""Controller: follows the optimizers through torch's global step hooks, and is the only writer of training state.
+"""Controller: the schedule of one model's subnets, and the only writer of its training state.
 
-An optimizer step is: keep S of a rewarming group -> (the step) -> importance from G and the W of before -> rewarm ->
-W[rows, cols] = S -> count -> at the end of a slot re-select and go on to the next group.
+An optimizer step is: S and W agree -> (the step) -> importance from G and the W of before -> rewarm ->
+W[rows, cols] = S -> count -> at the end of a slot re-select and go on to the next group. Wherever that is cut short,
+the next use of the model finds what is left to do. Which steps are whose is in step_hooks.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import warnings
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from . import snapshot
-from .attach import RAN_BLIND, RAN_OUTSIDE, watch
-from .base_history import FullBases, remember_base
+from . import notices, registry, snapshot, step_hooks, steps
+from ._compat import compiled_call, not_installed
+from .agreement import Agreement
+from .attach import Watch, watch
+from .base_history import FullBases
 from .blocks import plain_name
 from .config import LosiaConfig
-from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
+from .errors import LosiaError, StateError, listed
 from .kernels import update_importance, write_back
 from .localize import (
     Fit,
@@ -38,30 +41,34 @@ from .localize import (
     select_subnet,
     share_moved,
 )
+from .module_tree import ModuleTree
 from .optimizers import (
-    adopt_subnets,
-    follow_optimizers,
     found_inf,
     grad_scale,
     has_stepped,
     live_optimizers,
+    note_made_state,
+    outermost,
     owned_states,
-    restart_state,
-    weights_without_subnet,
+    restart_states,
 )
+from .ranks import Ranks
 from .schedule import ends_slot, profiled_groups, rewarm_factor, slot_groups
-from .state import COPIES, Profile, SubnetState, states_of
+from .state import Profile, SubnetState, states_of
+from .subnet import scatter
 from .taps import drop_taps
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 log = logging.getLogger("losia_fx")
 
 CONTROLLER = "_losia_controller"
 """Attribute of a model's root module: its Controller."""
 
-CONTROLLERS: weakref.WeakSet[Controller] = weakref.WeakSet()
+FIRST_LOOKS = 3
+"""Looks at a model after a change of its weights or subnets that compare values, whatever the versions say."""
+LATER_LOOKS = 16
+"""One in so many forwards between which no step was seen compares values, once the first few were found right."""
+UNSEEN_MOVES = 3
+"""Forwards in a row that find S moved without a step, from which on somebody else must be stepping it."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ class Controller:
 
     def __init__(self, root: nn.Module, config: LosiaConfig, by_string: bool = False) -> None:
         self.root, self.config, self.by_string = root, config, by_string
-        self.required_grad: dict[str, bool] = {}
-        """requires_grad of every parameter before the transformation."""
+        self.required_grad: dict[str, tuple[nn.Parameter, bool]] = {}
+        """Every parameter, by name, and its requires_grad before the transformation."""
         self.roles: dict[str, Role] = {}
         """By parameter name, as planned."""
         root.__dict__[CONTROLLER] = self
@@ -116,44 +123,70 @@ class Controller:
         self.states: list[SubnetState] = []
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.hooks: list[RemovableHandle] = []
-        self._watched: tuple[set[nn.Module], set[nn.Module]] = (set(), set())
-        self.ranks: ProcessGroup | None = None
-        """The processes over which DistributedDataParallel averages S.grad: G must be averaged over the same."""
-        self._loaded = False
-        """A state came in, and no step has been taken from it yet."""
-        self._forget_step()
-        self._enlist()
+        self.watches: dict[nn.Module, Watch] = {}
+        self.told: set[str] = set()
+        """Of losia_fx.notices, what has been said once."""
+        self.number = registry.number(self)
+        self.copied_from: int | None = None
+        """Number of the controller that this one was copied from."""
+        self._selecting: list[int] = []
+        """Groups whose slot has ended and that have not moved yet."""
+        self._begin()
 
-    def _enlist(self) -> None:
-        follow_optimizers(before_step, after_step)
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        CONTROLLERS.add(self)
+    def _begin(self) -> None:
+        """What is not carried over to a copy."""
+        self.ranks = Ranks()
+        self._agreement: Agreement | None = None
+        self._tree: ModuleTree | None = None
+        self._owners: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Whose steps t waits for: the outermost optimizers that have stepped subnets lately."""
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+        self._idle = True
+        """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
+        self._looks = FIRST_LOOKS
+        self._learned: bool | None = None
+        self._seen_step = True
+        self._waits = 0
+        self._unseen_moves = 0
+        self._modes: list[bool | None] = []
+        self._open: set[SubnetState] = set()
+        """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
+        self._moving = False
+        """Some subnet is on its way to another place."""
+        self._last: dict[SubnetState, Tensor] = {}
+        """S at the end of a step that was made by hand, where the next one is rewarmed."""
+        self._forget_step()
+        step_hooks.follow()
+        registry.CONTROLLERS.add(self)
+        registry.changed()
 
     def _forget_step(self) -> None:
         self._stepped: set[SubnetState] = set()
-        self._before: dict[SubnetState, Tensor] = {}
+        self._before: dict[SubnetState, tuple[Tensor, int]] = {}
+        """S before the step, and the version of W then, where either is needed after it."""
         self._fits: dict[SubnetState, Fit | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_optimizers", "_stepped", "_before", "_fits", "generator", "ranks")
-        kept = {key: value for key, value in self.__dict__.items() if key not in gone}
-        return {**kept, "generator": self.generator.get_state()}
+        gone = ("generator", "ranks", "told")
+        kept = {key: value for key, value in self.__dict__.items() if key not in gone and not _is_passing(key)}
+        return {**kept, "generator": self.generator.get_state(), "copied_from": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.generator = torch.Generator()
         self.generator.set_state(state["generator"])
-        self.ranks = None
-        COPIES.difference_update(self.states)
-        self._forget_step()
-        self._enlist()
+        self.told, self._selecting = set(), []
+        registry.COPIES.difference_update(self.states)
+        self.number = registry.number(self)
+        self._begin()
 
     def leave(self) -> None:
         """Lets go of the model: no step is followed any more."""
-        CONTROLLERS.discard(self)
-        for hook in self.hooks:
-            hook.remove()
+        registry.CONTROLLERS.discard(self)
+        registry.changed()
+        for watching in self.watches.values():
+            watching.remove()
         self.states, self.groups = [], []
         self.root.__dict__.pop(CONTROLLER, None)
 
@@ -161,6 +194,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """As losia_fx.state_dict(model); accelerator.register_for_checkpointing(controller) takes it from here."""
+        self.look()
         return snapshot.collect(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -174,7 +208,9 @@ class Controller:
         self.history = [Event(*event) for event in history]
         self._forget_step()
         self._stepped = stepped
-        self._loaded = True
+        self._open.clear()
+        self._selecting = []
+        self.agreement.waiting = True
 
     @property
     def stepped(self) -> frozenset[SubnetState]:
@@ -189,6 +225,106 @@ class Controller:
                 "model's weights of the same checkpoint as well (in either order)"
             )
 
+    def settle_last(self) -> None:
+        """As ``look``, before the subnets are taken off; where the two cannot agree, W counts."""
+        with suppress(StateError):
+            self.look()
+
+    def required_before(self) -> list[tuple[nn.Parameter, bool]]:
+        """Every parameter with the requires_grad that it had before the transformation."""
+        now = {plain_name(name): parameter for name, parameter in self.root.named_parameters()}
+        return [
+            *self.required_grad.values(),
+            *((now[name], b) for name, (_, b) in self.required_grad.items() if name in now),
+        ]
+
+    # -- S and W agree --------------------------------------------------------------------------------------------
+
+    @property
+    def agreement(self) -> Agreement:
+        """Of a copy made when first asked for: its modules have no parameters yet when its controller is made."""
+        if self._agreement is None:
+            self._agreement = Agreement(self.states)
+            self._agreement.averaged = self.copied_from is not None
+        return self._agreement
+
+    def look(self, learns: bool | None = None) -> None:
+        """Before any use of the model: whatever moved S or W since the last one, they agree afterwards.
+
+        learns: of a forward, whether gradients are on; None for any other use, which compares values too.
+        Raises StateError where they cannot agree.
+        """
+        if self.agreement.waiting:
+            if snapshot.strays(self.states):
+                return  # the weights of the loaded state are still to come; a step would say so
+            self.agreement.waiting = False
+            self.agreement.remember(places=True)
+        self.mend()
+        self._agree(self._compares(learns), learns)
+        if learns is not None:
+            self._learned = learns
+        if learns:
+            self._seen_step = self.agreement.averaged = False
+
+    def _agree(self, values: bool, learns: bool | None) -> None:
+        """values: whether to compare those too."""
+        if moved := self.agreement.differing():
+            self._note(self.agreement.settle(moved, self._idle), learns)
+        if values and (written := self.agreement.compare()):
+            self.agreement.vigilant = True
+            self._note(written, learns)
+
+    def _compares(self, learns: bool | None) -> bool:
+        """Whether a look is to compare values too: where a write that no version shows is likely, or would last."""
+        if learns is None or self.agreement.vigilant or learns != self._learned:
+            return True
+        if self._looks:
+            self._looks -= 1
+            return True
+        if not learns or self._seen_step:
+            return False
+        self._waits += 1  # micro-batches, or a step that nobody tells us of
+        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0
+
+    def _note(self, written: list[SubnetState], learns: bool | None) -> None:
+        """``written``: subnets whose S somebody moved outside of a followed step."""
+        if not written or steps.under_way():
+            return
+        if learns:
+            self._idle = False
+            self._unseen_moves += 1
+            if self._unseen_moves == UNSEEN_MOVES:
+                notices.warn_standing(self, written)
+        elif not self._modes_switched():
+            notices.warn_averaged(self, written)
+
+    def _modes_switched(self) -> bool:
+        """Whether an optimizer that has a mode for evaluation (schedule-free) says that it has just gone into another:
+        then it was the one that moved S, as it should."""
+        modes = [group.get("train_mode") for each in self._known for group in each.param_groups]
+        before, self._modes = self._modes, modes
+        return modes != before
+
+    def mend(self) -> None:
+        """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
+        if not (self._open or self._moving) or steps.under_way():
+            return
+        self._finish_moves(self.states)
+        self._write_back(list(self._open))
+        self.agreement.remember(self._open)
+        self._open.clear()
+        self._before.clear()
+        self._fits.clear()
+
+    def check_tree(self) -> None:
+        """Raises StateError where the model is not built any more as it was transformed."""
+        if self._tree is None:
+            self._tree = ModuleTree(self.root, self.states)
+        self._tree.check()
+        for module in not_installed(self.watches):  # Module.compile() since then: it serves while gradients are off
+            self.watches[module].before = compiled_call(module)
+            self.watches[module].install()
+
     # -- what the schedule says -----------------------------------------------------------------------------------
 
     def set_groups(self, states: list[SubnetState], groups: list[list[str]]) -> None:
@@ -197,18 +333,26 @@ class Controller:
         number = {name: index for index, names in enumerate(groups) for name in names}
         for state in states:
             state.group = number[state.name]
+        self.follow()
         self._open_slot()
+
+    def follow(self) -> None:
+        """Notes what S and W are now, and where in the model: both agree."""
+        self._agreement, self._tree = Agreement(self.states), None
+        self._looks = FIRST_LOOKS
 
     def watch(self, names: Iterable[str]) -> None:
         """Has the modules of these names, and those right around them, look after weights that no graph runs."""
         modules = {plain_name(name): found for name, found in self.root.named_modules(remove_duplicate=False)}
-        owners, around = self._watched
-        new_owners = dict.fromkeys(modules[name] for name in names if modules[name] not in owners)
+        owners = [modules[name] for name in names]
         parents = [modules[name.rpartition(".")[0]] for name in names if name]
-        new_around = dict.fromkeys(parent for parent in parents if parent not in around)
-        self.hooks += watch(new_owners, new_around)
-        owners.update(new_owners)
-        around.update(new_around)
+        fresh = [[m for m in dict.fromkeys(some) if self._is_to_watch(m)] for some in (owners, parents)]
+        self.watches.update((watching.module, watching) for watching in watch(*fresh))
+
+    def _is_to_watch(self, module: nn.Module) -> bool:
+        """The root sees to itself, and so does what backend="losia" compiles in place."""
+        compiled = self.by_string and compiled_call(module) is not None
+        return module is not self.root and module not in self.watches and not compiled
 
     @property
     def active(self) -> int | None:
@@ -216,12 +360,19 @@ class Controller:
         groups = profiled_groups(self.config, len(self.groups), self.step)
         return groups[0] if len(groups) == 1 else None
 
+    def others(self) -> Iterable[nn.Parameter]:
+        """The parameters that have no subnet and are none."""
+        known = {id(p) for s in self.states for p in (s.owner._parameters.get(n) for n in (s.parameter, s.values_name))}
+        return (parameter for parameter in self.root.parameters() if id(parameter) not in known)
+
     def members(self, group: int) -> list[SubnetState]:
         return [state for state in self.states if state.group == group]
 
     def _open_slot(self) -> None:
         profiled = profiled_groups(self.config, len(self.groups), self.step)
         for state in self.states:
+            if state.group in self._selecting:
+                continue  # its score is still to be used
             if state.group not in profiled:
                 state.profile = None
             elif state.profile is None:
@@ -229,73 +380,154 @@ class Controller:
 
     # -- around an optimizer's step -------------------------------------------------------------------------------
 
+    def is_rehearsal(self, optimizer: Optimizer, mine: list[SubnetState]) -> bool:
+        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no forward came
+        before it, its rate is 0 and so are its gradients."""
+        if not self._seen_step or any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+            return False
+        return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
+
     def before(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
-        """``mine``: this optimizer's subnets. ``closure``: the gradients are made within the step."""
-        if optimizer not in self._optimizers:
-            # Others may own subnets too and step after this one: t waits for all of them.
-            others = [each for each in live_optimizers() if owned_states(each, self.states)]
-            self._check_moments([each for each in others if each not in self._optimizers])
-            self._optimizers.update(others)
-        if self._loaded:
+        """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are
+        made within the step."""
+        self.check_tree()
+        resumed = self.agreement.waiting
+        if resumed:
             self.check_weights()
-            self._loaded = False
+            self.look(learns=True)
+        self.mend()
+        self._agree(self.agreement.vigilant, learns=True)
+        if optimizer not in self._known:
+            self._meet(optimizer, resumed)
+        if not self._stepped.isdisjoint(mine):
+            self._drop_silent_owners()
+        self._owners.add(optimizer)
         for state in mine:
-            if self._rewarm_share(state) < 1.0:
-                self._before[state] = state.values.detach().clone()
+            state.notice_gradient()
+            if state.profile is not None or state.rewarm_from is not None:
+                self._before[state] = (state.values.detach().clone(), state.weight._version)
         if not closure:
-            self._fits.update(self._fit(optimizer, mine))
+            self._fits.update(self._fit([optimizer], mine))
+        self._open.update(mine)
 
-    def _check_moments(self, fresh: list[Optimizer]) -> None:
-        """Warns of optimizers, seen for the first time, that were resumed where the subnets were not."""
-        resumed = self._loaded or self.step > 0 or self.by_string  # by string, moments of W come along
-        if not resumed and any(has_stepped(each, s.values) for each in fresh for s in owned_states(each, self.states)):
-            warnings.warn(
-                "losia_fx: the optimizer goes on from an earlier run, but the subnets do not: their places were drawn "
-                "anew and the moments belong to others. Load the LoSiA state too (losia_fx.load_state_dict; for a "
-                "Trainer, losia_fx.LosiaCallback)",
-                LosiaWarning,
-                stacklevel=2,
-            )
+    def _meet(self, optimizer: Optimizer, resumed: bool) -> None:
+        """An optimizer that steps for the first time: it and all others that hold subnets are looked at."""
+        found = [each for each in live_optimizers() if owned_states(each, self)]
+        fresh = [each for each in found if each not in self._known]
+        for each in fresh:
+            note_made_state(each, owned_states(each, self))
+        resumed = resumed or self.step > 0 or self.by_string  # by string, moments of W come along
+        if not resumed and any(has_stepped(each, s) for each in fresh for s in owned_states(each, self)):
+            notices.warn_resumed()
+        if self.by_string and not self._known:
+            notices.warn_lists(self.states)
+        if not self._known:
+            # Others may own subnets too and step after this one: t waits for all of them.
+            self._owners.update(outermost(found))
+        self._known.update(found)
 
-    def after(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
-        if found_inf(optimizer):
+    def _drop_silent_owners(self) -> None:
+        """A subnet is stepped again before t has counted: it waited for optimizers that have fallen out of use."""
+        silent = [each for each in self._owners if not self._stepped.issuperset(owned_states(each, self))]
+        self._owners.difference_update(silent)
+        self._advance(late=True)
+
+    def after(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
+        """optimizers: the outermost one and those that stepped within it."""
+        if any(found_inf(each) for each in optimizers):
             self._before.clear()
             self._fits.clear()
+            self._open.difference_update(mine)
             return
         if closure:
-            self._fits.update(self._fit(optimizer, mine))
-        for state in mine:
-            self._update_importance(state)
-            self._rewarm(state)
-        self._write_back(mine)
-        self._stepped.update(mine)
-        if self._stepped.issuperset(self._owned()):
+            self._fits.update(self._fit(optimizers, mine))
+        self._finish(mine)
+        if self._stepped.issuperset(self.owned()):
             self._advance()
 
-    def _owned(self) -> Iterable[SubnetState]:
-        """The subnets that some live optimizer steps: t counts once all of them have been."""
-        return (state for optimizer in self._optimizers for state in owned_states(optimizer, self.states))
+    def owned(self) -> Iterable[SubnetState]:
+        """The subnets that optimizers in use step: t counts once all of them have been."""
+        return itertools.chain.from_iterable(owned_states(each, self) for each in self._owners)
 
-    def _advance(self) -> None:
-        last, self.step = self.step, self.step + 1
+    def made_by_hand(self) -> None:
+        """A step that no optimizer made: S has been moved, and its gradient is still there."""
+        self.check_tree()
+        mine = [state for state in self.states if state.values.grad is not None]
+        if not mine:
+            raise LosiaError(
+                "losia_fx.stepped: no subnet has a gradient. Call it after the parameters were moved and before their "
+                "gradients are zeroed"
+            )
+        if not self._stepped.isdisjoint(mine):
+            self._advance(late=True)
+        for state in mine:
+            before = self._last.pop(state, None)
+            if before is None:
+                before = state.block_of(state.weight.detach()).to(state.values.dtype)
+            self._before[state] = (before, state.weight._version)
+        self._open.update(mine)
+        self._fits.update(self._fit((), mine))
+        self._finish(mine)
+        self._owners.clear()
+        self._advance()
+        self._last = {s: s.values.detach().clone() for s in self.states if self._rewarm_share(s) < 1.0}
+
+    def _finish(self, mine: list[SubnetState]) -> None:
+        """Our part of a step, after the optimizer's."""
+        for state in mine:
+            state.notice_gradient()
+            if state.profile is not None:
+                self._update_importance(state)
+            if state.rewarm_from is not None:
+                self._rewarm(state)
+        self._write_back(mine)
+        self._before.clear()
+        self.agreement.remember(mine)
+        self._open.difference_update(mine)
+        self._stepped.update(mine)
+        self._idle, self._seen_step, self._unseen_moves = False, True, 0
+        self._select_due()
+
+    def _advance(self, late: bool = False) -> None:
+        """t counts. late: the gradients of another step are there already, so nothing may move before that is made."""
+        last = self.step
+        ends = ends_slot(self.config, last)
+        if ends:
+            self._selecting += slot_groups(self.config, len(self.groups), last)
+        self.step = last + 1
         self._forget_step()
         drop_taps(int(state.handle) for state in self.states)
-        if ends_slot(self.config, last):
-            for group in slot_groups(self.config, len(self.groups), last):
-                if self._reselect(group) is None:
-                    self._keep(group)
-            for state in self.states:
-                state.profile = None
+        if ends:
+            notices.warn_silent(self)
+            if not late:
+                self._select_due()
+            self._looks = max(self._looks, 1)
         self._open_slot()
+
+    def _select_due(self) -> None:
+        while self._selecting:
+            group = self._selecting[0]
+            if self._reselect(group) is None:
+                self._keep(group)
+            for state in self.members(group):
+                state.profile = None
+            self._selecting.pop(0)
+
+    @torch.no_grad()
+    def _unmove(self, state: SubnetState) -> None:
+        """W as it was before the step, where forwards within the step (SAM's second) have seen it moved."""
+        before, version = self._before[state]
+        if state.weight._version != version:
+            scatter(state.weight, state.rows, state.picked_cols, before.to(state.weight.dtype))
 
     # -- importance -----------------------------------------------------------------------------------------------
 
-    def _fit(self, optimizer: Optimizer, mine: list[SubnetState]) -> dict[SubnetState, Fit | None]:
+    def _fit(self, optimizers: Sequence[Optimizer], mine: list[SubnetState]) -> dict[SubnetState, Fit | None]:
         """How each profiled subnet's gradient, as the optimizer sees it, follows from its G."""
-        profiled = [(state, state.profile) for state in mine if state.profile is not None]
-        if self.ranks is not None:
+        profiled = [(s, s.profile) for s in mine if s.profile is not None and s.group not in self._selecting]
+        if (ranks := self.ranks.group()) is not None:
             for state, profile in profiled:
-                profile.average_ranks(state.weight, self.ranks)
+                profile.average_ranks(state.weight, ranks)
         pairs, found = {}, []
         for state, profile in profiled:
             seen, grad = state.values.grad, profile.grad
@@ -319,7 +551,7 @@ class Controller:
         for state in unknown if factors else ():
             # A gradient that is zero throughout says nothing of the factor: its neighbours do.
             fits[state] = fit_gradient(*pairs[state], fallback=factors[0])
-        scale = grad_scale(optimizer)  # a fused optimizer unscales inside its step
+        scale = math.prod(grad_scale(each) for each in optimizers)  # a fused optimizer unscales inside its step
         return {s: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for s, fit in fits.items()}
 
     def _update_importance(self, state: SubnetState) -> None:
@@ -328,6 +560,7 @@ class Controller:
             return
         fit = self._fits.pop(state)
         grad, profile.grad = profile.grad, None
+        self._unmove(state)
         if fit is None or grad is None:
             self.left_out += 1
             log.warning("losia_fx: step %d: %s: gradient left out of the importance", self.step, state.name)
@@ -357,14 +590,8 @@ class Controller:
     def _write_back(self, states: Sequence[SubnetState]) -> None:
         """S into W, a block at a time: blocks of one kind share their compiled form."""
         for _, block in itertools.groupby(states, key=lambda state: (state.group, state.whole_cols)):
-            members = list(block)
-            write_back(
-                [state.weight for state in members],
-                [state.rows for state in members],
-                [state.picked_cols for state in members],
-                [state.values for state in members],
-                self._compiles,
-            )
+            weights, rows, cols, values = zip(*(state.written() for state in block), strict=True)
+            write_back(weights, rows, cols, values, self._compiles)
 
     def _rewarm_share(self, state: SubnetState) -> float:
         if state.rewarm_from is None:
@@ -373,21 +600,27 @@ class Controller:
 
     @torch.no_grad()
     def _rewarm(self, state: SubnetState) -> None:
-        before = self._before.pop(state, None)
-        if before is not None:
-            state.values.copy_(before + self._rewarm_share(state) * (state.values - before))
-        elif state.rewarm_from is not None:
+        share = self._rewarm_share(state)
+        if share < 1.0:
+            before, _ = self._before[state]
+            state.values.copy_(before + share * (state.values - before))
+        else:
             state.rewarm_from = None
 
     def select(self, group: int) -> Event:
         """Re-selects the subnets of ``group`` now, from the importance gathered so far (or at random, if so set).
 
-        S is in W already; rows and cols are changed in place, S is gathered anew, its optimizer state starts afresh and
-        its learning rate is rewarmed. Raises LosiaError for a group that does not exist or has not been profiled.
+        rows and cols are changed in place, S is gathered anew, its optimizer state starts afresh and its learning rate
+        is rewarmed. Raises LosiaError for a group that does not exist or has not been profiled.
         """
         if not 0 <= group < len(self.groups):
             raise LosiaError(f"group {group} does not exist: there are {len(self.groups)}, counted from 0")
-        self._optimizers.update(live_optimizers())  # before the first step none is known
+        self.check_tree()
+        self.look()
+        if not self._known:  # before the first step
+            self._known.update(each for each in live_optimizers() if owned_states(each, self))
+            for each in self._known:
+                note_made_state(each, owned_states(each, self))
         event = self._reselect(group)
         if event is None:
             raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")
@@ -425,25 +658,37 @@ class Controller:
     def _move(self, state: SubnetState, selection: Selection) -> float:
         rows, cols = selection.rows.to(state.rows.device), selection.cols.to(state.cols.device)
         moved = share_moved((state.rows, state.cols), (rows, cols))
-        state.write_back()
-        state.move_to(rows, cols)
-        for optimizer in self._optimizers:
-            restart_state(optimizer, state.values)
+        state.base.visit(state.weight, rows, cols)
+        self._moving = True
         state.rewarm_from = self.step
+        state.pending = (rows, cols)
+        self._finish_moves([state])
         return moved
 
+    def _finish_moves(self, states: Iterable[SubnetState]) -> None:
+        """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
+        for state in states:
+            if state.pending is not None:
+                state.move_to(*state.pending)
+                restart_states(self._known, state)
+                self.agreement.remember([state], places=True)
+                self._last.pop(state, None)
+                state.pending = None
+        self._moving = False
+
     def _keep(self, group: int) -> None:
-        warnings.warn(
-            f"losia_fx: group {group} keeps its subnets: no step of its slot gave a gradient to score by",
-            LosiaWarning,
-            stacklevel=2,
-        )
+        notices.warn_kept(group)
         self._record(Event(self.step, group, 0.0, None))
 
     def _record(self, event: Event) -> Event:
         self.history.append(event)
         log.info("step %d: group %d re-selected, %.0f%% new", event.step, event.group, 100 * event.moved)
         return event
+
+
+def _is_passing(key: str) -> bool:
+    """Of an attribute: whether it is about the step under way, or about optimizers, and no part of what a copy is."""
+    return key.startswith("_")
 
 
 def controller_of(root: nn.Module) -> Controller | None:
@@ -458,91 +703,4 @@ def find_controller(model: nn.Module) -> Controller | None:
         if (found := controller_of(module)) is not None:
             return found
     states = set(states_of(model))
-    return next((found for found in list(CONTROLLERS) if states.intersection(found.states)), None)
-
-
-@torch.compiler.disable
-def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Global hook before every optimizer step of the process."""
-    if COPIES and (orphans := owned_states(optimizer, list(COPIES))):
-        raise OptimizerError(
-            f"{orphans[0].name}: its module was copied out of a transformed model, and no controller follows the copy: "
-            "its subnet would train without ever reaching the weight. Copy the whole model, or restore it first"
-        )
-    for controller in list(CONTROLLERS):
-        warn_of_weights(controller)
-        mine = _checked(controller, optimizer)
-        remember_base(controller, optimizer, mine)
-        if mine:
-            closure = _has_closure(args, kwargs)
-            if not closure:
-                warn_of_blind_weights(mine)
-            controller.before(optimizer, mine, closure)
-
-
-@torch.compiler.disable
-def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Global hook after every optimizer step of the process."""
-    for controller in list(CONTROLLERS):
-        mine = owned_states(optimizer, controller.states)
-        if mine:
-            controller.after(optimizer, mine, _has_closure(args, kwargs))
-
-
-def _has_closure(args: Any, kwargs: Any) -> bool:
-    return any(callable(value) for value in (*args, *kwargs.values()))
-
-
-def _checked(controller: Controller, optimizer: Optimizer) -> list[SubnetState]:
-    """This optimizer's subnets, after a look at whether it can train them."""
-    if controller.by_string:
-        adopt_subnets(optimizer, controller.states)
-    missing = weights_without_subnet(optimizer, controller.states)
-    if missing:
-        raise OptimizerError(
-            f"{type(optimizer).__name__} holds {missing[0].name} and {len(missing) - 1} more transformed weights, but "
-            "not their subnets, so nothing of them would learn: it was made before losia_fx.transform. Make it "
-            "afterwards, from model.parameters()"
-        )
-    mine = owned_states(optimizer, controller.states)
-    if mine and isinstance(optimizer, torch.optim.LBFGS):
-        raise OptimizerError(
-            "LBFGS moves the subnets several times within a step while the forward reads the dense weights: "
-            "use an optimizer that updates once a step, such as AdamW"
-        )
-    return mine
-
-
-def warn_of_weights(controller: Controller) -> None:
-    """One warning for the weights that ran outside a rewritten graph since the last look."""
-    ran = [state for state in controller.states if state in RAN_OUTSIDE] if RAN_OUTSIDE else []
-    RAN_OUTSIDE.difference_update(ran)
-    outside = [state for state in ran if not state.ran_outside]
-    for state in outside:
-        state.ran_outside = True
-    if outside:
-        warnings.warn(
-            f"losia_fx: {len(outside)} weights ran outside a rewritten graph ({listed([s.name for s in outside])}); "
-            "they train through their subnets all the same, but uncompiled. Usual causes: a graph break under gradient "
-            "checkpointing, too many recompilations (TORCH_LOGS=graph_breaks,recompiles shows both), or calling a part "
-            "of the model by itself",
-            LosiaWarning,
-            stacklevel=2,
-        )
-
-
-def warn_of_blind_weights(states: list[SubnetState]) -> None:
-    """One warning for the weights that ran with gradients off within a forward, and have none."""
-    blind = [state for state in states if state in RAN_BLIND and state.values.grad is None]
-    RAN_BLIND.difference_update(states)
-    fresh = [state for state in blind if not state.ran_blind]
-    for state in fresh:
-        state.ran_blind = True
-    if fresh:
-        warnings.warn(
-            f"losia_fx: {len(fresh)} weights do not learn: {listed([s.name for s in fresh])} ran with gradients off, "
-            "under no_grad or in a torch.autograd.Function none of whose inputs asks for a gradient (reversible "
-            "layers). There it helps to name the input embedding in trainable; else name these weights in exclude",
-            LosiaWarning,
-            stacklevel=2,
-        )
+    return next((found for found in list(registry.CONTROLLERS) if states.intersection(found.states)), None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
+from .blocks import plain_name
 from .controller import Controller, find_controller
-from .errors import TransformError
+from .errors import LosiaError, TransformError
+from .functional import whole_weight
 from .report import Report, report_of
 from .state import Subnet
 
@@ -29,10 +32,53 @@ def subnets(model: nn.Module) -> Mapping[str, Subnet]:
 
     The tensors are live: values is the parameter that learns, rows and cols change in place at a re-selection.
     """
-    states = controller(model).states
+    followed = controller(model)
+    followed.check_tree()
+    followed.look()
+    states = followed.states
     return MappingProxyType({s.name: Subnet(s.name, s.weight, s.values, s.rows, s.cols, s.group) for s in states})
 
 
 def report(model: nn.Module) -> Report:
-    """Every weight: trained through a subnet, in full, or frozen, and why. print() shows a table."""
-    return report_of(controller(model))
+    """Every weight: trained through a subnet, in full, or frozen, and why. print() shows a table.
+
+    Raises StateError where modules that hold subnets have been replaced since the transformation.
+    """
+    followed = controller(model)
+    followed.check_tree()
+    return report_of(followed)
+
+
+def dense(model: nn.Module, name: str) -> Tensor:
+    """The whole weight ``name`` of a transformed model as a differentiable tensor, (out, in) or (E, out, in).
+
+    For a loss that takes a weight by hand, where the weight itself is frozen: a penalty, or logits of one's own, as
+    fused cross-entropies make them: ``hidden @ dense(model, "lm_head.weight").T``. The value is W; whatever is done
+    with it, the gradient goes to the subnet, at the cost of a full one. A parameter without a subnet comes back as it
+    is.
+    Raises LosiaError for a name that the model does not have, TransformError for a model without subnets.
+    """
+    followed = controller(model)
+    state = next((state for state in followed.states if state.name == name), None)
+    if state is not None:
+        return whole_weight(followed, state)
+    parameters = {plain_name(known): parameter for known, parameter in followed.root.named_parameters()}
+    if name not in parameters:
+        close = difflib.get_close_matches(name, parameters, n=3) or list(parameters)[:3]
+        raise LosiaError(
+            f"dense: {type(followed.root).__name__} has no parameter {name!r}; there is {', '.join(close)}"
+        )
+    return parameters[name]
+
+
+def stepped(model: nn.Module) -> None:
+    """Says that a step was made by something that is no torch.optim.Optimizer of the subnets: an update written by
+    hand, an optimizer of master copies that are copied back.
+
+    To be called after each such step, when the subnets (``model.parameters()``) have moved, before the next forward and
+    before the gradients are zeroed. From then on t counts, importance is measured, subnets are rewarmed and move to
+    other places as they do with an optimizer. Moments that the step keeps by itself are its own to renew: where
+    ``losia_fx.controller(model).history`` has grown, its last event says which group has moved.
+    Raises LosiaError where no subnet has a gradient.
+    """
+    controller(model).made_by_hand()

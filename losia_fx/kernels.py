@@ -7,14 +7,18 @@ alone, so that a run and its resumption take the same one.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._compat import own_code
 from .localize import importance_of, smooth
 from .subnet import scatter
+
+log = logging.getLogger("losia_fx")
 
 WORTH_COMPILING = 2**20
 """Elements of W from which a pass is compiled: below, that takes longer than it saves in hundreds of steps."""
@@ -43,7 +47,7 @@ def update_importance(
     # As tensors: the compilers would make a new graph for every number.
     scale, bound = (torch.tensor(x, dtype=torch.float32) for x in (factor, torch.inf if limit is None else limit))
     if compiled and weight.numel() >= WORTH_COMPILING:
-        _compiled(_update, True)(i, u, w, g, scale, bound, kind, *betas)
+        _compiled(_update)(i, u, w, g, scale, bound, kind, *betas)
         return
     chunk = CHUNK.get(weight.device.type, CHUNK["cuda"])
     for first in range(0, weight.numel(), chunk):
@@ -76,17 +80,52 @@ def write_back(
     compiled: bool,
 ) -> None:
     """W[rows, cols] = S for a block's weights, each in W's dtype; shapes as in subnet.scatter."""
-    worth = sum(weight.numel() for weight in weights) >= WORTH_COMPILING
-    write = _compiled(_write_back, False) if compiled and worth else _write_back
-    write([weight.detach() for weight in weights], list(rows), list(cols), [value.detach() for value in values])
+    if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+        written = _compiled_writes(tuple((weight.shape, weight.dtype, weight.device) for weight in weights))
+        arguments = ([w.detach() for w in weights], list(rows), list(cols), [v.detach() for v in values])
+        if written is not None and _runs(written, arguments):
+            return
+    _write_back(weights, rows, cols, values)
 
 
-def _write_back(weights: list[Tensor], rows: list[Tensor], cols: list[Tensor | None], values: list[Tensor]) -> None:
+@torch.no_grad()
+def _write_back(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None], values: Sequence[Tensor]
+) -> None:
     for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
         scatter(weight, row, col, value.to(weight.dtype))
 
 
+KINDS = 16
+"""Kinds of blocks, by the shapes of their weights, whose write-back is compiled: each takes some seconds to compile."""
+
+_writes: dict[Any, Callable[..., Any]] = {}
+_broken: set[Callable[..., Any]] = set()
+
+
+def _compiled_writes(kind: Any) -> Callable[..., Any] | None:
+    """The compiled write-back of blocks of one kind; None where the process has met too many kinds already.
+
+    A function of its own for each: Dynamo counts graphs by their code, and gives up on it at the ninth.
+    """
+    if kind not in _writes and len(_writes) < KINDS:
+        _writes[kind] = torch.compile(own_code(_write_back), dynamic=False, fullgraph=True)
+    found = _writes.get(kind)
+    return None if found in _broken else found
+
+
+def _runs(written: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+    """Whether the compiled form has run. S has moved already, so W must follow whatever becomes of the compiler."""
+    try:
+        written(*arguments)
+    except Exception as error:  # the compilers raise all kinds; the plain form does the same work
+        _broken.add(written)
+        log.warning("losia_fx: the write-back runs uncompiled: %s", str(error).partition("\n")[0])
+        return False
+    return True
+
+
 @functools.cache
-def _compiled(function: Callable[..., None], dynamic: bool) -> Callable[..., Any]:
-    """dynamic: one graph for all sizes; else one for each set of them (a block's weights)."""
-    return torch.compile(function, dynamic=dynamic, fullgraph=True)
+def _compiled(function: Callable[..., None]) -> Callable[..., Any]:
+    """One graph for all sizes."""
+    return torch.compile(function, dynamic=True, fullgraph=True)

@@ -12,8 +12,8 @@ from torch import nn
 from .blocks import plain_name
 from .controller import Controller, Role
 from .errors import listed
+from .registry import GRAPH_USES
 from .schedule import round_length
-from .state import GRAPH_USES
 from .weights import EXPERTS
 
 if TYPE_CHECKING:

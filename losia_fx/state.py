@@ -7,49 +7,30 @@ pickle of the module carries it along.
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
+from . import registry
 from ._compat import graph_task_id
 from .config import LosiaConfig, subnet_size
+from .errors import StateError
 from .localize import Selection
 from .pieces import BaseHistory
 from .plan import SubnetFacts
 from .subnet import draw, gather, scatter
-from .taps import PROFILES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from .agreement import Agreement
+
 ATTRIBUTE = "_losia_subnets"
 """Of an owner module: its SubnetStates by the name of the weight within it."""
-
-COPIES: weakref.WeakSet[SubnetState] = weakref.WeakSet()
-"""States of copied modules whose controller has not been copied with them (yet)."""
-
-
-@dataclass
-class GraphUses:
-    """What graphs have been seen to do with a parameter, in fx's words ("linear", "addmm", "embedding", ...)."""
-
-    named: set[str] = field(default_factory=set)
-    whole: set[str] = field(default_factory=set)
-    """Of a weight with a subnet, those that cost its full gradient."""
-
-
-GRAPH_USES: MutableMapping[Tensor, GraphUses] = WeakIdKeyDictionary()
-
-_handles = itertools.count(1)
-_by_weight: weakref.WeakValueDictionary[int, SubnetState] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +63,11 @@ class Profile:
     backward: int = -1
     """The backward pass that last added to G."""
 
+    def to(self, device: torch.device) -> None:
+        for name in ("importance", "uncertainty", "grad"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+
     def average_ranks(self, weight: Tensor, ranks: ProcessGroup) -> None:
         """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
         grad = torch.zeros_like(weight, dtype=torch.float32) if self.grad is None else self.grad.float()
@@ -103,31 +89,59 @@ class SubnetState:
         self.rewarm_from: int | None = None
         self.ran_outside = False
         self.ran_blind = False
+        self.ran = False
+        """A graph or a module used the weight with gradients on, since the slot began."""
+        self.learned = False
+        """A step found a gradient on S, since the slot began."""
+        self.part_looks = 0
+        """Uses by a part of the model called by itself that have compared S with W."""
+        self.pending: tuple[Tensor, Tensor] | None = None
+        """Where S is moving to: rows and cols, until every part of the move is done."""
+        self.agreement: Agreement | None = None
+        """Of the controller that follows this subnet."""
+        self.ahead = False
+        """Of a copy: S was newer than W when it was made."""
         self.hooks: list[RemovableHandle] = []
         self.base = BaseHistory()
-        out_features, in_features = self.weight.shape[-2:]
+        self.shape = tuple(self.weight.shape)
+        out_features, in_features = self.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
         self._enlist()
+        registry.place(self.weight, self)
 
     def _enlist(self) -> None:
-        self.handle = torch.tensor([next(_handles)])
-        PROFILES[int(self.handle)] = self
-        _by_weight[id(self.weight)] = self
+        # On the CPU, whatever torch.set_default_device says: the host reads it in every graph.
+        self.handle = torch.tensor([registry.enter(self)], device="cpu")
 
     # -- the tensors, always read from the module: .to() and load_state_dict may replace them ---------------------
 
     @property
     def weight(self) -> nn.Parameter:
-        parameter = self.owner._parameters[self.parameter]
-        assert parameter is not None
-        return parameter
+        return self._parameter(self.parameter)
 
     @property
     def values(self) -> nn.Parameter:
-        parameter = self.owner._parameters[self.values_name]
-        assert parameter is not None
+        return self._parameter(self.values_name)
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        parameter = self.owner._parameters.get(key)
+        if parameter is None:
+            raise StateError(
+                f"{self.name}: {key} is no parameter of its module any more: pruning, weight norm or another "
+                "parametrization took its place. Call losia_fx.restore(model) before such a change, and transform "
+                "again after it"
+            )
         return parameter
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is W."""
+        return self.owner.__dict__.get("_parameters", {}).get(self.parameter) is weight
+
+    @property
+    def registered(self) -> bool:
+        """Whether the owner has the subnet: that of a copy which is still being made has no parameters yet."""
+        return self.values_name in self.owner.__dict__.get("_parameters", {})
 
     @property
     def rows(self) -> Tensor:
@@ -140,6 +154,20 @@ class SubnetState:
         buffer = self.owner._buffers[self.cols_name]
         assert buffer is not None
         return buffer
+
+    def written(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """W, rows, picked cols and S: what a write-back takes."""
+        parameters, buffers = self.owner._parameters, self.owner._buffers
+        weight, values = parameters[self.parameter], parameters[self.values_name]
+        rows, cols = buffers[self.rows_name], buffers[self.cols_name]
+        assert weight is not None
+        assert values is not None
+        assert rows is not None
+        return weight, rows, None if self.whole_cols else cols, values
+
+    def notice_gradient(self) -> None:
+        if not self.learned:
+            self.learned = self.values.grad is not None
 
     @property
     def facts(self) -> SubnetFacts:
@@ -170,28 +198,36 @@ class SubnetState:
         self.owner.__dict__.setdefault(ATTRIBUTE, {})[self.parameter] = self
 
     def unregister(self) -> None:
-        del self.owner._parameters[self.values_name]
+        self.owner._parameters.pop(self.values_name, None)
         for buffer in (self.rows_name, self.cols_name):
-            del self.owner._buffers[buffer]
+            self.owner._buffers.pop(buffer, None)
             self.owner._non_persistent_buffers_set.discard(buffer)
-        states = self.owner.__dict__[ATTRIBUTE]
-        del states[self.parameter]
+        states = self.owner.__dict__.get(ATTRIBUTE, {})
+        states.pop(self.parameter, None)
         if not states:
-            del self.owner.__dict__[ATTRIBUTE]
+            self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        PROFILES.pop(int(self.handle), None)
-        _by_weight.pop(id(self.weight), None)
+        registry.leave(self, int(self.handle))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement")}
+        return {**kept, "ahead": self.ahead or not self._agrees()}
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether W has followed S; of values that are not at hand nothing can be said."""
+        if not self.registered or self.weight.is_meta:
+            return True
+        now = self.block_of(self.weight)
+        return bool(torch.isclose(now, self.values.to(now.dtype), rtol=0, atol=0, equal_nan=True).all())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.handle = torch.tensor([next(_handles)])
-        PROFILES[int(self.handle)] = self
-        COPIES.add(self)
+        self.agreement = None
+        self._enlist()
+        registry.COPIES.add(self)
 
     # -- localization ---------------------------------------------------------------------------------------------
 
@@ -241,8 +277,7 @@ class SubnetState:
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
-        """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors."""
-        self.base.visit(self.weight, rows, cols)
+        """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors. May be done again."""
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self.values.copy_(self.block_of(self.weight))
@@ -257,7 +292,7 @@ class SubnetState:
 
         So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
         """
-        _by_weight[id(self.weight)] = self
+        registry.place(self.weight, self)
         loaded, values = self.block_of(self.weight), self.values
         values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
         self.base.loaded(self.weight)
@@ -265,30 +300,6 @@ class SubnetState:
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on the CPU."""
         return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros(()))
-
-
-def find(weight: Tensor) -> SubnetState | None:
-    """The state of the subnet of ``weight``, by identity; quick, and blind to a weight that has replaced another."""
-    state = _by_weight.get(id(weight))
-    return state if state is not None and state.weight is weight else None
-
-
-def resolve(weight: Tensor) -> SubnetState | None:
-    """As ``find``, but a weight that took another's place (a copy's, load_state_dict(assign=True)) is looked for."""
-    state = find(weight)
-    if state is None:
-        for other in live_states():
-            if other.weight is weight:
-                _by_weight[id(weight)] = state = other
-    return state
-
-
-def live_states() -> Iterator[SubnetState]:
-    """Every registered subnet of the process."""
-    for profile in list(PROFILES.values()):
-        # The owner of a copy that is still being made has no parameters yet.
-        if isinstance(profile, SubnetState) and profile.values_name in profile.owner.__dict__.get("_parameters", {}):
-            yield profile
 
 
 def states_of(module: nn.Module) -> list[SubnetState]:

@@ -25,9 +25,9 @@ def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> 
     if cols is None:
         full.index_copy_(0, rows, values.expand(rows.numel(), full.shape[1]))
     elif full.dim() == 2 and full.is_contiguous():
-        # One index instead of two, for a third less time on a CPU.
-        flat = (rows.unsqueeze(-1) * full.shape[1] + cols).view(-1)
-        full.view(-1).index_copy_(0, flat, values.expand(rows.numel(), cols.numel()).reshape(-1))
+        # One index instead of two, for a third less time on a CPU, and as few calls as can be: there is one a weight.
+        flat = torch.add(cols, rows.unsqueeze(-1), alpha=full.shape[1]).view(-1)
+        full.view(-1).index_copy_(0, flat, values.reshape(-1).expand(flat.numel()))
     elif full.dim() == 2:
         full.index_put_((rows.unsqueeze(-1), cols), values)
     else:

@@ -6,7 +6,6 @@ group is being profiled, so that the full gradient can be made there, and cost a
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .library import library
+from .registry import PROFILES, TAPPED, tickets
 
 
 class Profile(Protocol):
@@ -51,10 +51,6 @@ class Tapped:
     (E,) where each expert's rows of a grouped product's x end."""
 
 
-PROFILES: weakref.WeakValueDictionary[int, Profile] = weakref.WeakValueDictionary()
-_tickets = itertools.count(1)
-_tapped: dict[int, Tapped] = {}
-
 # A CUDA graph would replay the kernels and leave out what these do on the host.
 _HOST = (torch.Tag.cudagraph_unsafe,)
 library.define(
@@ -82,19 +78,19 @@ def _tap(
 ) -> Tensor:
     if _profile(handle) is None:
         return torch.zeros(1, dtype=torch.int64)
-    number = next(_tickets)
+    number = next(tickets)
     ticket = torch.tensor([number])
     # Copies: the compilers reuse memory as soon as the graph has no further use for it. They go when their ticket does,
     # that is with the autograd graph, whether a backward came or not.
     kept = None if index is None else index.detach().clone()
-    _tapped[number] = Tapped(int(handle), x.detach().clone(), form, transposed, expert, kept)
-    weakref.finalize(ticket, _tapped.pop, number, None)
+    TAPPED[number] = Tapped(int(handle), x.detach().clone(), form, transposed, expert, kept)
+    weakref.finalize(ticket, TAPPED.pop, number, None)
     return ticket
 
 
 def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
     number = int(ticket)
-    tapped = _tapped.get(number) if number else None
+    tapped = TAPPED.get(number) if number else None
     profile = _profile(handle)
     if tapped is not None and profile is not None:
         profile.begin_use()
@@ -148,13 +144,13 @@ def drop_taps(handles: Iterable[int]) -> None:
     Those of another model stay: its backward may come after this model's step.
     """
     mine = set(handles)
-    for number in [number for number, tapped in _tapped.items() if tapped.handle in mine]:
-        del _tapped[number]
+    for number in [number for number, tapped in TAPPED.items() if tapped.handle in mine]:
+        del TAPPED[number]
 
 
 def tapped_bytes() -> int:
     """The memory that tapped inputs hold."""
-    return sum(tapped.x.untyped_storage().nbytes() for tapped in _tapped.values())
+    return sum(tapped.x.untyped_storage().nbytes() for tapped in TAPPED.values())
 
 
 for _name, _body in (("tap", _tap), ("localize", _localize), ("localize_whole", _localize_whole)):

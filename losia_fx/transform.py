@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ._compat import CompilerFailed, OptimizedModule, compile_call, ddp_group, install_call, plain_call, whole_graphs
-from .attach import asking_for_gradients, attach, detach
+from . import notices
+from ._compat import (
+    CompilerFailed,
+    OptimizedModule,
+    compile_call,
+    compiled_call,
+    install_call,
+    is_exporting,
+    plain_call,
+    whole_graphs,
+)
+from .agreement import Swapped
+from .attach import asking_for_gradients, attach, detach, plain_forward
 from .backend import LosiaBackend
 from .blocks import find_blocks, group_names
 from .config import LosiaConfig
-from .controller import Controller, Role, find_controller, warn_of_weights
+from .controller import Controller, Role, controller_of, find_controller
 from .errors import LosiaError, LosiaWarning, TransformError, listed
+from .functional import call_with_others
 from .plan_model import WeightPlan, plan_model
+from .ranks import forget_indices, keep_indices_at_home
 from .state import SubnetState, states_of
 from .weights import EXPERTS
+from .wrappers import refuse_wrappers
 
 CALL = "_losia_call"
 """Attribute of a transformed model: its CompiledCall."""
@@ -46,48 +61,77 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     _refuse(model)
     plans = plan_model(model, settings)
     controller = Controller(model, settings)
-    controller.required_grad = {plan.name: plan.parameter.requires_grad for plan in plans}
-    controller.roles = {plan.name: Role(plan.trained, plan.why, plan.kind) for plan in plans}
-    states = []
-    for plan in plans:
-        plan.parameter.requires_grad_(plan.trained == "full")
-        if plan.trained == "subnet":
-            _, owner, key = plan.owners[0]
-            state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
-            first = state.random_selection(controller.generator)
-            attach(state, first.rows, first.cols)
-            controller.watch([name for name, _, _ in plan.owners])
-            states.append(state)
-    heads = [state.name for state in states if state.whole_cols]
-    controller.set_groups(states, group_names([state.name for state in states], heads, find_blocks(model)))
-    call = CompiledCall(model, settings)
-    model.__dict__[CALL] = call
-    install_call(model, call)
+    try:
+        _put_on(controller, plans)
+    except BaseException:
+        _take_off(controller)
+        raise
     frozen = [plan for plan in plans if plan.trained == "frozen"]
     _warn_frozen([plan.name for plan in frozen if plan.outside and plan.kind != EXPERTS])
     _warn_frozen_experts([plan for plan in frozen if plan.kind == EXPERTS])
     return model
 
 
+def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
+    model, settings = controller.root, controller.config
+    controller.required_grad = {plan.name: (plan.parameter, plan.parameter.requires_grad) for plan in plans}
+    controller.roles = {plan.name: Role(plan.trained, plan.why, plan.kind) for plan in plans}
+    for plan in plans:
+        plan.parameter.requires_grad_(plan.trained == "full")
+        if plan.trained == "subnet":
+            _, owner, key = plan.owners[0]
+            state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
+            controller.states.append(state)
+            first = state.random_selection(controller.generator)
+            attach(state, first.rows, first.cols)
+            controller.watch([name for name, _, _ in plan.owners])
+    states = controller.states
+    heads = [state.name for state in states if state.whole_cols]
+    controller.set_groups(states, group_names([state.name for state in states], heads, find_blocks(model)))
+    keep_indices_at_home(model, states)
+    model.__dict__["compile"] = functools.partial(_refuse_compile, type(model).__name__)
+    call = CompiledCall(model, settings)
+    model.__dict__[CALL] = call
+    install_call(model, call)
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Takes everything off again: the plain model, with the trained weights, as it was before transform().
 
-    Accepts what torch.compile, DistributedDataParallel and the like made of it too; returns the model itself.
+    A call that Module.compile() had made before transform() is there again. Accepts what torch.compile,
+    DistributedDataParallel and the like made of the model too; returns the model itself.
     Raises TransformError for a model that is not transformed.
     """
     controller = find_controller(model)
     if controller is None:
         raise TransformError(f"{type(model).__name__} is not transformed: there is nothing to restore")
-    root = controller.root
-    for state in controller.states:
+    controller.settle_last()
+    _take_off(controller)
+    return controller.root
+
+
+def _take_off(controller: Controller) -> None:
+    """Every part by itself may be there or not: so what failed halfway is taken off as well."""
+    root, states = controller.root, controller.states
+    forget_indices(root, states)
+    required = controller.required_before()
+    for state in states:
         detach(state)
-    parameters = dict(root.named_parameters())
-    for name, required in controller.required_grad.items():
-        parameters[name].requires_grad_(required)
+    for parameter, before in required:
+        parameter.requires_grad_(before)
+    root.__dict__.pop("compile", None)
+    call, runs = root.__dict__.pop(CALL, None), compiled_call(root)
+    if isinstance(runs, CompiledCall) and runs is call:
+        install_call(root, runs.before)
     controller.leave()
-    if root.__dict__.pop(CALL, None) is not None:
-        install_call(root, None)
-    return root
+
+
+def _refuse_compile(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """What model.compile() runs on a transformed model."""
+    raise TransformError(
+        f"{name}.compile(): the model is compiled by losia_fx.transform already, and another compiler would leave its "
+        "weights untrained. Choose one in transform(model, compiler=...), or compile after losia_fx.restore(model)"
+    )
 
 
 def _refuse(model: nn.Module) -> None:
@@ -131,6 +175,8 @@ class CompiledCall:
         self.root, self.config = root, config
         self._backend = backend or LosiaBackend(config)
         self._compiled: Any = None
+        self.before = None if root.__dict__.get(CALL) is not None else compiled_call(root)
+        """The user's own Module.compile(), which restore() puts back."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "config": self.config}
@@ -142,23 +188,32 @@ class CompiledCall:
     # An outer torch.compile would trace through, and its backend knows nothing of subnets: it calls us as we are.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        controller = controller_of(self.root)
+        if controller is None or is_exporting():
             return plain_call(self.root, *args, **kwargs)
+        learns = torch.is_grad_enabled()
+        try:
+            controller.look(learns)
+        except Swapped:
+            refuse_wrappers(self.root)
+            return call_with_others(controller, args, kwargs)
+        if not learns:
+            with plain_forward(controller.watches.values()):
+                return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
+            refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
-        controller = find_controller(self.root)
-        assert controller is not None
-        controller.ranks = ddp_group()
+        under_ddp = controller.ranks.notice(controller.states, controller.generator)
         _free_input_gradients(self.root)
         try:
-            with asking_for_gradients(controller.states), whole_graphs(controller.ranks is not None):
+            with asking_for_gradients(controller.states), whole_graphs(under_ddp):
                 result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
             inner = getattr(failure, "inner_exception", None)
             if isinstance(inner, LosiaError):
                 raise inner from None
             raise
-        warn_of_weights(controller)
+        notices.warn_outside(controller)
         return result
 
 
