@@ -41,6 +41,7 @@ __all__ = [
     "input_index",
     "install_call",
     "is_compiled_in_place",
+    "is_flattened",
     "keep_saved_tensors",
     "on_joint_graph",
     "plain_call",
@@ -243,6 +244,14 @@ def on_joint_graph(edit: Callable[[fx.GraphModule], Any]) -> Iterator[None]:
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Whether Module.compile() was called on ``module``."""
     return module._compiled_call_impl is not None
+
+
+def is_flattened(parameter: nn.Parameter) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) keeps it flattened: as a part of others, or made of others.
+
+    Where it keeps the original parameters nothing else tells them from any other.
+    """
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def runs_uncompiled(function: Callable[..., Any]) -> Any:
