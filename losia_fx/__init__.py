@@ -20,6 +20,7 @@ from .delta import load_delta, save_delta
 from .errors import (
     ConfigError,
     DeltaError,
+    GradientError,
     LosiaError,
     LosiaWarning,
     OptimizerError,
@@ -42,6 +43,7 @@ __all__ = [
     "Controller",
     "DeltaError",
     "Event",
+    "GradientError",
     "LosiaCallback",
     "LosiaConfig",
     "LosiaError",

@@ -47,6 +47,7 @@ __all__ = [
     "install_call",
     "install_calls",
     "is_exporting",
+    "is_flattened",
     "is_jit_tracing",
     "keep_saved_tensors",
     "not_installed",
@@ -304,6 +305,14 @@ def is_exporting() -> bool:
 
 def is_jit_tracing() -> bool:
     return bool(torch._C._get_tracing_state())
+
+
+def is_flattened(parameter: nn.Parameter) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) keeps it flattened: as a part of others, or made of others.
+
+    Where it keeps the original parameters nothing else tells them from any other.
+    """
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def runs_uncompiled(function: Callable[..., Any]) -> Any:

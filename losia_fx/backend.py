@@ -34,6 +34,7 @@ from ._compat import fake_inputs, inner_compiler, keep_saved_tensors, on_joint_g
 from .attach import compiled_region, eager_linear, eager_weight
 from .config import LosiaConfig
 from .errors import ConfigError, LosiaWarning
+from .first_order import only_once
 from .plan import SubnetPlan, SubnetSlot
 from .registry import GRAPH_USES, RAN_BLIND, GraphUses, find, resolve
 from .state import SubnetState
@@ -118,6 +119,7 @@ class CompiledGraph:
         self._uncompiled: fx.GraphModule | None = None
         self._slots = plan.slots
         self._handles = backend.config.profiles
+        self._eager = backend.inner is None and backend.config.compiler == "eager"
         slotted = {slot.position for slot in plan.slots}
         self._bare = [position for position in weights if position not in slotted]
         extra = self._state(example_inputs)
@@ -129,7 +131,10 @@ class CompiledGraph:
             extra = self._state(inputs)
             if extra is None:
                 return self._run_uncompiled(inputs)
-            return self._compiled(*inputs, *extra)
+            results = self._compiled(*inputs, *extra)
+            if not self._eager:
+                only_once(results)
+            return results
 
     def _state(self, inputs: Sequence[Any]) -> list[Tensor] | None:
         """S, rows and cols of each slot's weight, then the handles; None where a weight does not fit its slot."""

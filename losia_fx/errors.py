@@ -27,6 +27,10 @@ class DeltaError(LosiaError):
     """A delta file that cannot be made, read, applied or undone; whatever was to be changed is as it was."""
 
 
+class GradientError(LosiaError, RuntimeError):
+    """A derivative that losia_fx does not compute: one of second order, through a weight that has a subnet."""
+
+
 class PassPreconditionError(LosiaError):
     """A graph pass was given a graph that does not hold what its plan says."""
 

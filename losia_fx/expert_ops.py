@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .first_order import first_order
 from .library import define
 from .ops import PROFILED, as_gradient, autocasted
 from .taps import segments
@@ -65,6 +66,7 @@ class _SubnetGrouped(torch.autograd.Function):
         return _grouped_product(x, weight, offsets)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         kept, weight, cols, experts, offsets, ticket, handle = ctx.saved_tensors
@@ -118,6 +120,7 @@ class _SubnetBatched(torch.autograd.Function):
         return torch.bmm(x, weight)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         kept, weight, cols, ticket, handle = ctx.saved_tensors

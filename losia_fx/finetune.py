@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--model", type=Path, help="folder of a transformers checkpoint (default: the embedded Llama)")
     text.add_argument(
         "--data", type=Path, nargs="+", default=(), metavar="PATH",
-        help='text or .jsonl files (field "text"), or folders of them (default: the Python standard library)',
+        help='plain text, .jsonl or .json (field "text"), or folders (default: the Python standard library)',
     )  # fmt: skip
     text.add_argument("--old-data", type=Path, nargs="+", default=(), metavar="PATH", help="text it must not forget")
     text.add_argument("--out", type=Path, default=default.out, help="folder to write (default: %(default)s)")

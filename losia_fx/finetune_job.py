@@ -72,7 +72,7 @@ def finetune(settings: FinetuneSettings) -> int:
     check_device(settings)
     model, tokenizer = load(settings)
     settings = settle(settings, model, console, ranks)
-    data = load_data(settings, tokenizer, ranks)
+    data = load_data(settings, tokenizer, console, ranks)
     job = Job(model, data, settings, transform(model, settings), console, ranks)
     with joined(ranks, job.device):
         prepare_out(job)

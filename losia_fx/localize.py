@@ -6,7 +6,7 @@ Source: LoSiA, arXiv 2507.04487, sections 3.1 and 3.2; the exact form is that of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,14 +145,75 @@ def measure_fit(seen: Tensor, accumulated: Tensor, fallback: float | None = None
     return torch.stack([finite.float(), largest, accumulated.any().float(), *fits])
 
 
-def fit_from(numbers: Sequence[float], fallback: float | None = None, tolerance: float = 1e-2) -> Fit | None:
-    """``fit_gradient``, of what ``measure_fit`` found."""
+def fit_from(
+    numbers: Sequence[float], fallback: float | None = None, tolerance: float = 1e-2, limit: float | None = None
+) -> Fit | None:
+    """``fit_gradient``, of what ``measure_fit`` found. ``limit``: of a clip that is known, from other subnets too."""
     finite, largest, anything, factor, miss, clipped_factor, clipped_miss = numbers
     if not finite:
         return None
     if not largest:
-        return None if fallback is None or anything else Fit(fallback)
-    fit = Fit(factor)
-    if miss > 1e-6 and clipped_miss < 0.1 * miss:  # beyond rounding, and the clip explains it
+        return None if fallback is None or anything else Fit(fallback, limit)
+    fit = Fit(factor, limit)
+    known = limit == largest and clipped_miss <= miss
+    if known or (miss > 1e-6 and clipped_miss < 0.1 * miss):  # beyond rounding, and the clip explains it
         fit, miss = Fit(clipped_factor, largest), clipped_miss
     return fit if miss <= tolerance else None
+
+
+# -- clipping by value, which one optimizer's subnets have in common ---------------------------------------------------
+
+LARGEST = 256
+"""How many of the largest elements are looked at for those that a clip has made alike."""
+ENOUGH = 128
+"""Elements, zeros aside, from which on they show whether some are alike by chance."""
+
+
+def fits_from(measured: Sequence[Sequence[float]], clip: Sequence[float]) -> list[Fit | None]:
+    """The Fit of each profiled subnet of one optimizer, where a clip by value that shows in any subnet holds for all.
+
+    measured: what ``measure_fit`` found, a subnet each; clip: what ``measure_clip`` found of all the optimizer's
+    subnets, profiled or not. A gradient that is zero throughout takes the factor of the first that has one.
+    """
+    fits = [fit_from(numbers) for numbers in measured]
+    limit = clip_limit(clip, fits)
+    fallback = next((fit.factor for fit in fits if fit is not None), None)
+    return [fit_from(numbers, fallback, limit=limit) for numbers in measured]
+
+
+def measure_clip(grads: Sequence[Tensor]) -> Tensor:
+    """What ``clip_limit`` decides by, of S.grad of all the subnets that an optimizer steps: 3 numbers, float32.
+
+    They are the largest absolute value, how many of the LARGEST largest elements have it (0 where there are not ENOUGH
+    to tell), and how many of them have the same other one, at most. On the device of the first; made without waiting
+    for it.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad.detach().reshape(-1))
+    if not by_device:
+        return torch.zeros(3)
+    tops = [_largest(torch.cat(flat)) for flat in by_device.values()]
+    largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
+    alike = (largest.unsqueeze(1) == largest).sum(1)
+    others = alike.where((largest != largest[0]) & (largest > 0), 0).amax()
+    enough = (largest > 0).sum() >= ENOUGH
+    return torch.stack([largest[0].float(), (alike[0] * enough).float(), others.float()])
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.abs_().topk(min(LARGEST, values.numel())).values
+
+
+def clip_limit(clip: Sequence[float], fits: Iterable[Fit | None]) -> float | None:
+    """Where the gradients of an optimizer were clipped by value, from ``measure_clip`` and the subnets' own fits.
+
+    A clip leaves the largest elements alike. Gradients computed in bfloat16 have few distinct values, and so some that
+    are alike at any size, the fewer the larger they are: then the largest must be so by far more often than any other.
+    One clip holds for all: nothing is larger than what it leaves.
+    """
+    largest, alike, others = clip
+    if not 0 < largest < math.inf:
+        return None
+    found = alike > max(1, others * min(others, 4)) or any(fit is not None and fit.limit == largest for fit in fits)
+    return largest if found else None

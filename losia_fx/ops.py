@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import no_view
+from .first_order import first_order
 from .library import define
 from .subnet import gather
 
@@ -53,6 +54,7 @@ class _SubnetLinear(torch.autograd.Function):
         return no_view(F.linear(x, weight, bias))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         kept, weight, rows, ticket, handle = ctx.saved_tensors
@@ -136,7 +138,7 @@ class _SubnetWeight(torch.autograd.Function):
         rows, cols, handle = ctx.saved_tensors
         grad_values = gather(grad, rows, cols)
         if handle is not None:
-            grad_values = grad_values + torch.ops.losia.localize_whole(grad, handle, ctx.call)
+            grad_values = grad_values + torch.ops.losia.localize_whole(grad.detach(), handle, ctx.call)
         return None, grad_values.to(ctx.values_dtype), None, None, None, None
 
 
@@ -159,5 +161,6 @@ subnet_weight = define(
 )
 """The weight itself, for any use: its full gradient is made, and the block of the subnet goes to ``values``.
 
-Exact whatever is done with the weight; costs what a dense gradient costs, for the time of its backward.
+Exact whatever is done with the weight, second derivatives included; costs what a dense gradient costs, for the time of
+its backward.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from torch import nn
 
 from .blocks import block_of, find_blocks, find_heads, plain_name
 from .config import LosiaConfig, matches
-from .errors import ConfigError, TransformError
-from .weights import is_embedding, kind_of, reparametrised
+from .errors import ConfigError, LosiaWarning, TransformError, listed
+from .refusals import refuse_weights
+from .weights import adapters_in, is_embedding, kind_of, reparametrised
+
+ADAPTER = "adapter of PEFT's: name it in trainable to train it, or merge_and_unload() the adapters first"
 
 
 @dataclass
@@ -35,16 +39,18 @@ class WeightPlan:
 def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     """What transform() does with every parameter, in the order of named_parameters().
 
-    Raises TransformError for a model without linears or one in which none would learn, ConfigError for patterns that
-    match nothing.
+    Raises TransformError for a model without linears, one in which none would learn, or weights that cannot be trained
+    where they are (losia_fx.refusals); ConfigError for patterns that match nothing.
     """
     plans = judge_weights(root, config)
+    refuse_weights(plans, config)
     linears = [plan for plan in plans if plan.kind is not None]
     if not linears:
         raise TransformError(f"{type(root).__name__} has no linear layer: there is nothing to train through subnets")
     if not any(plan.trained == "subnet" for plan in plans):
         reasons = "; ".join(sorted({plan.why for plan in linears}))
         raise TransformError(f"no linear weight of {type(root).__name__} would learn: {reasons}")
+    _warn_of_adapters(plans)
     return plans
 
 
@@ -56,6 +62,7 @@ def judge_weights(root: nn.Module, config: LosiaConfig, everywhere: bool = False
     heads = {id(weight) for head in find_heads(root) if (weight := head._parameters.get("weight")) is not None}
     blocks = find_blocks(root)
     plans = [_judge(plan, config, blocks, heads, everywhere) for plan in _parameters(root)]
+    _freeze_adapters(plans, adapters_in(root))
     _check_patterns(config, plans, [plan for plan in plans if plan.kind is not None])
     return plans
 
@@ -83,6 +90,24 @@ def _judge(plan: WeightPlan, config: LosiaConfig, blocks: list[str], heads: set[
     else:
         plan.why = f"{'bias' if plan.name.endswith('bias') else 'no linear weight'}; name it in trainable to train it"
     return plan
+
+
+def _freeze_adapters(plans: list[WeightPlan], adapters: set[int]) -> None:
+    """A subnet of an adapter would be a part of a part; what is not named in trainable stays as it is."""
+    for plan in plans:
+        if id(plan.parameter) in adapters and plan.trained != "full":
+            plan.trained, plan.why, plan.outside = "frozen", ADAPTER, False
+
+
+def _warn_of_adapters(plans: list[WeightPlan]) -> None:
+    names = [plan.name for plan in plans if plan.why == ADAPTER and plan.parameter.requires_grad]
+    if names:
+        warnings.warn(
+            f"losia_fx: {listed(names)}: adapters of PEFT's, which required grad, are frozen: the subnets are in the "
+            "weights that they adapt. Name them in trainable to train them too, or merge_and_unload() them first",
+            LosiaWarning,
+            stacklevel=4,
+        )
 
 
 def _role(plan: WeightPlan, blocks: list[str]) -> str:

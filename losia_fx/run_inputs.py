@@ -23,7 +23,7 @@ from .finetune import (
 )
 from .run_ranks import Ranks
 from .run_report import Names
-from .text import held_out_blocks, read_documents, split, standard_library, token_blocks
+from .text import held_out_blocks, ignore, read_documents, split, standard_library, token_blocks
 
 HELD_OUT_BLOCKS = 128  # enough that before and after differ by far more than the sample does
 
@@ -88,12 +88,19 @@ def settle(settings: FinetuneSettings, model: PreTrainedModel, console: Console,
     )
 
 
-def load_data(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> RunData:
-    documents = read_documents(settings.data) if settings.data else standard_library()
+def load_data(
+    settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, console: Console, ranks: Ranks
+) -> RunData:
+    """Says what each path of the user's is read as."""
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    documents = read_documents(settings.data, say) if settings.data else standard_library()
     learnt, held_out = split(documents)
     length = settings.seq_length
     needed = settings.steps * settings.accumulate * settings.batch_size * ranks.size
-    old = read_documents(settings.old_texts) if settings.old_texts else []
+    old = read_documents(settings.old_texts, say if settings.old_data else ignore) if settings.old_texts else []
     return RunData(
         train=token_blocks(learnt, tokenizer, length, limit=needed, seed=settings.seed),
         new=held_out_blocks(held_out, tokenizer, length, limit=HELD_OUT_BLOCKS),

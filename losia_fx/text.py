@@ -10,15 +10,16 @@ import gzip
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .errors import LosiaError
+from .errors import LosiaError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,10 +27,25 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.08
 PIECE = 4096  # characters: some 1000 tokens, long against a block
 PIECES_AT_ONCE = 64  # tokenizers work on them in parallel
+BINARY = 4096  # bytes, among which a binary file has a zero
 # Tests are no prose of the library, and the others are mostly tables: they would be the easiest part to predict.
 LEFT_OUT_OF_STDLIB = frozenset(
     {"test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 )
+
+LINES = (".jsonl", ".ndjson")
+_TABLE = 'a table, which is no text: write its column of texts as .jsonl, a line {"text": ...} each'
+_PAGES = "pages, which are no plain text: convert them to .txt"
+NO_TEXT = {
+    **dict.fromkeys(".csv .tsv .tab .xls .xlsx .ods .parquet .arrow .feather .orc .avro".split(), _TABLE),
+    **dict.fromkeys(".pdf .doc .docx .odt .rtf .epub".split(), _PAGES),
+}
+"""What files of such names hold, and what to do."""
+PLAIN, JSON, JSON_LINES = "plain text", 'JSON, field "text"', 'JSON lines, field "text"'
+
+
+class _NotTextError(LosiaError):
+    """A file that holds no text to train on: an error where it is named by itself, passed over in a folder."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +56,24 @@ class Document:
     text: str
 
 
-def read_documents(paths: Sequence[Path]) -> list[Document]:
+Say = Callable[[str], object]
+
+
+def ignore(line: str) -> None:
+    """For what nobody needs to be told."""
+
+
+def read_documents(paths: Sequence[Path], say: Say = ignore) -> list[Document]:
     """Every document of the given files and folders, in order of name within each path.
 
-    A file ending in .jsonl holds one object a line, whose field "text" is a document; any other file is a document.
-    Both may be gzipped (.gz). In a folder, hidden and binary files are passed over; a binary file named by itself is
-    an error. Raises LosiaError naming the path (and line) for anything missing, unreadable or without text.
+    By a file's name: .jsonl and .ndjson hold one object a line, whose field "text" is a document; .json an array of
+    such objects or of strings (or one, or lines of them); any other file is one document of plain text. All may be
+    gzipped (.gz). What holds no text (tables, PDF and the like, other JSON, binary files) is an error where it is named
+    by itself and passed over in a folder, as hidden files are. say: is told of each path what it is read as, in a line.
+
+    Raises LosiaError naming the path (and line) for anything missing, unreadable or without text.
     """
-    documents = [document for path in paths for document in _documents_of(path)]
+    documents = [document for path in paths for document in _documents_of(path, say)]
     if not any(document.text.strip() for document in documents):
         raise LosiaError(f"no text in {', '.join(map(str, paths)) or 'an empty list of paths'}")
     return documents
@@ -129,56 +155,118 @@ def batches(blocks: Tensor, size: int, *, seed: int) -> Iterator[Tensor]:
         order = order[size:]
 
 
-def _documents_of(path: Path) -> Iterator[Document]:
+def _documents_of(path: Path, say: Say) -> list[Document]:
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            name = file.relative_to(path)
-            if not any(part.startswith(".") for part in name.parts) and not _is_binary(file):
-                yield from _documents_of_file(file, name.as_posix())
-    elif path.is_file():
-        yield from _documents_of_file(path, path.name)
-    else:
+        return _documents_of_folder(path, say)
+    if not path.is_file():
         raise LosiaError(f"{path}: no such file or folder")
+    kind, documents = _documents_of_file(path, path.name)
+    say(f"{path}: read as {kind}" + ("" if kind == PLAIN else f", {len(documents):,} documents"))
+    return documents
 
 
-def _documents_of_file(path: Path, name: str) -> Iterator[Document]:
-    try:
-        text = _read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LosiaError(f"{path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-    except (OSError, EOFError) as error:
-        raise LosiaError(f"{path}: cannot be read: {error}") from None
-    if ".jsonl" not in path.suffixes[-2:]:
-        yield Document(name, text)
-        return
+def _documents_of_folder(folder: Path, say: Say) -> list[Document]:
+    documents: list[Document] = []
+    kinds: Counter[str] = Counter()
+    passed: list[str] = []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        try:
+            kind, found = _documents_of_file(file, name.as_posix())
+        except _NotTextError:
+            passed.append(name.as_posix())
+            continue
+        kinds[kind] += 1
+        documents += found
+    read = "; ".join(f"{count:,} files read as {kind}" for kind, count in kinds.items()) or "no file read"
+    say(f"{folder}: {read}" + (f"; passed over, as no text: {listed(passed)}" if passed else ""))
+    return documents
+
+
+def _documents_of_file(path: Path, name: str) -> tuple[str, list[Document]]:
+    """What the file is read as, and its documents."""
+    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    if suffix in NO_TEXT:
+        raise _NotTextError(f"{path}: {NO_TEXT[suffix]}")
+    text = _read_text(path)
+    if suffix in LINES:
+        return JSON_LINES, _documents_of_lines(text, path, name)
+    if suffix == ".json":
+        return _documents_of_json(text, path, name)
+    if _is_json(text):
+        raise _NotTextError(
+            f'{path}: holds JSON, which is no prose: call it .json or .jsonl, and its field "text" is read'
+        )
+    return PLAIN, [Document(name, text)]
+
+
+def _documents_of_lines(text: str, path: Path, name: str) -> list[Document]:
+    documents = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield Document(f"{name}#{number}", _text_field(line, f"{path}: line {number}"))
+            where = f"{path}: line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise LosiaError(f"{where}: not JSON: {error}") from None
+            documents.append(Document(f"{name}#{number}", _text_field(record, where)))
+    return documents
 
 
-def _text_field(line: str, where: str) -> str:
+def _documents_of_json(text: str, path: Path, name: str) -> tuple[str, list[Document]]:
+    kind, found = JSON, _parsed(text)
+    if found is None:  # lines under the name of an array, as many have them
+        kind, found = JSON_LINES, [_parsed(line) for line in text.split("\n") if line.strip()]
+    entries = found if isinstance(found, list) else [found]
+    if not all(isinstance(entry, str) or _has_text(entry) for entry in entries):
+        raise _NotTextError(
+            f'{path}: no text to train on: expected an array of objects with a string field "text", or of strings'
+        )
+    texts = (entry if isinstance(entry, str) else entry["text"] for entry in entries)
+    return kind, [Document(f"{name}#{number}", text) for number, text in enumerate(texts, 1)]
+
+
+def _is_json(text: str) -> bool:
+    """Whether the whole of it is an array or an object, or every line is one."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    return _parsed(text) is not None or all(_parsed(line) is not None for line in text.split("\n") if line.strip())
+
+
+def _parsed(text: str) -> list[Any] | dict[str, Any] | None:
+    """The array or object that the text is; None of any other."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LosiaError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, (list, dict)) else None
+
+
+def _has_text(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("text"), str)
+
+
+def _text_field(record: Any, where: str) -> str:
+    if not _has_text(record):
         raise LosiaError(f'{where}: expected an object with a string field "text"')
     return str(record["text"])
 
 
-def _read_bytes(path: Path, size: int = -1) -> bytes:
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            return file.read(size)
-    with gzip.open(path, "rb") as file:
-        return bytes(file.read(size))
-
-
-def _is_binary(path: Path) -> bool:
+def _read_text(path: Path) -> str:
     try:
-        return b"\0" in _read_bytes(path, 4096)
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            data = bytes(file.read(BINARY))
+            if b"\0" in data:
+                raise _NotTextError(f"{path}: a binary file: convert it to text or leave it out")
+            data += file.read()
     except (OSError, EOFError) as error:
         raise LosiaError(f"{path}: cannot be read: {error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LosiaError(f"{path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
 
 
 def _name_hash(name: str) -> float:

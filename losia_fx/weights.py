@@ -47,6 +47,25 @@ def is_embedding(owner: nn.Module) -> bool:
     return isinstance(owner, _EMBEDDINGS)
 
 
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether the process holds a part of it only, as a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has made one has imported it
+    return module is not None and isinstance(parameter, module.DTensor)
+
+
+def adapters_in(root: nn.Module) -> set[int]:
+    """The ids of the parameters that PEFT's layers have put beside or around the layers they adapt."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # a model that has such a layer has imported it
+    kinds: tuple[type, ...] = () if peft is None else (peft.BaseTunerLayer,)
+    found: set[int] = set()
+    for layer in root.modules():
+        if isinstance(layer, kinds):
+            base = layer._modules.get("base_layer")
+            adapted = set() if base is None else {id(parameter) for parameter in base.parameters()}
+            found |= {id(parameter) for parameter in layer.parameters()} - adapted
+    return found
+
+
 def holds_weights(module: nn.Module) -> bool:
     """Whether any linear weight is in ``module``."""
     return any(holds_weights_itself(owner) for owner in module.modules())

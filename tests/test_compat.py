@@ -381,6 +381,20 @@ def test_runs_uncompiled_is_inlined_but_never_a_frame_of_its_own() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*FSDP", "ignore:.*reduction")
+@pytest.mark.parametrize("original", [False, True])
+def test_is_flattened(tmp_path: Path, original: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert not any(map(_compat.is_flattened, nn.Linear(3, 2).parameters()))
+        flat = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=original, device_id=torch.device("cpu"))
+        assert [_compat.is_flattened(parameter) for parameter in flat.parameters()] == [True] * (2 if original else 1)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_every_name_of_it_is_tested() -> None:
     public = {
         node.name for node in ast.parse(Path(_compat.__file__).read_text()).body if isinstance(node, ast.FunctionDef)

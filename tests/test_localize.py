@@ -14,9 +14,14 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from losia_fx.localize import (
+    ENOUGH,
     Fit,
+    clip_limit,
     fit_gradient,
+    fits_from,
     importance_of,
+    measure_clip,
+    measure_fit,
     score_of,
     select_rows,
     select_subnet,
@@ -318,3 +323,179 @@ def test_the_fit_leaves_its_inputs_alone() -> None:
     applied(fitted(seen, grad), grad)
     assert torch.equal(grad, copies[0])
     assert torch.equal(seen, copies[1])
+
+
+# -- a clip by value that shows in any subnet of the optimizer -------------------------------------------------------
+
+DRAWN: dict[str, Any] = {
+    "normal": lambda size, g: torch.randn(size, generator=g),
+    "long-tailed": lambda size, g: torch.randn(size, generator=g) / torch.randn(size, generator=g),
+    "of one token": lambda size, g: torch.randn(size[0], 1, generator=g) * torch.randn(1, size[1], generator=g),
+}
+
+
+@st.composite
+def gradients(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """S.grad of several subnets, of one dtype, then unscaled or clipped by norm; more than ENOUGH elements."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind, dtype = DRAWN[draw(st.sampled_from(sorted(DRAWN)))], draw(st.sampled_from(dtypes))
+    sizes = [*draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=6)), (16, 16)]
+    factor = draw(st.floats(1e-4, 1e4))
+    return [kind(size, generator).to(dtype).float() * factor for size in sizes]
+
+
+def common_limit(grads: list[Tensor], *fits: Fit | None) -> float | None:
+    return clip_limit(measure_clip(grads).tolist(), fits)
+
+
+def clipped(grads: list[Tensor], limit: float) -> list[Tensor]:
+    return [grad.clamp(-limit, limit) for grad in grads]
+
+
+@given(gradients((torch.float32, torch.bfloat16, torch.float16)))
+@settings(max_examples=400, derandomize=True)
+def test_no_clip_is_seen_where_there_is_none(grads: list[Tensor]) -> None:
+    """bfloat16 has 128 values between a number and its double: elements are alike by chance, the largest too."""
+    assert common_limit(grads) is None
+    factor_only = Fit(2.0)
+    assert common_limit(grads, factor_only, None) is None
+
+
+def test_bfloat16_gradients_do_have_equals() -> None:
+    """So the test above says something: in some of them the largest element comes twice."""
+    twice = 0
+    for seed in range(300):
+        grad = torch.randn(20, 20, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+        largest, alike, others = measure_clip([grad]).tolist()
+        assert largest == float(grad.abs().max())
+        assert alike == float((grad.abs() == largest).sum())
+        assert others > 1
+        twice += alike > 1
+    assert twice > 4
+
+
+@given(gradients((torch.float32,)), st.integers(2, 60))
+@settings(max_examples=200)
+def test_two_elements_that_are_cut_anywhere_show_the_limit(grads: list[Tensor], cut: int) -> None:
+    size = torch.cat([grad.flatten() for grad in grads]).abs().sort(descending=True).values
+    limit = float((size[cut - 1] + size[cut]) / 2)
+    seen = clipped(grads, limit)
+    expected = float(torch.tensor(limit))
+    if float(size[cut - 1]) > expected > float(size[cut]):  # there is a number between them
+        assert common_limit(seen) == expected
+
+
+def test_one_element_of_each_of_two_subnets() -> None:
+    grads = [torch.linspace(-1, 0.999, 110), torch.linspace(-0.5, 0.501, 90), torch.zeros(1000)]
+    grads[0][7], grads[1][9] = 3.0, -4.0
+    assert common_limit(clipped(grads, 2.5)) == 2.5
+    assert common_limit(clipped(grads[:1], 2.5)) is None  # one element says nothing
+    assert common_limit(clipped(grads, 3.5)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cut", [100, 200, 3000])
+def test_of_coarse_gradients_enough_must_be_cut(dtype: torch.dtype, cut: int) -> None:
+    """A hundred of a hundred thousand: by far more than have any other value of that size."""
+    for seed in range(10):
+        grad = torch.randn(400, 250, generator=torch.Generator().manual_seed(seed)).to(dtype).float() * 0.37
+        limit = float(grad.abs().flatten().kthvalue(grad.numel() - cut).values) * 0.999
+        assert common_limit(clipped([*grad.split(100)], limit)) == pytest.approx(limit, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alike", "others", "found"),
+    [
+        (1, 0, False),
+        (2, 0, True),
+        (2, 1, True),
+        (4, 2, False),
+        (5, 2, True),
+        (9, 3, False),
+        (40, 10, False),
+        (41, 10, True),
+    ],
+)
+def test_how_many_must_be_alike(alike: int, others: int, found: bool) -> None:
+    assert clip_limit((0.5, alike, others), ()) == (0.5 if found else None)
+
+
+def test_a_profiled_subnet_that_was_cut_shows_it_for_all() -> None:
+    grads = [torch.linspace(-1, 0.9, 200), torch.linspace(-0.5, 0.501, 100)]
+    seen = clipped(grads, 0.995)  # one element of all
+    largest = float(torch.tensor(0.995))
+    assert common_limit(seen) is None
+    assert common_limit(seen, None, Fit(1.0, largest)) == largest
+    assert common_limit(seen, Fit(1.0, 0.25)) is None  # what holds for all leaves nothing larger
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_no_clip(bad: float) -> None:
+    grads = [torch.randn(20, 20), torch.randn(3)]
+    grads[0][2, 2:5] = bad
+    assert common_limit(grads) is None
+
+
+def test_few_elements_and_none_show_no_clip() -> None:
+    assert common_limit([torch.ones(ENOUGH - 1)]) is None
+    assert common_limit([torch.ones(ENOUGH)]) == 1.0
+    assert common_limit([torch.zeros(ENOUGH)]) is None
+    assert common_limit([torch.cat([torch.ones(2), torch.zeros(1000)])]) is None
+    assert common_limit([]) is None
+
+
+def test_the_gradients_are_left_alone() -> None:
+    grads = [torch.randn(20, 20), torch.randn(5, dtype=torch.float64), torch.randn(3, 3).t()]
+    copies = [grad.clone() for grad in grads]
+    measure_clip(grads)
+    assert all(torch.equal(grad, copy) for grad, copy in zip(grads, copies, strict=True))
+    alone = torch.randn(300)
+    copy = alone.clone()
+    measure_clip([alone])
+    assert torch.equal(alone, copy)
+
+
+def fits_of(pairs: list[tuple[Tensor, Tensor]], *others: Tensor) -> list[Fit | None]:
+    clip = measure_clip([*(seen for seen, _ in pairs), *others])
+    return fits_from([measure_fit(*pair).tolist() for pair in pairs], clip.tolist())
+
+
+def test_a_clip_in_one_subnet_is_the_clip_of_another() -> None:
+    """The block of S is untouched; the rest of its weight was cut as the optimizer would see it."""
+    small, large = torch.randn(16, 16).clamp(-0.8, 0.8) * 0.1, torch.randn(40, 40)
+    limit = 0.5
+    (fit,) = fits_of([(0.25 * small, small)], (0.25 * large).clamp(-limit, limit))
+    assert fit is not None
+    assert fit.factor == pytest.approx(0.25)
+    assert fit.limit == limit
+    assert fits_of([(0.25 * small, small)], 0.25 * large) == [Fit(fit.factor)]
+
+
+def test_a_subnet_that_a_known_clip_just_leaves_alone() -> None:
+    """Nothing is left to take a factor from once its largest elements are left out; they fit as they are."""
+    assert fits_of([(torch.full((1, 1), 0.5), torch.full((1, 1), 2.0))], torch.full((300,), 0.5)) == [Fit(0.25, 0.5)]
+
+
+def test_a_gradient_of_zeros_takes_factor_and_limit_of_its_neighbours() -> None:
+    zero, large = torch.zeros(6, 8), torch.randn(40, 40)
+    seen = (0.25 * large).clamp(-0.5, 0.5)
+    first, second, third = fits_of([(zero, zero), (seen, large), (zero, large[:6, :8])])
+    assert second is not None
+    assert second.limit == 0.5
+    assert first == second
+    assert third is None  # S.grad was changed by hand
+    assert fits_of([(zero, zero)]) == [None]
+    assert fits_of([]) == []
+
+
+def test_a_known_clip_explains_what_rounding_hid() -> None:
+    """In bfloat16 the misfit of rounding is not a tenth of what few cut elements cause: alone it would be left out."""
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(60, 60, generator=generator)
+    limit = float(grad.abs().flatten().kthvalue(3600 - 8).values)
+    seen = (grad + 0.005 * grad.abs() * torch.randn(60, 60, generator=generator)).clamp(-limit, limit)
+    assert fit_gradient(seen, grad) is None
+    (fit,) = fits_of([(seen, grad)], torch.full((300,), limit))
+    assert fit is not None
+    assert fit.limit == pytest.approx(limit)
+    assert fit.factor == pytest.approx(1.0, rel=1e-2)

@@ -81,7 +81,7 @@ def measure(settings: FinetuneSettings, console: Console) -> dict[int, list[floa
     ranks = find_ranks()
     model, tokenizer = load(settings)
     settings = settle(settings, model, console, ranks)
-    data = load_data(settings, tokenizer, ranks)
+    data = load_data(settings, tokenizer, console, ranks)
     nn.Module.to(model, torch.device(str(settings.device)))
     losia_fx.transform(model, period=settings.period, compiler=settings.compiler, seed=settings.seed)
     controller = losia_fx.controller(model)

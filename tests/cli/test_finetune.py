@@ -113,6 +113,7 @@ def test_the_checkpoint_it_wrote_is_a_model_to_go_on_from(
     assert finetune(second, lines, "--model", str(first), "--steps", "5", "--lr", "3e-3", *options) == 0
     text = capsys.readouterr().out
     assert "new: lines.jsonl" in text
+    assert f'{lines}: read as JSON lines, field "text", 40 documents\n{data}: read as plain text\n' in text
     assert "old: numbers.txt" in text
     assert AutoModelForCausalLM.from_pretrained(second, local_files_only=True).dtype == torch.bfloat16
     assert (run_json(first)["settings"]["lr"], run_json(second)["settings"]["lr"]) == (5e-5, 3e-3)

@@ -53,6 +53,72 @@ def test_jsonl_is_a_document_a_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.json", '[{"text": "one", "id": 1}, {"text": "two"}]', ["one", "two"]),
+        ("a.json", '["one", "two"]', ["one", "two"]),
+        ("a.json", '{"text": "one"}', ["one"]),
+        ("a.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("a.json.gz", '["one"]', ["one"]),
+        ("a.ndjson", '{"text": "one"}\n', ["one"]),
+    ],
+)
+def test_json_is_read_by_its_texts(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    found = [Document(f"{name}#{number}", text) for number, text in enumerate(texts, 1)]
+    assert read_documents([tmp_path / name]) == read_documents([tmp_path]) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "a,b\n1,2\n"),  # whether that is a table nobody can know
+        ("a.txt", '{"a": 1}\nand so on\n'),
+        ("a.md", "[1] a note\n[2] another\n"),
+        ("a.py", "{}\nprint('{}')\n"),
+        ("a.jsonl.txt", "how to write .jsonl"),
+        ("LICENSE", "no suffix"),
+        ("a.xml", "<a>text</a>"),
+        ("deep.txt", "[" * 100_000),
+    ],
+)
+def test_everything_else_is_plain_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_documents([tmp_path / name]) == [Document(name, content)]
+
+
+def test_what_each_path_is_read_as_is_said(tmp_path: Path) -> None:
+    """Nothing of a folder is left out unsaid, hidden files aside."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for name, content in {
+        "a.txt": "a",
+        "b.py": "b",
+        "c.jsonl": '{"text": "c"}\n{"text": "d"}',
+        "deep/e.csv": "e,f",
+        "package.json": '{"name": "x"}',
+        "data.txt": "[1, 2]",
+        ".hidden": "no",
+    }.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / "image.bin").write_bytes(b"\x00\x01")
+    said: list[str] = []
+    found = read_documents([folder, folder / "c.jsonl", folder / "a.txt"], said.append)
+    assert [document.text for document in found] == ["a", "b", "c", "d", "c", "d", "a"]
+    assert said == [
+        f'{folder}: 2 files read as plain text; 1 files read as JSON lines, field "text"; '
+        "passed over, as no text: data.txt, deep/e.csv, image.bin, package.json",
+        f'{folder / "c.jsonl"}: read as JSON lines, field "text", 2 documents',
+        f"{folder / 'a.txt'}: read as plain text",
+    ]
+    said.clear()
+    with pytest.raises(LosiaError, match=r"no text in .*deep"):
+        read_documents([folder / "deep"], said.append)
+    assert said == [f"{folder / 'deep'}: no file read; passed over, as no text: e.csv"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "bad.jsonl: line 2: not JSON"),
@@ -62,6 +128,22 @@ def test_jsonl_is_a_document_a_line(tmp_path: Path, name: str) -> None:
         ("cut.txt.gz", gzip.compress(b"some text", mtime=0)[:-4], "cut.txt.gz: cannot be read"),
         ("plain.txt.gz", b"not gzipped", "plain.txt.gz: cannot be read"),
         ("empty.txt", b" \n", "no text in"),
+        ("rows.csv", b"id,text\n1,hello\n", "rows.csv: a table, which is no text: write its column of texts as .jsonl"),
+        ("ROWS.TSV", b"id\ttext\n1\thello\n", "ROWS.TSV: a table"),
+        ("rows.csv.gz", gzip.compress(b"id,text\n", mtime=0), "rows.csv.gz: a table"),
+        ("rows.parquet", b"PAR1", "rows.parquet: a table"),
+        ("paper.pdf", b"%PDF-1.7", "paper.pdf: pages, which are no plain text"),
+        ("note.rtf", rb"{\rtf1 hello}", "note.rtf: pages, which are no plain text"),
+        ("image.png", b"\x89PNG\x00", "image.png: a binary file"),
+        ("zeros.txt", b"a\x00b", "zeros.txt: a binary file"),
+        ("object.json", b'{"name": "x"}', "object.json: no text to train on: expected an array of objects"),
+        ("mixed.json", b'[{"text": "x"}, {"body": "y"}]', "mixed.json: no text to train on"),
+        ("numbers.json", b"[1, 2]", "numbers.json: no text to train on"),
+        ("broken.json", b'[{"text": "x"},', "broken.json: no text to train on"),
+        ("config.txt", b' {"a": 1,\n "b": 2}\n', "config.txt: holds JSON, which is no prose"),
+        ("array.md", b'[{"text": "x"}]', "array.md: holds JSON"),
+        ("lines.txt", b'{"text": "x"}\n\n{"text": "y"}\n', "lines.txt: holds JSON"),
+        ("book.ipynb", b'{"cells": []}', "book.ipynb: holds JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
