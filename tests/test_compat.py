@@ -445,9 +445,10 @@ def test_2_14_writes_the_attributes_that_transpose_as_operators() -> None:
         seen.extend(str(node.target) for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverloadPacket))
         return gm.forward
 
-    torch.compile(lambda w: (w.T + 1, w.mT + 1), backend=backend)(torch.ones(2, 3))
-    assert seen == (["aten.numpy_T", "aten.mT"] if torch.__version__ >= (2, 14) else ["T", "mT"])
-    assert release(TORCH.lowest) < (2, 14), "products need not know T and mT as attributes"
+    torch.compile(lambda w: (w.T + 1, w.mT + 1, w.H + 1, w.mH + 1), backend=backend)(torch.ones(2, 3))
+    operators = ["aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.mH"]
+    assert seen == (operators if torch.__version__ >= (2, 14) else ["T", "mT", "H", "mH"])
+    assert release(TORCH.lowest) < (2, 14), "products need not know these as attributes any longer"
 
 
 def test_every_name_of_it_is_tested() -> None:
