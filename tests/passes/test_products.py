@@ -156,6 +156,10 @@ def m_t(x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.aten.linear.default(x, torch.ops.aten.mT(w))
 
 
+def turned_by_a_number_of_the_graph(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.transpose(0, x.dim() - 1)
+
+
 def linear(x: Tensor, w: Tensor) -> Tensor:
     return x @ (w * w)
 
@@ -194,6 +198,7 @@ def einsum_of_three(x: Tensor, w: Tensor) -> Tensor:
         (numpy_t, ["matmul"], []),
         (numpy_t_overload, ["matmul"], []),
         (m_t, ["linear_default"], []),
+        (turned_by_a_number_of_the_graph, [], ["transpose"]),
         # a name says nothing: these square the weight
         (called_as_torch_does, [], ["linear"]),
         (operator_called_as_torchs, [], ["matmul"]),
