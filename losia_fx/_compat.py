@@ -240,7 +240,7 @@ def keep_saved_tensors() -> Iterator[None]:
     """Context for compiling: the backward may run twice (retain_graph), as it may without a compiler.
 
     AOTAutograd otherwise lets it reuse the memory of what the forward saved. A graph compiled without that has None for
-    the list of such tensors, which the check before a backward that retains its graph (torch 2.13) takes for some: an
+    the list of such tensors, which the check before a backward that retains its graph (2.11 to 2.15) takes for some: an
     empty list is what it understands.
     """
     with torch._functorch.config.patch(donated_buffer=False):
