@@ -1,14 +1,16 @@
-"""Every private or young torch name that losia_fx needs, with the reason; tests/test_compat.py fails when one goes.
+"""Every private or young torch name that losia_fx needs, and every difference between the versions of torch that it
+runs on (2.11 and newer), with the reason; tests/test_compat.py fails when one goes.
 
-Checked against torch 2.13.
+What is there for one version's sake says which version ends it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +36,7 @@ __all__ = [
     "active_ddp",
     "aot_compiler",
     "compile_call",
+    "compile_own_code",
     "compiled_apart",
     "compiled_call",
     "ddp_group",
@@ -181,15 +184,41 @@ def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
+ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""torch.compile can count the graphs of one call apart from those of others: 2.13 and newer."""
+
+
 def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
     """``plain_call`` of the module, compiled.
 
     The limit is raised and held apart from that of other modules: the code that is compiled here, Module._call_impl,
     is the same for all modules of a process, and so would be its limit of 8 graphs.
     """
+    if not ISOLATES_RECOMPILES:
+        return compile_own_code(module, backend, recompile_limit)
     limits: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True}  # not in the overloads
     compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, **limits)
     return compiled
+
+
+def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
+    """compile_call for torch 2.11 and 2.12; ends with 2.13, where torch.compile isolates and takes the limit.
+
+    Dynamo counts graphs by code object, so every module gets one of its own. It cannot be a new _call_impl: Dynamo
+    passes over that frame, as torch's, and counts the ones that it calls. (So it does with frames that a graph break
+    leaves: those share their count with other modules.)
+    """
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    compiled = torch.compile(MethodType(own_code(call), module), backend=backend)
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+            return compiled(*args, **kwargs)
+
+    return limited
 
 
 _CALL = "_compiled_call_impl"
@@ -262,7 +291,7 @@ def keep_saved_tensors() -> Iterator[None]:
     """Context for compiling: the backward may run twice (retain_graph), as it may without a compiler.
 
     AOTAutograd otherwise lets it reuse the memory of what the forward saved. A graph compiled without that has None for
-    the list of such tensors, which the check before a backward that retains its graph (torch 2.13) takes for some: an
+    the list of such tensors, which the check before a backward that retains its graph (2.11 to 2.15) takes for some: an
     empty list is what it understands.
     """
     with torch._functorch.config.patch(donated_buffer=False):

@@ -68,10 +68,7 @@ class Product:
     @property
     def holder(self) -> fx.Node:
         """The weight's placeholder."""
-        source = self.branch if self.view.path else None
-        held = self.view.node if source is None else source.args[0]
-        assert isinstance(held, fx.Node)
-        return held
+        return self.view.path[0].all_input_nodes[0] if self.view.path else self.view.node
 
 
 def find_products(holder: fx.Node, dims: int) -> tuple[list[Product], list[fx.Node]]:
@@ -118,37 +115,37 @@ def _follow(view: View, user: fx.Node) -> list[Product] | None:
 
 # -- reading a node --------------------------------------------------------------------------------------------------
 
-_NAMES: dict[Callable[..., Any], str] = {
-    F.linear: "linear",
-    operator.matmul: "matmul",
-    torch.matmul: "matmul",
-    torch.mm: "matmul",
-    torch.addmm: "addmm",
-    torch.bmm: "bmm",
-    torch.einsum: "einsum",
-    operator.getitem: "getitem",
-    getattr: "getattr",
-    torch.t: "t",
-    torch.transpose: "transpose",
-    torch.swapaxes: "transpose",
-    torch.swapdims: "transpose",
-    torch.permute: "permute",
-    torch.select: "select",
-    torch.unbind: "unbind",
-}
-_METHODS = {"mm": "matmul", "__matmul__": "matmul", "swapaxes": "transpose", "swapdims": "transpose"}
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
+_REORDERS = frozenset(
+    "t T mT H mH numpy_T matrix_H adjoint transpose permute movedim moveaxis swapaxes swapdims".split()
+)
+"""Views that put dimensions in another order. Since torch 2.14 T is written as aten.numpy_T (H is aten.matrix_H)."""
 
 
 def use_of(node: fx.Node) -> str:
-    """What a node does, in one word: the same for a function, an operator and a method."""
+    """What a node does, in one word: the same for a function, an operator, a method and an attribute.
+
+    Words without a dot are torch's: a function or an operator of anybody else's has its full name, and is no product.
+    """
     if node.op == "call_method":
-        return _METHODS.get(str(node.target), str(node.target))
-    if node.op == "call_function" and callable(node.target):
-        if node.target in grouped_products():
-            return "grouped_mm"
-        return _NAMES.get(node.target) or str(getattr(node.target, "__name__", node.target))
-    return node.op
+        word = str(node.target)
+    elif node.op != "call_function":
+        return node.op
+    elif node.target in grouped_products():
+        return "grouped_mm"
+    else:
+        word = str(node.args[1]) if node.target is getattr else _name_of(node.target)
+    return "matmul" if word in ("mm", "__matmul__") else word
+
+
+def _name_of(function: Any) -> str:
+    packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return str(packet).removeprefix("aten.")
+    name = str(getattr(function, "__name__", function))
+    if any(getattr(home, name, None) is function for home in (torch, F, operator, torch.ops.higher_order)):
+        return name
+    return f"{getattr(function, '__module__', None) or '?'}.{name}"
 
 
 def _dims(node: Any) -> int | None:
@@ -180,16 +177,16 @@ def _bound(node: fx.Node, *names: str) -> dict[str, Any] | None:
 
 def _view(view: View, user: fx.Node) -> View | None:
     """What ``user`` holds of the weight, if it is a view or a cast of ``view``."""
+    name = use_of(user)
+    if name in _REORDERS:
+        return _reordered(view, user)
     if not user.args or user.args[0] is not view.node or view.node in user.args[1:]:
         return None
-    name = use_of(user)
     if view.unbound:
         index = user.args[1] if name == "getitem" else None
         return _step(view, user, dims=2, expert=index, unbound=False) if isinstance(index, int) else None
     if name in _CASTS:
         return _step(view, user)
-    if _swaps_last(name, user, view.dims):
-        return _step(view, user, transposed=not view.transposed)
     return _expert(view, name, user) if view.dims == 3 and view.expert is None else None
 
 
@@ -197,21 +194,20 @@ def _step(view: View, user: fx.Node, **changes: Any) -> View:
     return replace(view, node=user, path=(*view.path, user), **changes)
 
 
-def _swaps_last(name: str, user: fx.Node, dims: int) -> bool:
-    last = {dims - 1, dims - 2}
-    given = user.args[1:]
-    if name == "t":
-        return dims == 2
-    if name == "getattr":
-        return given[0] == "mT" or (given[0] == "T" and dims == 2)
-    flat = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-    if not user.kwargs and all(isinstance(dim, int) for dim in flat):
-        order = [dim % dims for dim in flat]  # type: ignore[operator]
-        if name == "transpose":
-            return set(order) == last
-        if name == "permute":
-            return order == [*range(dims - 2), dims - 1, dims - 2]
-    return False
+def _reordered(view: View, user: fx.Node) -> View | None:
+    """The view in another order of its dimensions, if none but the last two have changed places.
+
+    torch itself says what the order is, of a tensor in which each dimension is as long as its number.
+    """
+    if user.all_input_nodes != [view.node]:
+        return None
+    numbered = torch.empty(tuple(range(view.dims)), device="meta")
+    args, kwargs = fx.node.map_arg((user.args, user.kwargs), lambda _: numbered)
+    turn: Any = getattr(torch.Tensor, str(user.target)) if user.op == "call_method" else user.target
+    order = tuple(turn(*args, **kwargs).shape)
+    if order == tuple(range(view.dims)):
+        return _step(view, user)
+    return _step(view, user, transposed=not view.transposed) if order == _swapped(view.dims) else None
 
 
 def _expert(view: View, name: str, user: fx.Node) -> View | None:

@@ -1,4 +1,7 @@
-"""Every private or young torch name that losia_fx needs is in losia_fx/_compat.py, and is still there in torch."""
+"""Every private or young torch name that losia_fx needs is in losia_fx/_compat.py, and is still there in torch.
+
+So is every difference between versions of torch; a test here fails when it is one no longer.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from losia_fx.passes.products import use_of
+from losia_fx.tools.requirements import release, requirements
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -229,29 +234,61 @@ def test_install_call_and_undo() -> None:
     _compat.install_call(module, None)  # twice is no error
 
 
-def test_compile_call_has_a_limit_of_its_own() -> None:
+class Wrapped(nn.Module):
+    """Not a bare Linear: Dynamo leaves the frames of torch's own modules alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+WAYS = [_compat.compile_call, _compat.compile_own_code]
+
+
+def names_of_graphs(graphs: list[str], name: str) -> Callable[..., Any]:
+    """A backend that says whose graph it compiles."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(name)
+        return gm.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_counts_the_graphs_of_each_module_apart(way: Callable[..., Any]) -> None:
     graphs: list[str] = []
-
-    def backend(name: str) -> Any:
-        def compile_graph(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(name)
-            return gm.forward
-
-        return compile_graph
-
-    class Wrapped(nn.Module):  # Dynamo leaves the frames of torch's own bare modules alone
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(2, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x)
-
-    modules = [Wrapped() for _ in range(12)]  # more than Dynamo's limit of 8 for one code object
-    for index, module in enumerate(modules):
-        call = _compat.compile_call(module, backend(str(index)), recompile_limit=4)
-        call(torch.ones(1, 2))
+    x = torch.ones(1, 2)
+    for index in range(12):  # more than Dynamo's limit of 8 for one code object
+        module = Wrapped()
+        torch.testing.assert_close(
+            way(module, names_of_graphs(graphs, str(index)), recompile_limit=4)(x), module.linear(x)
+        )
     assert graphs == [str(index) for index in range(12)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_holds_a_module_to_its_limit(way: Callable[..., Any]) -> None:
+    graphs: list[str] = []
+    before = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for limit in (10, 3):  # Dynamo's own is 8
+            call = way(Wrapped(), names_of_graphs(graphs, str(limit)), recompile_limit=limit)
+            for length in range(2, 16):
+                assert call(torch.ones(length, 2)).shape == (length, 2)
+    assert (graphs.count("10"), graphs.count("3")) == (10, 3)
+    assert torch._dynamo.config.recompile_limit == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_runs_hooks_and_takes_keywords(way: Callable[..., Any]) -> None:
+    module = Wrapped()
+    module.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.ones(1, 2)
+    torch.testing.assert_close(way(module, names_of_graphs([], ""), recompile_limit=4)(x=x), module.linear(x) + 1)
 
 
 def test_ddp_group(tmp_path: Path) -> None:
@@ -393,6 +430,39 @@ def test_is_flattened(tmp_path: Path, original: bool) -> None:
         assert [_compat.is_flattened(parameter) for parameter in flat.parameters()] == [True] * (2 if original else 1)
     finally:
         dist.destroy_process_group()
+
+
+# -- versions ------------------------------------------------------------------------------------------------------
+
+TORCH = requirements()[0]
+
+
+def test_2_13_isolates_recompiles() -> None:
+    assert (torch.__version__ >= (2, 13)) == _compat.ISOLATES_RECOMPILES
+    assert release(TORCH.lowest) < (2, 13), "compile_own_code and ISOLATES_RECOMPILES can go"
+
+
+@pytest.mark.skipif(_compat.ISOLATES_RECOMPILES, reason="torch 2.11 and 2.12 only")
+def test_before_2_13_a_limit_is_for_all_modules() -> None:
+    graphs: list[str] = []
+    for index in range(12):
+        torch.compile(Wrapped()._call_impl, backend=names_of_graphs(graphs, str(index)))(torch.ones(1, 2))
+    assert len(graphs) == torch._dynamo.config.recompile_limit == 8
+
+
+def test_2_14_writes_the_attributes_that_transpose_as_operators() -> None:
+    """What losia_fx.passes.products reads: both, as long as the lowest torch is below 2.14."""
+    seen: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(use_of(node) for node in gm.graph.find_nodes(op="call_function", target=getattr))
+        seen.extend(str(node.target) for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverloadPacket))
+        return gm.forward
+
+    torch.compile(lambda w: (w.T + 1, w.mT + 1, w.H + 1, w.mH + 1), backend=backend)(torch.ones(2, 3))
+    operators = ["aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.mH"]
+    assert seen == (operators if torch.__version__ >= (2, 14) else ["T", "mT", "H", "mH"])
+    assert release(TORCH.lowest) < (2, 14), "products need not know these as attributes any longer"
 
 
 def test_every_name_of_it_is_tested() -> None:

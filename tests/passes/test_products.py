@@ -144,6 +144,42 @@ def weight_in_both(x: Tensor, w: Tensor) -> Tensor:
     return torch.matmul(w, w)
 
 
+def numpy_t(x: Tensor, w: Tensor) -> Tensor:
+    return x @ torch.ops.aten.numpy_T(w)
+
+
+def numpy_t_overload(x: Tensor, w: Tensor) -> Tensor:
+    return x @ torch.ops.aten.numpy_T.default(w)
+
+
+def m_t(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.aten.linear.default(x, torch.ops.aten.mT(w))
+
+
+def turned_by_a_number_of_the_graph(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.transpose(0, x.dim() - 1)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    return x @ (w * w)
+
+
+fx.wrap("linear")
+
+
+def called_as_torch_does(x: Tensor, w: Tensor) -> Tensor:
+    return linear(x, w)
+
+
+@torch.library.custom_op("losia_tests::matmul", mutates_args=())
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    return x @ (w * w)
+
+
+def operator_called_as_torchs(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.losia_tests.matmul(x, w)
+
+
 def einsum_of_three(x: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("bi,oi,bo->bo", x, w, x)
 
@@ -158,6 +194,14 @@ def einsum_of_three(x: Tensor, w: Tensor) -> Tensor:
         (scaled, [], ["addmm"]),
         (weight_in_both, [], ["matmul"]),
         (einsum_of_three, [], ["einsum"]),
+        # as Dynamo writes x.T and x.mT since torch 2.14; and as exported programs write everything
+        (numpy_t, ["matmul"], []),
+        (numpy_t_overload, ["matmul"], []),
+        (m_t, ["linear_default"], []),
+        (turned_by_a_number_of_the_graph, [], ["transpose"]),
+        # a name says nothing: these square the weight
+        (called_as_torch_does, [], ["linear"]),
+        (operator_called_as_torchs, [], ["matmul"]),
     ],
 )
 def test_by_hand(function: Any, products: list[str], others: list[str]) -> None:
@@ -171,5 +215,5 @@ def test_by_hand(function: Any, products: list[str], others: list[str]) -> None:
 def test_use_of() -> None:
     gm = fx.symbolic_trace(lambda x, w: torch.mm(x, w.t()) @ w + x.mm(w).swapaxes(0, 1).relu())
     calls = [node for node in gm.graph.nodes if node.op.startswith("call")]
-    assert [use_of(node) for node in calls] == ["t", "matmul", "matmul", "matmul", "transpose", "relu", "add"]
+    assert [use_of(node) for node in calls] == ["t", "matmul", "matmul", "matmul", "swapaxes", "relu", "add"]
     assert use_of(gm.graph.find_nodes(op="placeholder")[0]) == "placeholder"
