@@ -16,7 +16,7 @@ from .config import LosiaConfig
 from .controller import Controller, controller_of
 from .errors import TransformError
 from .optimizers import adopt_subnets, live_optimizers
-from .plan_model import judge_weights
+from .plan_model import judge_weights, refuse_float8
 from .registry import CONTROLLERS, DENSE, resolve
 from .state import SubnetState
 
@@ -51,6 +51,7 @@ def _refuse_ddp() -> None:
 
 def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None:
     plans = judge_weights(root, config, everywhere=True)
+    refuse_float8(plan for plan in plans if plan.parameter.requires_grad and id(plan.parameter) in weights)
     controller = controller_of(root) or Controller(root, config, by_string=True)
     states = {state.name: state for state in controller.states}
     for plan in plans:

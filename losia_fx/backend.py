@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from losia_fx.passes import (
+    GraphPass,
+    LoosenViews,
     Observer,
     RemakeInputs,
     SinkGathers,
@@ -94,7 +97,13 @@ class LosiaBackend:
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         inner = self.inner or inner_compiler(self.config.compiler)
-        with keep_saved_tensors(), on_joint_graph(SinkGathers()), on_joint_graph(RemakeInputs()):
+        edits: list[GraphPass] = [SinkGathers(), RemakeInputs()]
+        if self.config.compiler == "aot_eager":
+            edits.append(LoosenViews())
+        with ExitStack() as compiling:
+            compiling.enter_context(keep_saved_tensors())
+            for edit in edits:
+                compiling.enter_context(on_joint_graph(edit))
             return inner(gm, list(inputs))
 
 

@@ -7,6 +7,7 @@ from passes import (
     PassPipeline as PassPipeline,
     Product as Product,
     RemakeInputs as RemakeInputs,
+    LoosenViews as LoosenViews,
     SinkGathers as SinkGathers,
     SubnetRewrite as SubnetRewrite,
     Uses as Uses,

@@ -34,13 +34,15 @@ class WeightPlan:
     """Of linear weight (losia_fx.weights.kind_of); None for any other parameter."""
     outside: bool = False
     """A linear outside the repeated blocks that nobody excluded: a classification head, most often."""
+    chosen: bool = False
+    """The configuration asks for a linear to stay frozen: exclude, target or output_rank_factor."""
 
 
 def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     """What transform() does with every parameter, in the order of named_parameters().
 
-    Raises TransformError for a model without linears, one in which none would learn, or weights that cannot be trained
-    where they are (losia_fx.refusals); ConfigError for patterns that match nothing.
+    Raises TransformError for a model without linears, one in which none would learn, weights that cannot be trained
+    where they are (losia_fx.refusals) or a float8 weight that would; ConfigError for patterns that match nothing.
     """
     plans = judge_weights(root, config)
     refuse_weights(plans, config)
@@ -50,8 +52,24 @@ def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     if not any(plan.trained == "subnet" for plan in plans):
         reasons = "; ".join(sorted({plan.why for plan in linears}))
         raise TransformError(f"no linear weight of {type(root).__name__} would learn: {reasons}")
+    refuse_float8(plans)
     _warn_of_adapters(plans)
     return plans
+
+
+def refuse_float8(plans: Iterable[WeightPlan]) -> None:
+    """Raises TransformError where a float8 weight is to learn.
+
+    W[rows, cols] = S would round the updates away, and what a layer multiplies with is such a weight times a scale that
+    only the layer knows.
+    """
+    found = [plan for plan in plans if plan.trained != "frozen" and _is_float8(plan.parameter)]
+    if found:
+        dtypes = ", ".join(sorted({str(plan.parameter.dtype).removeprefix("torch.") for plan in found}))
+        raise TransformError(
+            f"float8 weights cannot learn: {listed([plan.name for plan in found])} ({dtypes}). Dequantise the model "
+            "(transformers: FineGrainedFP8Config(dequantize=True)), or name them in exclude: they stay frozen then"
+        )
 
 
 def judge_weights(root: nn.Module, config: LosiaConfig, everywhere: bool = False) -> list[WeightPlan]:
@@ -125,13 +143,16 @@ def _refusal(plan: WeightPlan, config: LosiaConfig, blocks: list[str], everywher
     """Why a linear weight gets no subnet, or None."""
     names = _module_names(plan)
     excluded = next((hit for name in names if (hit := matches(name, config.exclude))), None)
+    targeted = config.target is None or any(matches(name, config.target) for name in names)
+    no_head = plan.whole_cols and config.output_rank_factor == 0
+    plan.chosen = excluded is not None or no_head or not targeted
     checks = [
         (excluded is not None, f"named in exclude: {excluded!r}"),
         (_is_tied(plan) and not config.train_tied_head, "tied to an embedding: left dense; train_tied_head trains it"),
         (plan.parameter.dim() not in (2, 3), f"stored as {_stored(plan.parameter)}"),
         (not plan.parameter.is_floating_point(), f"stored as {_stored(plan.parameter)}"),
         (not _is_plain(plan), f"type {type(plan.parameter).__name__}: left dense"),
-        (plan.whole_cols and config.output_rank_factor == 0, "output head, and output_rank_factor is 0"),
+        (no_head, "output head, and output_rank_factor is 0"),
     ]
     for refused, why in checks:
         if refused:
@@ -139,7 +160,6 @@ def _refusal(plan: WeightPlan, config: LosiaConfig, blocks: list[str], everywher
     inside = plan.whole_cols or any(block_of(name, blocks) for name in names)
     plan.outside = bool(blocks) and not inside
     if config.target is not None:
-        targeted = any(matches(name, config.target) for name in names)
         return None if targeted else "not named in target"
     if plan.outside and not everywhere:
         return "outside the repeated blocks; name it in trainable to train it in full, or in target"
@@ -150,12 +170,17 @@ def _is_plain(plan: WeightPlan) -> bool:
     return type(plan.parameter) is nn.Parameter and type(plan.parameter.data) is torch.Tensor
 
 
+def _is_float8(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() == 1
+
+
 def _is_tied(plan: WeightPlan) -> bool:
     return any(is_embedding(owner) for _, owner, _ in plan.owners)
 
 
 def _stored(parameter: nn.Parameter) -> str:
-    return f"{parameter.dim()}-D {str(parameter.dtype).removeprefix('torch.')}: left dense"
+    own = "" if type(parameter) is nn.Parameter else f" ({type(parameter).__name__})"
+    return f"{parameter.dim()}-D {str(parameter.dtype).removeprefix('torch.')}{own}: left dense"
 
 
 def _check_patterns(config: LosiaConfig, plans: list[WeightPlan], linears: list[WeightPlan]) -> None:

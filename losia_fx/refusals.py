@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ._compat import is_flattened
 from .config import LosiaConfig, matches
 from .errors import TransformError, listed
-from .state import resolve
+from .registry import resolve
 from .weights import is_sharded
 
 if TYPE_CHECKING:

@@ -5,6 +5,8 @@ from tools import (
     check_architecture as check_architecture,
     costs as costs,
     coverage as coverage,
+    coverage_record as coverage_record,
+    coverage_table as coverage_table,
     diff as diff,
     dot as dot,
     dump as dump,
@@ -13,6 +15,7 @@ from tools import (
     forecast as forecast,
     graph as graph,
     layer_nodes as layer_nodes,
+    libraries as libraries,
     load_model as load_model,
     losia_options as losia_options,
     measure as measure,
@@ -30,4 +33,5 @@ from tools import (
     run_pictures as run_pictures,
     slots as slots,
     step_cost as step_cost,
+    tiny_model as tiny_model,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
+from collections import Counter
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +36,8 @@ from .state import SubnetState, states_of
 from .weights import EXPERTS
 from .wrappers import refuse_wrappers
 
+log = logging.getLogger("losia_fx")
+
 CALL = "_losia_call"
 """Attribute of a transformed model: its CompiledCall."""
 
@@ -49,8 +53,8 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     Names in state_dict(), save_pretrained() and load_state_dict() stay the model's own. Under no_grad the original
     forward runs.
 
-    Raises ConfigError for an option that cannot be, TransformError for a model without linears or one that is
-    transformed already; either leaves the model as it was.
+    Raises ConfigError for an option that cannot be, TransformError for a model without linears, one that is transformed
+    already or one with float8 weights that would learn; either leaves the model as it was.
 
     >>> model = losia_fx.transform(model, rank_factor=1 / 8, period=50)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
@@ -69,6 +73,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     frozen = [plan for plan in plans if plan.trained == "frozen"]
     _warn_frozen([plan.name for plan in frozen if plan.outside and plan.kind != EXPERTS])
     _warn_frozen_experts([plan for plan in frozen if plan.kind == EXPERTS])
+    _say_frozen([plan for plan in plans if plan.kind is not None])
     return model
 
 
@@ -161,6 +166,22 @@ def _warn_frozen_experts(plans: list[WeightPlan]) -> None:
             LosiaWarning,
             stacklevel=3,
         )
+
+
+def _say_frozen(linears: list[WeightPlan]) -> None:
+    """How many linear weights stay frozen and why: as a warning where most do and nobody asked for it, else a log line.
+
+    A quantised base would else be trained in its head alone.
+    """
+    frozen = [plan for plan in linears if plan.trained == "frozen"]
+    if not frozen:
+        return
+    reasons = "; ".join(f"{count} x {why}" for why, count in Counter(plan.why for plan in frozen).most_common())
+    said = f"{len(frozen)} of {len(linears)} linear weights stay frozen: {reasons}"
+    if 2 * sum(not plan.chosen for plan in frozen) > len(linears):
+        warnings.warn(f"losia_fx: {said}. print(losia_fx.report(model)) shows each", LosiaWarning, stacklevel=3)
+    else:
+        log.info(said)
 
 
 class CompiledCall:

@@ -5,6 +5,7 @@ from losia_fx.plan import SubnetPlan
 
 from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_modules, placeholders, region_of
 from .insert_localization import InsertLocalization
+from .loosen_views import LoosenViews
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
 from .remake_inputs import RemakeInputs
@@ -25,6 +26,7 @@ __all__ = [
     "PRODUCT",
     "GraphPass",
     "InsertLocalization",
+    "LoosenViews",
     "Observer",
     "PassPipeline",
     "Product",

@@ -169,7 +169,7 @@ def _rewrite(graph: fx.Graph, product: Product, call: int, state: tuple[fx.Node,
             new = graph.call_function(subnet_grouped, (x, weight, values, rows, cols, product.offsets))
         else:
             new = graph.call_function(subnet_batched, (x, weight, values, rows, cols))
-        result = _permuted(graph, new, product.after)
+        result = _lying_like(graph, node, _permuted(graph, new, product.after)) if product.after else new
     # Same value, same meta: example_value, stack_trace and nn_module_stack stay true.
     result.meta = dict(node.meta)
     kept = node.meta if result is new else {key: node.meta[key] for key in node.meta if key != "example_value"}
@@ -196,7 +196,22 @@ def _swapped(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _permuted(graph: fx.Graph, node: fx.Node, order: Permutation | None) -> fx.Node:
-    return node if order is None else graph.call_method("permute", (node, order))
+    moves = order is not None and order != tuple(range(len(order)))
+    return graph.call_method("permute", (node, order)) if moves else node
+
+
+def _lying_like(graph: fx.Graph, dense: fx.Node, node: fx.Node) -> fx.Node:
+    """``node`` with its dimensions in the order in memory that those of the dense product have, where the tracer says.
+
+    Dynamo has traced what follows for that order: a view() of the product, say, cannot be had in every other.
+    """
+    value = dense.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return node
+    order = tuple(sorted(range(value.dim()), key=value.stride, reverse=True))
+    back = tuple(order.index(dim) for dim in range(value.dim()))
+    outermost_first = _permuted(graph, node, order)
+    return _permuted(graph, graph.call_method("contiguous", (outermost_first,)), back)
 
 
 def _body(gm: fx.GraphModule, path: tuple[str, ...]) -> fx.GraphModule:

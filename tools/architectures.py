@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -23,9 +22,8 @@ from losia_fx.errors import LosiaError
 
 from .shrink_config import nested, shrink
 from .tiny_batch import candidates
+from .tiny_model import SEED, TinyModel, in_dtype, prepared
 
-SEED = 1
-MOST_PARAMETERS = 20_000_000
 MOST_BATCHES = 80
 
 # What a class is for, in the order in which one is chosen: the names of transformers' own tables.
@@ -89,33 +87,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class TinyModel:
-    """A model in training mode, and a batch for it."""
-
-    model: nn.Module
-    batch: dict[str, Any]
-    labelled: bool
-    """Whether the batch has labels, so that the output has a loss."""
-
-    def loss(self, output: Any) -> Tensor:
-        """() the model's own loss, or, where it has none, a fixed smooth function of all floating outputs."""
-        if self.labelled:
-            loss = output["loss"] if isinstance(output, dict) else output.loss
-            return torch.as_tensor(loss).sum()
-        generator = torch.Generator().manual_seed(SEED)
-        terms = []
-        for tensor in _tensors(output):
-            if tensor.is_floating_point():  # without a gradient too: what is frozen must not change the loss
-                weights = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-                finite = tensor.masked_fill(~tensor.isfinite(), 0)  # logits of masked tokens are -inf
-                terms.append((weights * finite.square()).mean())
-        if not terms:
-            raise LosiaError("no floating output")
-        return torch.stack([term.double() for term in terms]).sum()
-
-
-def architectures() -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
     """Every model type with a class that can be trained, in alphabetical order; parts of others are left out."""
     parts = set()
     for model_type in _tables():
@@ -162,15 +134,7 @@ def _tables() -> dict[str, dict[str, str]]:
 def _model(model_type: str, name: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(SEED)
     model: nn.Module = getattr(transformers, name)(_config(model_type))
-    size = sum(p.numel() for p in model.parameters())
-    if size > MOST_PARAMETERS:
-        raise LosiaError(f"{size:,} parameters after shrinking")
-    model = model.to(dtype).train()
-    with torch.no_grad():  # as zeros and ones, biases and norms would hide a gradient that is left out
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.dim() > 1 else 0.1))
-    return model
+    return prepared(model, dtype)
 
 
 def _config(model_type: str) -> PretrainedConfig:
@@ -192,7 +156,7 @@ def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
     """The first batch with which a plain step gives a finite loss and some gradient."""
     errors: dict[str, None] = {}
     for batch in itertools.islice(candidates(model, head), MOST_BATCHES):
-        batch = {name: v.to(dtype) if _floats(v) else v for name, v in batch.items()}
+        batch = in_dtype(batch, dtype)
         tiny = TinyModel(model, batch, "labels" in batch or "return_loss" in batch)
         model.zero_grad()
         try:
@@ -215,18 +179,3 @@ def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
 
 def _shapes(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in batch.items()}
-
-
-def _floats(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)

@@ -1,4 +1,4 @@
-"""One architecture under losia_fx: its gradients against plain autograd, and which of its linears learn."""
+"""One model under losia_fx: its gradients against plain autograd, and which of its linears learn."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ import losia_fx
 from losia_fx.blocks import block_of, find_blocks, plain_name
 from losia_fx.errors import LosiaError
 
-from .architectures import SEED, TinyModel, build
+from .libraries import LIBRARIES, Build
+from .tiny_model import SEED, TinyModel
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 ROUNDING = 1e-6
 """A gradient that is this much smaller than the model's largest is the rounding of a zero: judged by the largest."""
 
 EXACT, INEXACT, REFUSED, UNBUILT = "exact", "INEXACT", "refused", "cannot be built"
+DIED = "no result"
+"""Of the process: for who runs checks in processes of their own."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one architecture."""
+    """What came out for one model."""
 
     architecture: str
+    """As its library names it."""
     verdict: str
     why: str = ""
     model: str = ""
@@ -43,11 +47,11 @@ class Result:
     """The largest difference between a subnet's gradient and the plain one, relative to the weight's largest."""
 
 
-def check(architecture: str, compiler: str, dtype: str) -> Result:
+def check(architecture: str, compiler: str, dtype: str, library: str = "transformers") -> Result:
     """Never raises for what the model or losia_fx does: that is a verdict."""
     torch.set_num_threads(1)
     try:
-        tiny, used = _built(architecture, dtype)
+        tiny, used = _built(LIBRARIES[library].build, architecture, dtype)
     except LosiaError as error:
         return Result(architecture, UNBUILT, _one_line(error))
     name = type(tiny.model).__name__
@@ -69,10 +73,10 @@ def check(architecture: str, compiler: str, dtype: str) -> Result:
     try:
         ours.backward()
     except Exception as error:
-        return _failed(architecture, tiny, used, error)
+        return _failed(architecture, tiny, used, compiler, error)
     share, left, silent = coverage(model, linears)
     faults, worst = compare(ours, plain, TOLERANCE[used])
-    if faults and (against := _against_compiler(tiny, ours, TOLERANCE[used])) is not None:
+    if faults and (against := _against_compiler(tiny, ours, compiler, TOLERANCE[used])) is not None:
         faults, worst = [], against
         left.append("torch.compile alone differs from eager mode here: held against that")
     faults += silent
@@ -80,7 +84,7 @@ def check(architecture: str, compiler: str, dtype: str) -> Result:
     return Result(architecture, verdict, "; ".join(why), name, used, len(losia_fx.subnets(model)), share, worst)
 
 
-def _built(architecture: str, dtype: str) -> tuple[TinyModel, str]:
+def _built(build: Build, architecture: str, dtype: str) -> tuple[TinyModel, str]:
     if dtype == "float64":
         try:
             return build(architecture, torch.float64), dtype
@@ -111,11 +115,11 @@ class _Run:
         self.loss = loss.detach()
 
 
-def _against_compiler(tiny: TinyModel, ours: _Run, tolerance: float) -> float | None:
+def _against_compiler(tiny: TinyModel, ours: _Run, compiler: str, tolerance: float) -> float | None:
     """The largest difference from the model under torch.compile alone, if that is within the tolerance."""
     torch.compiler.reset()
     model = _trainable(tiny.model)
-    compiled = _Run(tiny, model, torch.compile(model, backend="eager"))
+    compiled = _Run(tiny, model, torch.compile(model, backend=compiler))
     try:
         compiled.backward()
     except Exception:  # then it is no measure
@@ -128,13 +132,13 @@ def _same_loss(one: _Run, other: _Run, tolerance: float) -> bool:
     return float((one.loss - other.loss).abs()) <= tolerance * max(float(other.loss.abs()), 1e-30)
 
 
-def _failed(architecture: str, tiny: TinyModel, dtype: str, error: Exception) -> Result:
+def _failed(architecture: str, tiny: TinyModel, dtype: str, compiler: str, error: Exception) -> Result:
     """losia_fx raised. Where torch.compile alone cannot run the model either, that is no fault of ours."""
     name = type(tiny.model).__name__
     torch.compiler.reset()
     model = copy.deepcopy(tiny.model)
     try:
-        _Run(tiny, model, torch.compile(model, backend="eager")).backward()
+        _Run(tiny, model, torch.compile(model, backend=compiler)).backward()
     except Exception as alone:
         return Result(architecture, REFUSED, f"torch.compile cannot run it either: {_one_line(alone)}", name, dtype)
     return Result(architecture, INEXACT, f"raises {type(error).__name__}: {_one_line(error)}", name, dtype)

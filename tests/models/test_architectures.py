@@ -18,6 +18,8 @@ EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 PAIRS = ("clip", "siglip")
 
 TABLE = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *VISION, *SPEECH, *STATE_SPACE, *HYBRIDS, *EXPERTS, *PAIRS)
+TRACED = ("mamba", pytest.param("jamba", marks=pytest.mark.slow))
+"""Where what AOTAutograd traces has strides of its own: weights on the left, state spaces."""
 COMPILED = ("llama", "gpt2", "bert", "t5", "vit", "wav2vec2", "mamba", "mixtral")
 
 TRUE_REASONS = r"\d+ x frozen: tied to an embedding"
@@ -41,6 +43,11 @@ def test_the_table_is_long_enough() -> None:
 @pytest.mark.parametrize("architecture", TABLE)
 def test_architecture(architecture: str) -> None:
     assert_exact(check(architecture, "eager", "float64"))
+
+
+@pytest.mark.parametrize("architecture", TRACED)
+def test_traced(architecture: str) -> None:
+    assert_exact(check(architecture, "aot_eager", "float32"))
 
 
 @pytest.mark.slow
