@@ -111,7 +111,7 @@ class SubnetState:
         self._enlist()
 
     def _enlist(self) -> None:
-        self.handle = torch.tensor([next(_handles)])
+        self.handle = torch.tensor([next(_handles)], device="cpu")  # the host reads it in every graph
         PROFILES[int(self.handle)] = self
         _by_weight[id(self.weight)] = self
 
@@ -189,7 +189,7 @@ class SubnetState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.handle = torch.tensor([next(_handles)])
+        self.handle = torch.tensor([next(_handles)], device="cpu")
         PROFILES[int(self.handle)] = self
         COPIES.add(self)
 
@@ -264,7 +264,7 @@ class SubnetState:
 
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on the CPU."""
-        return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros(()))
+        return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros((), device="cpu"))
 
 
 def find(weight: Tensor) -> SubnetState | None:
