@@ -408,7 +408,7 @@ class Controller:
     def _choose(self, state: SubnetState) -> Choice | None:
         """None where nothing was measured: the subnet stays."""
         if self.config.importance == "random":
-            return Choice(state.random_selection(self.generator), torch.zeros(()))
+            return Choice(state.random_selection(self.generator), torch.zeros((), device="cpu"))
         profile = state.profile
         if profile is None or profile.importance is None or profile.uncertainty is None:
             return None
