@@ -90,7 +90,7 @@ def history_tensors(controller: Controller) -> dict[str, Tensor]:
         histories |= {f"full/{name}": history for name, history in controller.full.histories.items()}
     for name, history in histories.items():
         if history.checksum is not None:
-            tensors[f"{name}/checksum"] = torch.tensor(history.checksum)
+            tensors[f"{name}/checksum"] = torch.tensor(history.checksum, device="cpu")
         for number, piece in enumerate(history.pieces):
             for part, tensor in (("values", piece.values), ("rows", piece.rows), ("cols", piece.cols)):
                 if tensor is not None:

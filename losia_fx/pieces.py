@@ -89,7 +89,7 @@ def place_after(earlier: Sequence[Piece], rows: Tensor | None, cols: Tensor | No
     """The place of the elements of rows x cols that are in no ``earlier`` piece."""
     if rows is None or cols is None or not earlier:
         return Place(rows, cols, None)
-    seen = torch.zeros(*rows.shape, cols.shape[-1], dtype=torch.bool)
+    seen = torch.zeros(*rows.shape, cols.shape[-1], dtype=torch.bool, device=rows.device)
     for piece in earlier:
         assert piece.rows is not None
         assert piece.cols is not None

@@ -45,5 +45,5 @@ def draw(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generat
 
 def _some(size: int, count: int, generator: torch.Generator) -> Tensor:
     if count == size:
-        return torch.arange(size)
-    return torch.randperm(size, generator=generator)[:count].sort().values
+        return torch.arange(size, device="cpu")
+    return torch.randperm(size, generator=generator, device="cpu")[:count].sort().values

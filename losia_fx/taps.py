@@ -81,9 +81,9 @@ def _tap(
     index: Tensor | None = None,
 ) -> Tensor:
     if _profile(handle) is None:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     number = next(_tickets)
-    ticket = torch.tensor([number])
+    ticket = torch.tensor([number], device="cpu")
     # Copies: the compilers reuse memory as soon as the graph has no further use for it. They go when their ticket does,
     # that is with the autograd graph, whether a backward came or not.
     kept = None if index is None else index.detach().clone()
@@ -171,7 +171,7 @@ def _tap_fake(
     expert: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty(1, dtype=torch.int64)
+    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("losia::localize", lib=library)
