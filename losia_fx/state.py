@@ -199,6 +199,10 @@ class SubnetState:
     def profiling(self) -> bool:
         return self.profile is not None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
     def begin_use(self) -> None:
         """G lives and dies with S.grad: the first use of W in a backward that finds no gradient on S starts it anew."""
         profile = self.profile
@@ -209,8 +213,9 @@ class SubnetState:
             if seen is None or not seen.any():
                 profile.grad = None
 
-    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
-        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it. ``owned``: nobody else has it."""
+    def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
+        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it, whose number may be a tensor (1,) on W's
+        device. ``owned``: nobody else has it."""
         profile = self.profile
         assert profile is not None
         if profile.grad is None and expert is None:
@@ -221,7 +226,10 @@ class SubnetState:
         if profile.grad is None:
             profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
         profile.grad = profile.grad.float()
-        (profile.grad if expert is None else profile.grad[expert]).add_(grad)
+        if isinstance(expert, Tensor):
+            profile.grad.index_add_(0, expert, grad.float().unsqueeze(0))
+        else:
+            (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:
