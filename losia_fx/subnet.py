@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 
-def gather(full: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
-    """full[rows][:, cols], (r, c) or (E, r, c), a copy; cols None stands for every column."""
+def gather(full: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """full[rows][:, cols], (r, c) or (E, r, c), a copy; None stands for every row or every column, not for both."""
     if full.dim() == 2:
-        picked = full.index_select(0, rows)
+        picked = full if rows is None else full.index_select(0, rows)
         return picked if cols is None else picked.index_select(1, cols)
-    assert cols is not None
-    picked = full.gather(1, rows.unsqueeze(-1).expand(-1, -1, full.shape[-1]))
-    return picked.gather(2, cols.unsqueeze(-2).expand(-1, rows.shape[-1], -1))
+    picked = full if rows is None else full.gather(1, rows.unsqueeze(-1).expand(-1, -1, full.shape[-1]))
+    return picked if cols is None else picked.gather(2, cols.unsqueeze(-2).expand(-1, picked.shape[1], -1))
 
 
 def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
