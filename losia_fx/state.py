@@ -210,8 +210,10 @@ class SubnetState:
         backward, seen = graph_task_id(), self.values.grad
         if backward != profile.backward:
             profile.backward = backward
-            if seen is None or not seen.any():
+            if seen is None:
                 profile.grad = None
+            elif profile.grad is not None:  # without asking whether there is any: the host would wait for the device
+                profile.grad.masked_fill_(~seen.any(), 0.0)
 
     def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
         """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it, whose number may be a tensor (1,) on W's
@@ -250,7 +252,6 @@ class SubnetState:
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
         """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors."""
-        self.base.visit(self.weight, rows, cols)
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self.values.copy_(self.block_of(self.weight))
@@ -271,8 +272,10 @@ class SubnetState:
         self.base.loaded(self.weight)
 
     def random_selection(self, generator: torch.Generator) -> Selection:
-        """Rows and cols drawn without replacement, sorted; on the CPU."""
-        return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros((), device="cpu"))
+        """Rows and cols drawn without replacement, sorted; on W's device."""
+        device = self.weight.device
+        rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(self.shape, self.size, generator))
+        return Selection(rows, cols, torch.zeros((), device=device))
 
 
 def find(weight: Tensor) -> SubnetState | None:
