@@ -21,16 +21,16 @@ from torch.utils.hooks import RemovableHandle
 
 from . import snapshot
 from .attach import RAN_BLIND, RAN_OUTSIDE, watch
-from .base_history import FullBases, remember_base
+from .base_history import FullBases, keep_places, remember_base
 from .blocks import plain_name
 from .config import LosiaConfig
 from .errors import LosiaError, LosiaWarning, OptimizerError, StateError, listed
+from .host import numbers_of
 from .kernels import update_importance, write_back
 from .localize import (
     Fit,
     Selection,
     fit_from,
-    fit_gradient,
     measure_fit,
     score_of,
     select_experts,
@@ -89,10 +89,11 @@ class Role:
 
 
 class Choice(NamedTuple):
-    """A selection, and the sum of the whole score that it was made by, a 0-dim float32."""
+    """A selection, the sum of the whole score that it was made by, and the share of S that moves: 0-dim float32."""
 
     selection: Selection
     total: Tensor
+    moved: Tensor
 
 
 class Controller:
@@ -310,15 +311,19 @@ class Controller:
         if not found:
             return {}
         fits: dict[SubnetState, Fit | None] = {}
-        unknown = []
-        for state, (*numbers, finite) in zip(pairs, torch.stack(found).tolist(), strict=True):  # the device waits once
-            fits[state] = fit_from(numbers) if finite else None
-            if finite and fits[state] is None:
-                unknown.append(state)
+        unknown = {}
+        for state, (*numbers, whole) in zip(pairs, numbers_of(found), strict=True):  # the device waits once
+            fits[state] = fit_from(numbers) if whole else None
+            if whole and fits[state] is None:
+                unknown[state] = numbers
         factors = [fit.factor for fit in fits.values() if fit is not None]
-        for state in unknown if factors else ():
+        if factors and unknown:
             # A gradient that is zero throughout says nothing of the factor: its neighbours do.
-            fits[state] = fit_gradient(*pairs[state], fallback=factors[0])
+            fits |= {state: fit_from(numbers, factors[0]) for state, numbers in unknown.items()}
+            # Nor does one that is clipped throughout, but it has to be measured with theirs: the device waits again.
+            clipped = [state for state, (_, largest, *_) in unknown.items() if largest and fits[state] is None]
+            again = numbers_of([measure_fit(*pairs[state], factors[0]) for state in clipped])
+            fits |= {state: fit_from(measured, factors[0]) for state, measured in zip(clipped, again, strict=True)}
         scale = grad_scale(optimizer)  # a fused optimizer unscales inside its step
         return {s: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for s, fit in fits.items()}
 
@@ -397,40 +402,45 @@ class Controller:
     def _reselect(self, group: int) -> Event | None:
         members = self.members(group)
         choices = {state: choice for state in members if (choice := self._choose(state)) is not None}
-        if not choices:
+        asked = [torch.stack([c.total, c.selection.captured, c.moved]) for c in choices.values()]
+        found = dict(zip(choices, numbers_of(asked), strict=True))  # the device waits once
+        if self.config.importance != "random":  # what has no score stays
+            found = {state: numbers for state, numbers in found.items() if numbers[0] > 0}
+        if not found:
             return None
-        total = sum(float(choice.total) for choice in choices.values())
-        inside = sum(float(choice.selection.captured) for choice in choices.values())
-        moved = sum(self._move(state, choice.selection) * state.values.numel() for state, choice in choices.items())
+        self._move({state: choices[state].selection for state in found})
+        total, inside = (sum(numbers[part] for numbers in found.values()) for part in (0, 1))
+        moved = sum(numbers[2] * state.values.numel() for state, numbers in found.items())
         elements = sum(state.values.numel() for state in members)
         return self._record(Event(self.step, group, moved / elements, inside / total if total > 0 else None))
 
     def _choose(self, state: SubnetState) -> Choice | None:
-        """None where nothing was measured: the subnet stays."""
-        if self.config.importance == "random":
-            return Choice(state.random_selection(self.generator), torch.zeros((), device="cpu"))
+        """None where nothing was measured. All on the device: whether there is any score is not known yet."""
         profile = state.profile
-        if profile is None or profile.importance is None or profile.uncertainty is None:
+        if self.config.importance == "random":
+            selection = state.random_selection(self.generator)
+            total = torch.zeros_like(selection.captured)
+        elif profile is None or profile.importance is None or profile.uncertainty is None:
             return None
-        score = score_of(self.config.importance, profile.importance, profile.uncertainty)
-        total = score.sum()
-        if not total > 0:
-            return None
-        if score.dim() == 3:
-            return Choice(select_experts(score, (state.rows, state.cols)), total)
-        if state.whole_cols:
-            return Choice(select_rows(score, state.size[0]), total)
-        return Choice(select_subnet(score, *state.size), total)
+        else:
+            score = score_of(self.config.importance, profile.importance, profile.uncertainty)
+            selection, total = self._select(state, score), score.sum()
+        return Choice(selection, total, share_moved((state.rows, state.cols), (selection.rows, selection.cols)))
 
-    def _move(self, state: SubnetState, selection: Selection) -> float:
-        rows, cols = selection.rows.to(state.rows.device), selection.cols.to(state.cols.device)
-        moved = share_moved((state.rows, state.cols), (rows, cols))
-        state.write_back()
-        state.move_to(rows, cols)
-        for optimizer in self._optimizers:
-            restart_state(optimizer, state.values)
-        state.rewarm_from = self.step
-        return moved
+    @staticmethod
+    def _select(state: SubnetState, score: Tensor) -> Selection:
+        if score.dim() == 3:
+            return select_experts(score, (state.rows, state.cols))
+        return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
+
+    def _move(self, selections: Mapping[SubnetState, Selection]) -> None:
+        keep_places({state: (selection.rows, selection.cols) for state, selection in selections.items()})
+        for state, selection in selections.items():
+            state.write_back()
+            state.move_to(selection.rows, selection.cols)
+            for optimizer in self._optimizers:
+                restart_state(optimizer, state.values)
+            state.rewarm_from = self.step
 
     def _keep(self, group: int) -> None:
         warnings.warn(
