@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .blocks import plain_name
 from .errors import DeltaError
+from .host import copies
 from .optimizers import parameters_of
 from .pieces import BaseHistory, Piece, is_plain
 from .state import SubnetState
+from .subnet import gather
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -64,6 +67,19 @@ def remember_base(controller: Controller, optimizer: Optimizer, mine: list[Subne
     for state in mine:
         state.base.open(state.weight, state.rows, state.cols)
     controller.full.remember(controller.root, parameters_of(optimizer), controller.states)
+
+
+def keep_places(places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
+    """Subnets are about to move to these rows and cols: what their weights hold there is kept first.
+
+    The device is waited for once a dtype, however many they are.
+    """
+    moving = {state: place for state, place in places.items() if state.base.follows}
+    blocks = [gather(state.weight.detach(), *place) for state, place in moving.items()]
+    found = iter(copies([*itertools.chain.from_iterable(moving.values()), *blocks]))
+    kept = [(next(found), next(found)) for _ in moving]
+    for state, (rows, cols), block in zip(moving, kept, found, strict=True):
+        state.base.visit(state.weight, rows, cols, block)
 
 
 def _restarted(controller: Controller) -> bool:

@@ -34,6 +34,12 @@ def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> 
         full.index_put_((experts[:, None, None], rows.unsqueeze(-1), cols.unsqueeze(-2)), values)
 
 
+def among(indices: Tensor, others: Tensor) -> Tensor:
+    """Which of ``indices`` (..., n) are in ``others`` (..., m), each row of either sorted; bool (..., n)."""
+    found = torch.searchsorted(others, indices).clamp_(max=others.shape[-1] - 1)
+    return others.gather(-1, found) == indices
+
+
 def draw(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random rows and cols for a weight of ``shape``, on the CPU; a dimension that learns whole is not drawn."""
     count = shape[0] if len(shape) == 3 else 1
