@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .blocks import plain_name
 from .errors import DeltaError
+from .host import copies
 from .optimizers import Owned, owned, parameters_of
 from .pieces import BaseHistory, Piece, is_plain
 from .state import SubnetState
+from .subnet import gather
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -71,6 +74,19 @@ def remember_base(controller: Controller, optimizer: Optimizer, mine: list[Subne
     controller.full.remember(controller.root, optimizer, controller.states)
 
 
+def keep_places(places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
+    """Subnets are about to move to these rows and cols: what their weights hold there is kept first.
+
+    The device is waited for once a dtype, however many they are.
+    """
+    moving = {state: place for state, place in places.items() if state.base.follows}
+    blocks = [gather(state.weight.detach(), *place) for state, place in moving.items()]
+    found = iter(copies([*itertools.chain.from_iterable(moving.values()), *blocks]))
+    kept = [(next(found), next(found)) for _ in moving]
+    for state, (rows, cols), block in zip(moving, kept, found, strict=True):
+        state.base.visit(state.weight, rows, cols, block)
+
+
 def _restarted(controller: Controller) -> bool:
     return any(state.base.restarted for state in controller.states)
 
@@ -95,7 +111,7 @@ def history_tensors(controller: Controller) -> dict[str, Tensor]:
         histories |= {f"full/{name}": history for name, history in controller.full.histories.items()}
     for name, history in histories.items():
         if history.checksum is not None:
-            tensors[f"{name}/checksum"] = torch.tensor(history.checksum)
+            tensors[f"{name}/checksum"] = torch.tensor(history.checksum, device="cpu")
         for number, piece in enumerate(history.pieces):
             for part, tensor in (("values", piece.values), ("rows", piece.rows), ("cols", piece.cols)):
                 if tensor is not None:

@@ -19,7 +19,7 @@ def encode(indices: Tensor, size: int) -> str:
     Bit i is bit 7 - i % 8 of byte i // 8; E experts take E * size bits, without a gap.
     """
     table = indices.reshape(-1, indices.shape[-1])
-    bits = torch.zeros(table.shape[0], size, dtype=torch.uint8).scatter_(1, table, 1)
+    bits = table.new_zeros(table.shape[0], size, dtype=torch.uint8).scatter_(1, table, 1)
     return base64.b64encode(np.packbits(bits.flatten().numpy()).tobytes()).decode("ascii")
 
 

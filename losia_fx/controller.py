@@ -24,16 +24,18 @@ from . import notices, registry, snapshot, step_hooks, steps
 from ._compat import compiled_call, not_installed
 from .agreement import Agreement
 from .attach import Watch, watch
-from .base_history import FullBases
+from .base_history import FullBases, keep_places
 from .blocks import plain_name
 from .config import LosiaConfig
 from .errors import LosiaError, StateError, listed
+from .host import numbers_of
 from .kernels import update_importance, write_back
 from .localize import (
     Fit,
     Selection,
     fit_from,
-    fit_gradient,
+    fits_from,
+    measure_clip,
     measure_fit,
     score_of,
     select_experts,
@@ -96,10 +98,11 @@ class Role:
 
 
 class Choice(NamedTuple):
-    """A selection, and the sum of the whole score that it was made by, a 0-dim float32."""
+    """A selection, the sum of the whole score that it was made by, and the share of S that moves: 0-dim float32."""
 
     selection: Selection
     total: Tensor
+    moved: Tensor
 
 
 class Controller:
@@ -541,16 +544,17 @@ class Controller:
             found.append(torch.cat([measure_fit(*pairs[state]), finite.float().unsqueeze(0)]))
         if not found:
             return {}
-        fits: dict[SubnetState, Fit | None] = {}
-        unknown = []
-        for state, (*numbers, finite) in zip(pairs, torch.stack(found).tolist(), strict=True):  # the device waits once
-            fits[state] = fit_from(numbers) if finite else None
-            if finite and fits[state] is None:
-                unknown.append(state)
+        clip = measure_clip([state.values.grad for state in mine if state.values.grad is not None])
+        *numbers, clipped = numbers_of([*found, clip])  # the device waits once
+        measured = {state: each[:-1] for state, each in zip(pairs, numbers, strict=True) if each[-1]}
+        fits = dict.fromkeys(pairs, None) | dict(
+            zip(measured, fits_from(list(measured.values()), clipped), strict=True)
+        )
         factors = [fit.factor for fit in fits.values() if fit is not None]
-        for state in unknown if factors else ():
-            # A gradient that is zero throughout says nothing of the factor: its neighbours do.
-            fits[state] = fit_gradient(*pairs[state], fallback=factors[0])
+        # One that is clipped throughout says nothing of the factor and is measured with its neighbours': another wait.
+        blank = [state for state, each in measured.items() if each[1] and fits[state] is None] if factors else []
+        again = numbers_of([measure_fit(*pairs[state], factors[0]) for state in blank])
+        fits |= {state: fit_from(each, factors[0]) for state, each in zip(blank, again, strict=True)}
         scale = math.prod(grad_scale(each) for each in optimizers)  # a fused optimizer unscales inside its step
         return {s: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for s, fit in fits.items()}
 
@@ -630,40 +634,44 @@ class Controller:
     def _reselect(self, group: int) -> Event | None:
         members = self.members(group)
         choices = {state: choice for state in members if (choice := self._choose(state)) is not None}
-        if not choices:
+        asked = [torch.stack([c.total, c.selection.captured, c.moved]) for c in choices.values()]
+        found = dict(zip(choices, numbers_of(asked), strict=True))  # the device waits once
+        if self.config.importance != "random":  # what has no score stays
+            found = {state: numbers for state, numbers in found.items() if numbers[0] > 0}
+        if not found:
             return None
-        total = sum(float(choice.total) for choice in choices.values())
-        inside = sum(float(choice.selection.captured) for choice in choices.values())
-        moved = sum(self._move(state, choice.selection) * state.values.numel() for state, choice in choices.items())
+        self._move({state: choices[state].selection for state in found})
+        total, inside = (sum(numbers[part] for numbers in found.values()) for part in (0, 1))
+        moved = sum(numbers[2] * state.values.numel() for state, numbers in found.items())
         elements = sum(state.values.numel() for state in members)
         return self._record(Event(self.step, group, moved / elements, inside / total if total > 0 else None))
 
     def _choose(self, state: SubnetState) -> Choice | None:
-        """None where nothing was measured: the subnet stays."""
-        if self.config.importance == "random":
-            return Choice(state.random_selection(self.generator), torch.zeros(()))
+        """None where nothing was measured. All on the device: whether there is any score is not known yet."""
         profile = state.profile
-        if profile is None or profile.importance is None or profile.uncertainty is None:
+        if self.config.importance == "random":
+            selection = state.random_selection(self.generator)
+            total = torch.zeros_like(selection.captured)
+        elif profile is None or profile.importance is None or profile.uncertainty is None:
             return None
-        score = score_of(self.config.importance, profile.importance, profile.uncertainty)
-        total = score.sum()
-        if not total > 0:
-            return None
-        if score.dim() == 3:
-            return Choice(select_experts(score, (state.rows, state.cols)), total)
-        if state.whole_cols:
-            return Choice(select_rows(score, state.size[0]), total)
-        return Choice(select_subnet(score, *state.size), total)
+        else:
+            score = score_of(self.config.importance, profile.importance, profile.uncertainty)
+            selection, total = self._select(state, score), score.sum()
+        return Choice(selection, total, share_moved((state.rows, state.cols), (selection.rows, selection.cols)))
 
-    def _move(self, state: SubnetState, selection: Selection) -> float:
-        rows, cols = selection.rows.to(state.rows.device), selection.cols.to(state.cols.device)
-        moved = share_moved((state.rows, state.cols), (rows, cols))
-        state.base.visit(state.weight, rows, cols)
+    @staticmethod
+    def _select(state: SubnetState, score: Tensor) -> Selection:
+        if score.dim() == 3:
+            return select_experts(score, (state.rows, state.cols))
+        return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
+
+    def _move(self, selections: Mapping[SubnetState, Selection]) -> None:
+        keep_places({state: (selection.rows, selection.cols) for state, selection in selections.items()})
         self._moving = True
-        state.rewarm_from = self.step
-        state.pending = (rows, cols)
-        self._finish_moves([state])
-        return moved
+        for state, selection in selections.items():
+            state.rewarm_from = self.step
+            state.pending = (selection.rows, selection.cols)
+        self._finish_moves(selections)
 
     def _finish_moves(self, states: Iterable[SubnetState]) -> None:
         """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""

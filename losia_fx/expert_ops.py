@@ -8,48 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .first_order import first_order
+from .grouped import ends_for, grouped_outer, grouped_product
 from .library import define
 from .ops import PROFILED, as_gradient, autocasted
-from .taps import segments
-
-
-def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """torch's kernel where its compilers take it (bfloat16), else a loop over the experts."""
-    if x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight, offs=offsets)
-    y: Tensor = torch.ops.losia.grouped_mm(x, weight, offsets)
-    return y
-
-
-@torch.library.custom_op("losia::grouped_mm", mutates_args=())
-def _grouped_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    y = x.new_zeros(x.shape[0], weight.shape[2])
-    for expert, rows in segments(offsets):
-        torch.mm(x[rows], weight[expert], out=y[rows])
-    return y
-
-
-@_grouped_loop.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-@torch.library.custom_op("losia::grouped_outer", mutates_args=())
-def _grouped_outer(x: Tensor, grad_y: Tensor, offsets: Tensor) -> Tensor:
-    """x_e^T g_e of every expert, (E, r, c). x (tokens, r) and grad_y (tokens, c), their rows sorted by expert."""
-    result = x.new_zeros(offsets.shape[0], x.shape[1], grad_y.shape[1])
-    for expert, rows in segments(offsets):
-        torch.mm(x[rows].t(), grad_y[rows], out=result[expert])
-    return result
-
-
-@_grouped_outer.register_fake
-def _(x: Tensor, grad_y: Tensor, offsets: Tensor) -> Tensor:
-    return x.new_empty(offsets.shape[0], x.shape[1], grad_y.shape[1])
 
 
 class _SubnetGrouped(torch.autograd.Function):
@@ -61,20 +25,21 @@ class _SubnetGrouped(torch.autograd.Function):
         # The expert of each token; rows past the last expert's end belong to none, and come out of no sum.
         tokens = torch.arange(x.shape[0], device=x.device)
         experts = torch.bucketize(tokens, offsets.long(), right=True).clamp_max(offsets.shape[0] - 1)
-        ctx.save_for_backward(x.gather(1, rows[experts]), weight, cols, experts, offsets, ticket, handle)
+        ends = ends_for(offsets, x.dtype, *weight.shape[1:])
+        ctx.save_for_backward(x.gather(1, rows[experts]), weight, cols, experts, ends, ticket, handle)
         ctx.call, ctx.values_dtype = call, values.dtype
-        return _grouped_product(x, weight, offsets)
+        return grouped_product(x, weight, ends)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        kept, weight, cols, experts, offsets, ticket, handle = ctx.saved_tensors
+        kept, weight, cols, experts, ends, ticket, handle = ctx.saved_tensors
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grouped_product(grad_y, weight.mT, offsets)
+            grad_x = grouped_product(grad_y, weight.mT, ends)
         if ctx.needs_input_grad[2]:
-            grad_values = torch.ops.losia.grouped_outer(kept, grad_y.gather(1, cols[experts]), offsets)
+            grad_values = grouped_outer(kept, grad_y.gather(1, cols[experts]), ends)
             grad_values = as_gradient(grad_values, ctx, grad_y, ticket, handle)
         return grad_x, None, grad_values, None, None, None, None, None, None
 

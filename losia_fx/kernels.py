@@ -44,8 +44,9 @@ def update_importance(
     Source: LoSiA section 3.1; losia.md, "Localization".
     """
     i, u, w, g = importance.view(-1), uncertainty.view(-1), weight.detach().reshape(-1), grad.reshape(-1)
-    # As tensors: the compilers would make a new graph for every number.
-    scale, bound = (torch.tensor(x, dtype=torch.float32) for x in (factor, torch.inf if limit is None else limit))
+    # As tensors: the compilers would make a new graph for every number. On the CPU: they go along with the launch.
+    numbers = (factor, torch.inf if limit is None else limit)
+    scale, bound = (torch.tensor(number, dtype=torch.float32, device="cpu") for number in numbers)
     if compiled and weight.numel() >= WORTH_COMPILING:
         _compiled(_update)(i, u, w, g, scale, bound, kind, *betas)
         return

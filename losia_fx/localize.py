@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .subnet import among, gather
+
 
 def importance_of(kind: str, weight: Tensor, grad: Tensor) -> Tensor:
     """What one step says of every element of W, float32, shape of W (out_features, in_features).
@@ -40,7 +42,10 @@ def score_of(kind: str, importance: Tensor, uncertainty: Tensor) -> Tensor:
 
 
 class Selection(NamedTuple):
-    """Sorted int64 rows (r,) and cols (c,), and the sum of the score inside them, a 0-dim float32."""
+    """Sorted int64 rows (r,) and cols (c,), and the sum of the score inside them, a 0-dim float32.
+
+    Of experts, rows (E, r) and cols (E, c), and the sum of each (E,), or of all.
+    """
 
     rows: Tensor
     cols: Tensor
@@ -48,28 +53,36 @@ class Selection(NamedTuple):
 
 
 def top(sums: Tensor, count: int) -> Tensor:
-    """The indices of the ``count`` largest sums, sorted, int64; among equals the lowest index wins.
+    """The indices (..., count) of the largest sums (..., n), sorted, int64; among equals the lowest index wins.
 
     A stable sort, not topk, which promises nothing about equals.
     """
     order = torch.sort(sums, descending=True, stable=True).indices
-    return order[:count].sort().values
+    return order[..., :count].sort().values
 
 
 def select_subnet(score: Tensor, rows: int, cols: int) -> Selection:
     """The best of three greedy candidates: pure, row-to-column, column-to-row; the first of equals.
 
-    score: (out_features, in_features). Finding the best subnet exactly is NP-hard (LoSiA section 3.2).
+    score: (out_features, in_features), or (E, out_features, in_features) of experts, each chosen for by itself.
+    Finding the best subnet exactly is NP-hard (LoSiA section 3.2). The host does not wait for the device.
     """
-    best_rows, best_cols = top(score.sum(1), rows), top(score.sum(0), cols)
+    best_rows, best_cols = top(score.sum(-1), rows), top(score.sum(-2), cols)
     candidates = [
         (best_rows, best_cols),
-        (best_rows, top(score.index_select(0, best_rows).sum(0), cols)),
-        (top(score.index_select(1, best_cols).sum(1), rows), best_cols),
+        (best_rows, top(gather(score, best_rows, None).sum(-2), cols)),
+        (top(gather(score, None, best_cols).sum(-1), rows), best_cols),
     ]
-    sums = torch.stack([score.index_select(0, r).index_select(1, c).sum() for r, c in candidates])
-    winner = int(torch.argmax(sums))  # argmax takes the first of equals on every device that we know
-    return Selection(*candidates[winner], sums[winner])
+    sums = torch.stack([gather(score, *candidate).sum((-2, -1)) for candidate in candidates])
+    winner = sums.argmax(0, keepdim=True)  # argmax takes the first of equals on every device that we know
+    chosen_rows, chosen_cols = (_of_winner(torch.stack(each), winner) for each in zip(*candidates, strict=True))
+    return Selection(chosen_rows, chosen_cols, sums.gather(0, winner).squeeze(0))
+
+
+def _of_winner(candidates: Tensor, winner: Tensor) -> Tensor:
+    """candidates (3, ..., n) and winner (1, ...), a number of one -> (..., n)."""
+    picked = winner.unsqueeze(-1).expand(1, *candidates.shape[1:])
+    return candidates.gather(0, picked).squeeze(0)
 
 
 def select_rows(score: Tensor, rows: int) -> Selection:
@@ -84,28 +97,19 @@ def select_experts(score: Tensor, old: tuple[Tensor, Tensor]) -> Selection:
 
     score (E, out_features, in_features); old and returned: rows (E, r) and cols (E, c).
     """
-    rows, cols = old[0].clone(), old[1].clone()
-    captured = score.new_zeros(())
-    for expert, part in enumerate(score):
-        if part.any():
-            chosen = select_subnet(part, rows.shape[1], cols.shape[1])
-            rows[expert], cols[expert] = chosen.rows, chosen.cols
-            captured = captured + chosen.captured
-    return Selection(rows, cols, captured)
+    rows, cols, captured = select_subnet(score, old[0].shape[1], old[1].shape[1])
+    saw = score.flatten(1).any(1)
+    rows, cols = (torch.where(saw.unsqueeze(-1), *pair) for pair in ((rows, old[0]), (cols, old[1])))
+    return Selection(rows, cols, captured.where(saw, 0.0).sum())
 
 
-def share_moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> float:
-    """The share, 0 to 1, of the elements of the subnet (rows, cols) ``new`` that were not in ``old``.
+def share_moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
+    """The share, 0 to 1, of the elements of the subnet (rows, cols) ``new`` that were not in ``old``; 0-dim float32.
 
     Of experts, rows (E, r) and cols (E, c), the mean.
     """
-    kept = [torch.stack([torch.isin(a, b).float().mean() for a, b in zip(*_by_expert(*pair), strict=True)])
-            for pair in zip(new, old, strict=True)]  # fmt: skip
-    return 1.0 - float((kept[0] * kept[1]).mean())
-
-
-def _by_expert(*indices: Tensor) -> list[Tensor]:
-    return [index if index.dim() == 2 else index.unsqueeze(0) for index in indices]
+    rows, cols = (among(*pair).float().mean(-1) for pair in zip(new, old, strict=True))
+    return 1.0 - (rows * cols).mean()
 
 
 class Fit(NamedTuple):
@@ -137,12 +141,29 @@ def measure_fit(seen: Tensor, accumulated: Tensor, fallback: float | None = None
     otherwise = torch.full_like(largest, math.nan if fallback is None else fallback)
     fits: list[Tensor] = []
     for usable, limit in ((used, torch.full_like(largest, math.inf)), (used & (size < largest), largest)):
-        median = ratio.where(usable, math.nan).nanmedian()
+        median = lower_median(ratio.where(usable, math.nan))
         factor = torch.where(median.isnan(), otherwise, median)
         off = torch.minimum(torch.maximum(accumulated * factor, -limit), limit) - seen
         fits += [factor, off.norm() / seen.norm()]
     finite = torch.isfinite(seen).all() & torch.isfinite(accumulated).all()
     return torch.stack([finite.float(), largest, accumulated.any().float(), *fits])
+
+
+def lower_median(values: Tensor) -> Tensor:
+    """``values.nanmedian()``: the middle of what is no NaN, the lower of two; NaN where nothing else is. 0-dim float32.
+
+    torch's own ends in a wait for the device on a GPU. Read as integers, with the magnitude turned around below zero,
+    floats keep their order; and integers sort in a seventh of the time on a CPU.
+    """
+    bits = values.flatten().where(~values.flatten().isnan(), math.nan).view(torch.int32)  # all NaN alike: the largest
+    ordered = (bits ^ ((bits >> 31) & _MAGNITUDE)).sort().values
+    count = (ordered <= _INFINITY).sum()
+    middle = ordered.gather(0, ((count - 1) // 2).clamp_min(0).view(1)).squeeze(0)
+    return (middle ^ ((middle >> 31) & _MAGNITUDE)).view(torch.float32)
+
+
+_MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
+"""Of a float32's bits: all but the sign, and infinity."""
 
 
 def fit_from(
@@ -193,7 +214,7 @@ def measure_clip(grads: Sequence[Tensor]) -> Tensor:
         by_device.setdefault(grad.device, []).append(grad.detach().reshape(-1))
     if not by_device:
         return torch.zeros(3)
-    tops = [_largest(torch.cat(flat)) for flat in by_device.values()]
+    tops = [_largest(torch.cat([_largest(grad) for grad in flat])) for flat in by_device.values()]
     largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
     alike = (largest.unsqueeze(1) == largest).sum(1)
     others = alike.where((largest != largest[0]) & (largest > 0), 0).amax()
@@ -202,7 +223,7 @@ def measure_clip(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    return values.abs_().topk(min(LARGEST, values.numel())).values
+    return values.abs().topk(min(LARGEST, values.numel())).values
 
 
 def clip_limit(clip: Sequence[float], fits: Iterable[Fit | None]) -> float | None:

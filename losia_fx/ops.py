@@ -23,11 +23,11 @@ one weight in a graph apart."""
 
 
 def autocasted(x: Tensor) -> Tensor:
-    """x as autocast hands it to a product: float64 it leaves as it is."""
+    """x as autocast hands it to a product: float64 it leaves as it is, and some devices have no autocast."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

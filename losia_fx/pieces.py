@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .subnet import gather, scatter
+from .host import copies
+from .subnet import among, gather, scatter
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type that holds the bits of an element, by its size in bytes."""
@@ -56,7 +57,10 @@ class Place:
 
     def read(self, weight: Tensor) -> Tensor:
         """The values (n,) that ``weight`` has here, on the CPU."""
-        block = self._block(weight).cpu()
+        return self.values_of(self._block(weight).cpu())
+
+    def values_of(self, block: Tensor) -> Tensor:
+        """The values (n,) of a whole block on the CPU that belong here."""
         return block.reshape(-1) if self.new is None else block[self.new]
 
     def write(self, weight: Tensor, values: Tensor) -> None:
@@ -89,19 +93,13 @@ def place_after(earlier: Sequence[Piece], rows: Tensor | None, cols: Tensor | No
     """The place of the elements of rows x cols that are in no ``earlier`` piece."""
     if rows is None or cols is None or not earlier:
         return Place(rows, cols, None)
-    seen = torch.zeros(*rows.shape, cols.shape[-1], dtype=torch.bool)
+    seen = torch.zeros(*rows.shape, cols.shape[-1], dtype=torch.bool, device=rows.device)
     for piece in earlier:
         assert piece.rows is not None
         assert piece.cols is not None
-        again = _among(rows, piece.rows)  # few rows: an eighth of an eighth of the weight's
-        seen[again] |= _among(cols, piece.cols).unsqueeze(-2).expand_as(seen)[again]
+        again = among(rows, piece.rows)  # few rows: an eighth of an eighth of the weight's
+        seen[again] |= among(cols, piece.cols).unsqueeze(-2).expand_as(seen)[again]
     return Place(rows, cols, ~seen)
-
-
-def _among(indices: Tensor, others: Tensor) -> Tensor:
-    """Which of ``indices`` (..., n) are in ``others`` (..., m), each row of either sorted; bool (..., n)."""
-    found = torch.searchsorted(others, indices).clamp_(max=others.shape[-1] - 1)
-    return others.gather(-1, found) == indices
 
 
 @dataclass
@@ -134,20 +132,26 @@ class BaseHistory:
         """Before an optimizer step: the first one makes the weight, as it is, the base."""
         if not self.pieces and is_plain(weight):
             self.checksum = _checksum(weight)
-            self._add(weight, rows, cols)
-        elif self.resumed:
-            self.visit(weight, rows, cols)
+            self._add(weight, *copies([rows, cols, gather(weight, rows, cols)]))
+        elif self.resumed and self.follows:
+            self.visit(weight, *copies([rows, cols, gather(weight, rows, cols)]))
         self.resumed = False
 
-    def visit(self, weight: Tensor, rows: Tensor, cols: Tensor) -> None:
-        """The subnet moves to (rows, cols); what training does there comes later."""
-        if self.pieces and self.pieces[0].rows is not None:
-            self._follow_dtype(weight)
-            self._add(weight, rows, cols)
+    @property
+    def follows(self) -> bool:
+        """Whether the base is kept visit by visit: it has begun, and is not one whole copy."""
+        return bool(self.pieces) and self.pieces[0].rows is not None
 
-    def _add(self, weight: Tensor, rows: Tensor, cols: Tensor) -> None:
-        rows, cols = rows.detach().cpu().clone(), cols.detach().cpu().clone()
-        values = place_after(self.pieces, rows, cols).read(weight)
+    def visit(self, weight: Tensor, rows: Tensor, cols: Tensor, block: Tensor) -> None:
+        """The subnet moves to (rows, cols); what training does there comes later.
+
+        rows, cols and block, what the weight holds there: on the CPU, nobody else's. For a history that ``follows``.
+        """
+        self._follow_dtype(weight)
+        self._add(weight, rows, cols, block)
+
+    def _add(self, weight: Tensor, rows: Tensor, cols: Tensor, block: Tensor) -> None:
+        values = place_after(self.pieces, rows, cols).values_of(block)
         if values.numel():
             self.pieces.append(Piece(values.clone(), rows, cols))
         if self.nbytes > weight.nbytes:

@@ -138,7 +138,7 @@ def _draw_rows_over_time(figure: SubFigure, record: RunRecord, name: str) -> Non
     bins = min(rows, 4 * BINS)
     edges = [*(selection.step for selection in selections), max(_end(record), selections[-1].step + 1)]
     densities = torch.cat([_density(selection.rows, rows, bins) for selection in selections])
-    across = torch.arange(bins + 1) * (rows / bins)
+    across = torch.arange(bins + 1, device="cpu") * (rows / bins)
     axes.pcolormesh(edges, across.numpy(), densities.T.numpy(), cmap="magma_r", vmin=0, vmax=1)
     axes.set(title=f"rows of {name} (tokens of the vocabulary) in the subnet", xlabel="optimizer step", ylabel="row")
     axes.invert_yaxis()
@@ -147,7 +147,8 @@ def _draw_rows_over_time(figure: SubFigure, record: RunRecord, name: str) -> Non
 def _weight_grid(record: RunRecord) -> tuple[list[str], dict[int, dict[str, str]]]:
     """The kinds of weights ("q_proj") that are drawn, and {group: {kind: name}} of at most MOST_BLOCKS groups."""
     blocks = [group for group, names in enumerate(record.groups) if len(names) > 1] or list(range(len(record.groups)))
-    spread = torch.linspace(0, len(blocks) - 1, min(MOST_BLOCKS, len(blocks))).round().int().tolist()
+    count = min(MOST_BLOCKS, len(blocks))
+    spread = torch.linspace(0, len(blocks) - 1, count, device="cpu").round().int().tolist()
     grid: dict[int, dict[str, str]] = {}
     for group in (blocks[index] for index in spread):
         grid[group] = {}
@@ -162,9 +163,8 @@ def _time_map(selections: Sequence[Selection], shape: tuple[int, ...], end: int)
     """(bins, bins) float32: the share of the run that the elements of each bin were in the subnet."""
     stops = [*(selection.step for selection in selections[1:]), end]
     pairs = zip(selections, stops, strict=True)
-    return sum(
-        (map_of(selection, shape) * ((stop - selection.step) / end) for selection, stop in pairs), torch.zeros(1, 1)
-    )
+    maps = [map_of(selection, shape) * ((stop - selection.step) / end) for selection, stop in pairs]
+    return torch.stack(maps).sum(0)
 
 
 def map_of(selection: Selection, shape: tuple[int, ...]) -> Tensor:
@@ -178,28 +178,29 @@ def map_of(selection: Selection, shape: tuple[int, ...]) -> Tensor:
 
 def _density(indices: Tensor, size: int, bins: int) -> Tensor:
     """(1, bins), or (E, bins) of experts, float32: the share of each bin's indices that is chosen."""
-    bin_of = torch.arange(size) * bins // size
+    bin_of = torch.arange(size, device=indices.device) * bins // size
     table = indices.reshape(-1, indices.shape[-1])
-    chosen = torch.zeros(table.shape[0], bins).scatter_add_(1, bin_of[table], torch.ones(table.shape))
+    ones = torch.ones(table.shape, device=table.device)
+    chosen = ones.new_zeros(table.shape[0], bins).scatter_add_(1, bin_of[table], ones)
     return chosen / torch.bincount(bin_of, minlength=bins)
 
 
 def _coverage(record: RunRecord, group: int) -> tuple[list[int], list[float]]:
     """Steps, and the share of the group's elements that had been in a subnet by then."""
     names = record.groups[group]
-    sizes = torch.tensor([math.prod(record.shapes[name]) for name in names], dtype=torch.float64)
-    shares = torch.tensor([coverage_of(record.selections[name], record.shapes[name]) for name in names])
+    sizes = [math.prod(record.shapes[name]) for name in names]
+    shares = [coverage_of(record.selections[name], record.shapes[name]) for name in names]
     steps = [selection.step for selection in record.selections[names[0]]]
-    whole = (sizes @ shares.double() / sizes.sum()).tolist()
+    whole = [sum(map(math.prod, zip(sizes, step, strict=True))) / sum(sizes) for step in zip(*shares, strict=True)]
     return [*steps, _end(record)], [*whole, whole[-1]]
 
 
 def coverage_of(selections: Sequence[Selection], shape: tuple[int, ...]) -> list[float]:
     """After each selection, the share of the weight's elements that had been in the subnet by then."""
-    reached = torch.zeros(shape, dtype=torch.bool)
+    reached = torch.zeros(shape, dtype=torch.bool, device="cpu")
     shares = []
     for selection in selections:
-        scatter(reached, selection.rows, selection.cols, torch.ones((), dtype=torch.bool))
+        scatter(reached, selection.rows, selection.cols, reached.new_ones(()))
         shares.append(int(reached.sum()) / reached.numel())
     return shares
 

@@ -122,7 +122,8 @@ class RunState:
         tensors |= {f"base.{name}": tensor for name, tensor in history_tensors(controller(self.model)).items()}
         state = self.optimizer.state_dict()
         for index, entries in state["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entries.items()}
+            kept = {key: torch.as_tensor(value, device="cpu") for key, value in entries.items()}
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         return tensors, {
             "identity": self.identity,

@@ -104,6 +104,7 @@ class SubnetState:
         self.hooks: list[RemovableHandle] = []
         self.base = BaseHistory()
         self.shape = tuple(self.weight.shape)
+        """Of W."""
         out_features, in_features = self.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
@@ -242,11 +243,14 @@ class SubnetState:
         backward, seen = graph_task_id(), self.values.grad
         if backward != profile.backward:
             profile.backward = backward
-            if seen is None or not seen.any():
+            if seen is None:
                 profile.grad = None
+            elif profile.grad is not None:  # without asking whether there is any: the host would wait for the device
+                profile.grad.masked_fill_(~seen.any(), 0.0)
 
-    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
-        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it. ``owned``: nobody else has it."""
+    def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
+        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it, whose number may be a tensor (1,) on W's
+        device. ``owned``: nobody else has it."""
         profile = self.profile
         assert profile is not None
         if profile.grad is None and expert is None:
@@ -257,7 +261,10 @@ class SubnetState:
         if profile.grad is None:
             profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
         profile.grad = profile.grad.float()
-        (profile.grad if expert is None else profile.grad[expert]).add_(grad)
+        if isinstance(expert, Tensor):
+            profile.grad.index_add_(0, expert, grad.float().unsqueeze(0))
+        else:
+            (profile.grad if expert is None else profile.grad[expert]).add_(grad)
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:
@@ -298,8 +305,10 @@ class SubnetState:
         self.base.loaded(self.weight)
 
     def random_selection(self, generator: torch.Generator) -> Selection:
-        """Rows and cols drawn without replacement, sorted; on the CPU."""
-        return Selection(*draw(tuple(self.weight.shape), self.size, generator), torch.zeros(()))
+        """Rows and cols drawn without replacement, sorted; on W's device."""
+        device = self.weight.device
+        rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(self.shape, self.size, generator))
+        return Selection(rows, cols, torch.zeros((), device=device))
 
 
 def states_of(module: nn.Module) -> list[SubnetState]:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 
-def gather(full: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
-    """full[rows][:, cols], (r, c) or (E, r, c), a copy; cols None stands for every column."""
+def gather(full: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """full[rows][:, cols], (r, c) or (E, r, c), a copy; None stands for every row or every column, not for both."""
     if full.dim() == 2:
-        picked = full.index_select(0, rows)
+        picked = full if rows is None else full.index_select(0, rows)
         return picked if cols is None else picked.index_select(1, cols)
-    assert cols is not None
-    picked = full.gather(1, rows.unsqueeze(-1).expand(-1, -1, full.shape[-1]))
-    return picked.gather(2, cols.unsqueeze(-2).expand(-1, rows.shape[-1], -1))
+    picked = full if rows is None else full.gather(1, rows.unsqueeze(-1).expand(-1, -1, full.shape[-1]))
+    return picked if cols is None else picked.gather(2, cols.unsqueeze(-2).expand(-1, picked.shape[1], -1))
 
 
 def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
@@ -35,6 +34,12 @@ def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> 
         full.index_put_((experts[:, None, None], rows.unsqueeze(-1), cols.unsqueeze(-2)), values)
 
 
+def among(indices: Tensor, others: Tensor) -> Tensor:
+    """Which of ``indices`` (..., n) are in ``others`` (..., m), each row of either sorted; bool (..., n)."""
+    found = torch.searchsorted(others, indices).clamp_(max=others.shape[-1] - 1)
+    return others.gather(-1, found) == indices
+
+
 def draw(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random rows and cols for a weight of ``shape``, on the CPU; a dimension that learns whole is not drawn."""
     count = shape[0] if len(shape) == 3 else 1
@@ -45,5 +50,5 @@ def draw(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generat
 
 def _some(size: int, count: int, generator: torch.Generator) -> Tensor:
     if count == size:
-        return torch.arange(size)
-    return torch.randperm(size, generator=generator)[:count].sort().values
+        return torch.arange(size, device="cpu")
+    return torch.randperm(size, generator=generator, device="cpu")[:count].sort().values

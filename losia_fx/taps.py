@@ -7,13 +7,14 @@ group is being profiled, so that the full gradient can be made there, and cost a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .grouped import ends_for, grouped_outer
 from .library import library
 from .registry import PROFILES, TAPPED, tickets
 
@@ -24,11 +25,16 @@ class Profile(Protocol):
     @property
     def profiling(self) -> bool: ...
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as it is stored."""
+
     def begin_use(self) -> None:
         """Called before the parts of one use of the weight in a backward are added."""
 
-    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
-        """Adds a part of the full gradient, as the weight is stored; ``expert`` of an expert weight, or all of it.
+    def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
+        """Adds a part of the full gradient, as the weight is stored; ``expert`` (a number, or (1,) int64 on the device)
+        of an expert weight, or all of it.
 
         ``owned``: nobody else has ``grad``, so it may be kept.
         """
@@ -77,9 +83,9 @@ def _tap(
     index: Tensor | None = None,
 ) -> Tensor:
     if _profile(handle) is None:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     number = next(tickets)
-    ticket = torch.tensor([number])
+    ticket = torch.tensor([number], device="cpu")
     # Copies: the compilers reuse memory as soon as the graph has no further use for it. They go when their ticket does,
     # that is with the autograd graph, whether a backward came or not.
     kept = None if index is None else index.detach().clone()
@@ -94,8 +100,8 @@ def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tens
     profile = _profile(handle)
     if tapped is not None and profile is not None:
         profile.begin_use()
-        for grad, expert in _parts(grad_y, tapped):
-            profile.accumulate(grad, expert, owned=True)
+        grad, expert = _full(grad_y, tapped, profile.shape)
+        profile.accumulate(grad, expert, owned=True)
     return grad_y.new_zeros(1)
 
 
@@ -107,35 +113,26 @@ def _localize_whole(grad: Tensor, handle: Tensor, call: int) -> Tensor:
     return grad.new_zeros(1)
 
 
-def _parts(grad_y: Tensor, tapped: Tapped) -> Iterator[tuple[Tensor, int | None]]:
-    """The full gradient of a product's weight as it is stored, whole or by expert."""
+def _full(grad_y: Tensor, tapped: Tapped, shape: tuple[int, ...]) -> tuple[Tensor, int | Tensor | None]:
+    """The full gradient of a product's weight as it is stored, and the expert that it is of; None for all of them.
+
+    The host asks for no value of an index: that would wait for the device.
+    """
     x, index = tapped.x.to(grad_y.dtype), tapped.index
+    # The normal forms take (out, in) of one matrix, but (in, out) of experts.
+    swapped = (tapped.form == "linear") == tapped.transposed
+    left, right = (x, grad_y) if swapped else (grad_y, x)
     if tapped.form == "linear":
-        chosen = tapped.expert if index is None else int(index)
-        grad = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        yield _stored(grad, tapped), chosen
-    elif index is None:
-        yield _stored(x.mT @ grad_y, tapped), None
-    elif tapped.form == "grouped":
-        for expert, rows in segments(index):
-            yield _stored(x[rows].t() @ grad_y[rows], tapped), expert
-    else:
-        for expert in index.unique().tolist():
-            mine = index == expert
-            yield _stored(x[mine].flatten(0, 1).t() @ grad_y[mine].flatten(0, 1), tapped), expert
-
-
-def _stored(grad: Tensor, tapped: Tapped) -> Tensor:
-    return grad.mT if tapped.transposed else grad
-
-
-def segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has any. offsets (E,): where each expert's rows end."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-            start = end
+        grad = left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+        return grad, tapped.expert if index is None else index.view(1).long() % shape[0]
+    if index is None:
+        return left.mT @ right, None
+    if tapped.form == "grouped":
+        return grouped_outer(left, right, ends_for(index, grad_y.dtype)), None
+    experts, order = (index.long() % shape[0]).sort(stable=True)
+    last = torch.searchsorted(experts, torch.arange(shape[0], device=index.device), right=True)
+    left, right = (part.index_select(0, order).flatten(0, 1) for part in (left, right))
+    return grouped_outer(left, right, ends_for(last * x.shape[1], grad_y.dtype)), None
 
 
 def drop_taps(handles: Iterable[int]) -> None:
@@ -167,7 +164,7 @@ def _tap_fake(
     expert: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty(1, dtype=torch.int64)
+    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("losia::localize", lib=library)

@@ -119,7 +119,8 @@ def token_blocks(
     Raises LosiaError where the text is shorter than one block.
     """
     pieces = [(document.text, start) for document in documents for start in range(0, len(document.text), piece)]
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pieces), generator=generator, device="cpu").tolist()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     while order and len(tokens) < limit * length:
@@ -133,7 +134,7 @@ def token_blocks(
     if count == 0:
         where = documents[0].name if documents else "no documents"
         raise LosiaError(f"{where}: {len(tokens)} tokens of text are less than one block of {length}")
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    return torch.tensor(tokens[: count * length], device="cpu").view(count, length)
 
 
 def held_out_blocks(
@@ -141,16 +142,16 @@ def held_out_blocks(
 ) -> Tensor:
     """At most ``limit`` blocks, spread evenly over the text; no seed, so that every run is judged by the same ones."""
     blocks = token_blocks(documents, tokenizer, length, limit=16 * limit, seed=0)
-    return blocks[torch.linspace(0, len(blocks) - 1, min(limit, len(blocks))).long()]
+    return blocks[torch.linspace(0, len(blocks) - 1, min(limit, len(blocks)), device=blocks.device).long()]
 
 
 def batches(blocks: Tensor, size: int, *, seed: int) -> Iterator[Tensor]:
     """Endless batches (size, length) of the blocks, in a new seeded order on each pass over them."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         while len(order) < size:
-            order = torch.cat((order, torch.randperm(len(blocks), generator=generator)))
+            order = torch.cat((order, torch.randperm(len(blocks), generator=generator, device="cpu")))
         yield blocks[order[:size]]
         order = order[size:]
 

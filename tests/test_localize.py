@@ -20,9 +20,11 @@ from losia_fx.localize import (
     fit_gradient,
     fits_from,
     importance_of,
+    lower_median,
     measure_clip,
     measure_fit,
     score_of,
+    select_experts,
     select_rows,
     select_subnet,
     share_moved,
@@ -115,6 +117,30 @@ def test_each_candidate_wins_somewhere() -> None:
     assert winners == {0, 1, 2}
 
 
+@given(st.integers(1, 4), st.data())
+def test_select_experts(experts: int, data: st.DataObject) -> None:
+    """Each as by itself; one that saw no token keeps what it had."""
+    shape = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    score = data.draw(hnp.arrays(np.float32, (experts, *shape), elements=whole))
+    idle = data.draw(st.lists(st.booleans(), min_size=experts, max_size=experts))
+    score[idle] = 0
+    size = [data.draw(st.integers(1, count)) for count in shape]
+    old = [torch.stack([torch.randperm(n)[:k].sort().values for _ in range(experts)])
+           for n, k in zip(shape, size, strict=True)]  # fmt: skip
+    chosen = select_experts(torch.from_numpy(score), (old[0], old[1]))
+    captured = 0.0
+    for expert, part in enumerate(score):
+        if part.any():
+            rows, cols, inside = brute_subnet(part, *size)
+            captured += inside
+        else:
+            rows, cols = old[0][expert].tolist(), old[1][expert].tolist()
+        assert chosen.rows[expert].tolist() == rows
+        assert chosen.cols[expert].tolist() == cols
+    assert chosen.captured.shape == ()
+    assert float(chosen.captured) == captured
+
+
 @given(scores())
 def test_select_rows(case: tuple[Array, int, int]) -> None:
     score, rows, _ = case
@@ -132,7 +158,15 @@ def test_share_moved(case: tuple[Array, int, int], random: Any) -> None:
     before = {(r, c) for r in old[0] for c in old[1]}
     after = {(r, c) for r in new[0] for c in new[1]}
     moved = share_moved(*((torch.tensor(r), torch.tensor(c)) for r, c in (old, new)))
-    assert moved == pytest.approx(len(after - before) / len(after))
+    assert moved.shape == ()
+    assert float(moved) == pytest.approx(len(after - before) / len(after))
+
+
+def test_share_moved_of_experts_is_the_mean() -> None:
+    old = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 4], [1, 2]])
+    new = torch.tensor([[0, 1], [0, 3]]), torch.tensor([[0, 4], [0, 2]])
+    assert float(share_moved(old, new)) == pytest.approx((0 + 3 / 4) / 2)
+    assert float(share_moved(old, old)) == 0.0
 
 
 # -- importance ----------------------------------------------------------------------------------------------------
@@ -213,6 +247,28 @@ def fitted(*arguments: Any, **options: Any) -> Fit:
     fit = fit_gradient(*arguments, **options)
     assert fit is not None
     return fit
+
+
+any_float = st.floats(width=32) | st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, -math.nan, 1.0, -1.0])
+
+
+@given(st.lists(any_float, min_size=1, max_size=30), st.integers(0, 10))
+@settings(max_examples=500)
+def test_lower_median_is_nanmedian(values: list[float], nans: int) -> None:
+    tensor = torch.tensor([*values, *[math.nan] * nans], dtype=torch.float32)
+    tensor = tensor[torch.randperm(len(tensor))]
+    found = lower_median(tensor)
+    assert found.shape == ()
+    torch.testing.assert_close(found, tensor.nanmedian(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [2, 40_001, 100_000])
+def test_lower_median_of_many(size: int) -> None:
+    """Above a size, torch sorts integers in another way."""
+    values = torch.randn(size) / torch.randn(size)
+    values[torch.rand(size) < 0.1] = math.nan
+    values[torch.rand(size) < 0.1] = -math.nan
+    assert torch.equal(lower_median(values.view(1, -1)), values.nanmedian())
 
 
 @given(st.floats(1e-6, 1e6), st.sampled_from([1, -1]))

@@ -194,7 +194,7 @@ class _Exporter(fx.Interpreter):
             "rank_factor": self._config.output_rank_factor if facts.whole_cols else self._config.rank_factor,
         }
         if cols is None:
-            cols = torch.arange(weight.shape[1])
+            cols = torch.arange(weight.shape[1], device=weight.device)
         if node.target is subnet_batched:
             return _symbolic(BATCHED, (x, weight, values, rows, cols), attributes, (*x.shape[:-1], weight.shape[2]))
         self._note(node.meta[PRODUCT], slot, attributes, x, weight)

@@ -72,7 +72,7 @@ class Shorter:
                 score = score_of(self.config.importance, *averages)
                 whole = state.whole_cols
                 mine = select_rows(score, state.size[0]) if whole else select_subnet(score, *state.size)
-                shares[window] = share_moved((state.rows, state.cols), (mine.rows, mine.cols))
+                shares[window] = float(share_moved((state.rows, state.cols), (mine.rows, mine.cols)))
         return shares
 
 

@@ -54,6 +54,16 @@ class Case:
         return y, x.grad, w.grad, None if b is None else b.grad
 
 
+def test_a_device_without_autocast() -> None:
+    """torch raises where one asks for the autocast of such a device."""
+    assert not torch.amp.is_autocast_available("meta")
+    x, weight, values = (torch.empty(size, device="meta") for size in ((3, INTO), (OUT, INTO), (2, 1)))
+    rows, cols = (torch.empty(count, dtype=torch.int64, device="meta") for count in (2, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = subnet_linear(x, weight, values, rows, cols)
+    assert (y.shape, y.dtype, y.device.type) == ((3, OUT), torch.float32, "meta")
+
+
 @pytest.mark.parametrize("head", [False, True], ids=["block", "head"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))

@@ -19,15 +19,15 @@ class Gatherer:
     """Stands in for a subnet: adds up what localize hands over."""
 
     def __init__(self, profiling: bool = True) -> None:
-        self.profiling = profiling
+        self.profiling, self.shape = profiling, (5, 6)
         self.grad: Tensor | None = None
         self.uses = 0
-        self.parts: list[tuple[Tensor, int | None]] = []
+        self.parts: list[tuple[Tensor, int | Tensor | None]] = []
 
     def begin_use(self) -> None:
         self.uses += 1
 
-    def accumulate(self, grad: Tensor, expert: int | None, owned: bool) -> None:
+    def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
         self.parts.append((grad.clone(), expert))
         if expert is None:
             self.grad = grad.clone() if self.grad is None else self.grad + grad
@@ -252,3 +252,21 @@ def test_opcheck(gatherer: Gatherer, handle: Tensor) -> None:
 def test_cuda_graphs_leave_them_alone() -> None:
     for op in (tap, localize):
         assert torch.Tag.cudagraph_unsafe in op.tags
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("index", [1, -1, [2, 0, 2, 1], [-1, 0, -1, -2], [1, 1, 1, 1]], ids=str)
+def test_experts_that_a_tensor_names(gatherer: Gatherer, handle: Tensor, index: Any, transposed: bool) -> None:
+    """Of one expert, and of several that need not be different; the numbers may count from the end."""
+    experts, chosen = 3, torch.tensor(index)
+    form = "linear" if chosen.dim() == 0 else "batched"
+    weight = torch.randn(experts, 5, 6, dtype=torch.float64).requires_grad_()  # as it is stored
+    gatherer.shape = tuple(weight.shape)
+    taken = weight[chosen].mT if transposed else weight[chosen]
+    into, out = (-1, -2) if form == "linear" else (-2, -1)
+    x, grad_y = (torch.randn(*chosen.shape, 4, taken.shape[dim], dtype=torch.float64) for dim in (into, out))
+    (x @ (taken.mT if form == "linear" else taken)).backward(grad_y)
+    localize(grad_y, tap(x, handle, 0, form, transposed, None, chosen), handle, 0)
+    ((grad, expert),) = gatherer.parts
+    found = grad if expert is None else torch.zeros_like(weight).index_add(0, expert, grad.unsqueeze(0))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, weight.grad)

@@ -319,8 +319,8 @@ EXPERT_FORMS = (
     Form("grouped", grouped, (TOKENS, IN), "grouped_mm", E_IN_OUT),
     Form("grouped-turned", grouped_transposed, (TOKENS, IN), "grouped_mm", E_OUT_IN),
     Form("grouped-single", grouped, (TOKENS, IN), "grouped_mm", E_IN_OUT, dtypes=(torch.float32,)),
-    Form("grouped-torch", grouped_by_torch, (TOKENS, 8), "grouped_mm", (EXPERTS, 16, 8), dtypes=BF16),
-    Form("grouped-torch-stored-otherwise", grouped_by_torch_untransposed, (TOKENS, 8), "grouped_mm", (EXPERTS, 8, 16),
+    Form("grouped-torch", grouped_by_torch, (TOKENS, 24), "grouped_mm", (EXPERTS, 32, 24), dtypes=BF16),
+    Form("grouped-torch-stored-otherwise", grouped_by_torch_untransposed, (TOKENS, 24), "grouped_mm", (EXPERTS, 24, 32),
          dtypes=BF16),
 )  # fmt: skip
 FORMS = (*LINEARS, *EXPERT_FORMS)

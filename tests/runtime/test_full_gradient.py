@@ -227,6 +227,19 @@ def test_a_clip_by_value_is_found() -> None:
         assert fit.limit is None or fit.limit == pytest.approx(limit)
 
 
+def test_what_is_clipped_throughout_takes_its_neighbours_factor() -> None:
+    """The subnet alone does not tell how far beyond the limit its gradient was."""
+    model, optimizer, states = after_a_backward()
+    name, state = next(iter(states.items()))
+    assert state.values.grad is not None
+    limit = 0.5 * float(state.values.grad.abs().min())
+    state.values.grad.clamp_(-limit, limit)
+    found = fits(model, optimizer)
+    assert found[name].factor == pytest.approx(0.5, rel=1e-4)
+    assert found[name].limit == pytest.approx(limit)
+    assert all(fit.limit is None for other, fit in found.items() if other != name)
+
+
 def test_without_gradients_there_is_nothing_to_fit() -> None:
     model, optimizer, _ = after_a_backward()
     model.zero_grad()
