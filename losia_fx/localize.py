@@ -213,7 +213,7 @@ def measure_clip(grads: Sequence[Tensor]) -> Tensor:
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad.detach().reshape(-1))
     if not by_device:
-        return torch.zeros(3)
+        return torch.zeros(3, device="cpu")
     tops = [_largest(torch.cat([_largest(grad) for grad in flat])) for flat in by_device.values()]
     largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
     alike = (largest.unsqueeze(1) == largest).sum(1)

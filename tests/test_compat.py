@@ -234,6 +234,74 @@ def test_install_call_and_undo() -> None:
     _compat.install_call(module, None)  # twice is no error
 
 
+def test_install_calls_and_who_runs_something_else() -> None:
+    modules = [nn.Linear(2, 2) for _ in range(3)]
+    calls = {module: (lambda x, n=number: n) for number, module in enumerate(modules)}
+    _compat.install_calls(calls.items())
+    assert [module(None) for module in modules] == [0, 1, 2]
+    assert not _compat.not_installed(calls)
+    modules[1].compile(backend="eager")
+    _compat.install_calls([(modules[2], None)])
+    assert _compat.not_installed(calls) == modules[1:]
+
+
+def test_dynamo_goes_past_an_installed_call() -> None:
+    """Straight to the forward: no trace of the call in a graph, and no guard on it, so equal modules share a graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    for module in (Wrapped(), Wrapped(), Wrapped()):
+        _compat.install_call(module.linear, lambda x: pytest.fail("called"))
+        module.compile(backend=backend)
+        assert module(torch.ones(1, 2)).shape == (1, 2)
+    assert len(graphs) == 1
+    assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 1
+
+
+def test_own_code_is_counted_apart() -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    own = _compat.own_code(double)
+    assert own.__code__ is not double.__code__
+    assert own(3) == 6
+
+
+def test_ddp_ignores(tmp_path: Path) -> None:
+    """DistributedDataParallel sends round no buffer that is named so."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = nn.BatchNorm1d(2)
+        _compat.ddp_ignores(module, add={"running_mean", "running_var"})
+        left = nn.parallel.DistributedDataParallel(module).modules_buffers
+        assert [buffer is module.num_batches_tracked for buffer in left] == [True]
+        _compat.ddp_ignores(module, add={"num_batches_tracked"}, remove={"running_var"})
+        assert set(module._ddp_params_and_buffers_to_ignore) == {"num_batches_tracked", "running_mean"}
+        _compat.ddp_ignores(module, remove={"num_batches_tracked", "running_mean"})
+        assert not hasattr(module, "_ddp_params_and_buffers_to_ignore")
+    finally:
+        dist.destroy_process_group()
+
+
+class Tells(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if _compat.is_exporting() else x - 1
+
+
+def test_is_exporting() -> None:
+    x = torch.zeros(1)
+    assert float(Tells()(x)) == -1
+    for strict in (True, False):
+        assert float(torch.export.export(Tells(), (x,), strict=strict).module()(x)) == 1
+    traced: Any = torch.jit.trace(Tells(), (x,), check_trace=False)  # type: ignore[no-untyped-call]
+    assert float(traced(x)) == 1
+    assert not _compat.is_jit_tracing()
+    assert float(torch.compile(Tells(), backend="eager")(x)) == -1
+
+
 class Wrapped(nn.Module):
     """Not a bare Linear: Dynamo leaves the frames of torch's own modules alone."""
 
@@ -301,6 +369,7 @@ def test_ddp_group(tmp_path: Path) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             seen.append(_compat.ddp_group())
+            assert (_compat.active_ddp() is None) == (seen[-1] is None)
             return self.linear(x)
 
     assert _compat.ddp_group() is None
@@ -387,11 +456,13 @@ def test_second_graph_compiled_apart() -> None:
     assert any("aten.cos" in str(node.target) for node in backward.graph.nodes)
 
 
-def test_is_compiled_in_place_tells_who_called_compile() -> None:
+def test_compiled_call_is_that_of_module_compile() -> None:
     module = nn.Linear(2, 2)
-    assert not _compat.is_compiled_in_place(module)
+    assert _compat.compiled_call(module) is None
     module.compile(backend="eager")
-    assert _compat.is_compiled_in_place(module)
+    call = _compat.compiled_call(module)
+    assert call is not None
+    torch.testing.assert_close(call(x := torch.ones(1, 2)), module.forward(x))
     assert isinstance(torch.compile(nn.Linear(2, 2)), _compat.OptimizedModule)
 
 
