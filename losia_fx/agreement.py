@@ -31,6 +31,10 @@ class Swapped(StateError):
     """A forward is called with other tensors in the parameters' place, and is to run with those."""
 
 
+class Torn(StateError):
+    """S and W were both written, and nobody can tell which is meant."""
+
+
 class Agreement:
     """What the W and S of some subnets were when they last agreed.
 
@@ -43,10 +47,11 @@ class Agreement:
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
         self._witnesses: dict[SubnetState, _Witness | None] = {}
+        self._samples = _Samples(())
         self.averaged = False
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
-        self.waiting = False
-        """A LoSiA state was loaded whose weights are still to come: nothing is to agree yet."""
+        self.waiting: set[SubnetState] = set()
+        """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self.vigilant = False
         """Writes were found that no version shows: from now on every look compares values."""
         for state in states:
@@ -62,7 +67,8 @@ class Agreement:
     def remember(self, states: Iterable[SubnetState] | None = None, places: bool = False) -> None:
         """S and W of ``states`` (None: of all) agree as they are now. places: S may lie elsewhere in W than before."""
         chosen = self.states if states is None else list(states)
-        if states is None or len(chosen) == len(self.states):
+        whole = states is None or len(chosen) == len(self.states)
+        if whole:
             self._seen = self._tensors()
             self._versions, self._places = _marks(self._seen)
         else:
@@ -70,6 +76,13 @@ class Agreement:
                 for at in self._slots(state):
                     self._seen[at] = tensor = self._homes[at].get(self._keys[at])
                     (self._versions[at],), (self._places[at],) = _marks([tensor])
+        if self._samples.places != (held := self._places[len(self.states) :]):
+            self._samples = _Samples([state.values for state in self.states], held)
+            self._sample = self._samples.take()
+        elif whole:
+            self._sample = self._samples.take()
+        else:
+            self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
             self._witnesses.update((state, _Witness.of(state)) for state in chosen)
 
@@ -128,36 +141,66 @@ class Agreement:
         done = [state for state in moved if state not in torn]
         self._witnesses.update((state, _Witness.of(state)) for state in done if moved[state][0])
         self.remember(done)
-        if torn:
-            raise StateError(
-                f"{listed([state.name for state in torn])}: both the weight and the values of its subnet were written "
-                "since they last agreed, and they differ. Write one of them only (the weight by its own name, or the "
-                "parameter in losia_fx.subnets(model)[name].values); model.load_state_dict(...) makes a model whole "
-                "again"
-            )
+        _refuse_torn(torn)
         return written
 
     @torch.no_grad()
     def compare(self, states: Sequence[SubnetState] | None = None) -> list[SubnetState]:
-        """By value, what no version shows; the device is waited for once. Returns the subnets whose S was newer.
+        """By value, what no version shows; the device is waited for once where all is well. Returns the subnets whose S
+        was newer.
 
-        Which of the two is newer is told by elements of W outside of the subnet: nothing of ours writes those, and
-        whoever writes W from elsewhere writes them too. Of a copy that only ever was ``averaged`` into, W counts.
+        Which of the two was written is told by some elements of S as it was when they last agreed, and by elements of W
+        outside of the subnet, which nothing of ours writes. Raises StateError where both were.
         """
         # Of a meta tensor (offloaded, or a rehearsal without a device) there is no value to compare.
         chosen = [state for state in (self.states if states is None else states) if not state.weight.is_meta]
         stale = [state for state, same in zip(chosen, self._same(chosen), strict=True) if not same]
-        written = []
+        written, torn = [], []
         for state in stale:
-            witness = self._witnesses.get(state)
-            if self.averaged or (witness is not None and not witness.holds(state)):
+            s, w = self._were_written(state)
+            if w and s and not self._is_average(state):
+                torn.append(state)
+            elif w or self._is_average(state):
                 state.reload()
                 self._witnesses[state] = _Witness.of(state)
             else:
                 state.write_back()
                 written.append(state)
-        self.remember(stale)
+        self.remember([state for state in stale if state not in torn])
+        _refuse_torn(torn)
         return written
+
+    def shows_a_write(self) -> bool:
+        """Whether the elements of S that are at hand on the CPU are others than when it agreed with W; of those on a
+        device nothing is asked, for which the host would wait."""
+        now = self._samples.take()
+        return any(kind[0].type == "cpu" and not torch.equal(now[kind], before) for kind, before in self._sample.items())
+
+    @torch.no_grad()
+    def is_ahead(self, state: SubnetState) -> bool:
+        """Whether W has yet to follow S: what a copy of both has to know, which cannot tell by itself."""
+        if state in self.waiting or state.weight.is_meta or self._same([state])[0]:
+            return False
+        w, s = self.moved(state)
+        if w or s:
+            return s and not w
+        s, w = self._were_written(state)
+        return s and not w
+
+    def _were_written(self, state: SubnetState) -> tuple[bool, bool]:
+        """Whether S, and whether W, holds other numbers than when they last agreed."""
+        number = self._index[state]
+        before = self._samples.of(self._sample, number)
+        now = self._samples.of(self._samples.take([number]), number, alone=True)
+        block = state.block_of(state.weight.detach()).reshape(-1)[:: self._samples.strides[number]]
+        witness = self._witnesses.get(state)
+        s = not bool(_equal(now, before))
+        w = not bool(_equal(block, before.to(block.dtype))) or (witness is not None and not witness.holds(state))
+        return s, w
+
+    def _is_average(self, state: SubnetState) -> bool:
+        """Of a copy that nothing trains: what moved its S along with its W was an average, of which W is right."""
+        return self.averaged and state.values.grad is None
 
     def _take_in(self, state: SubnetState) -> None:
         """A W that may be another tensor than before takes its place, or is refused."""
@@ -180,6 +223,15 @@ class Agreement:
         return torch.stack(found).tolist() if found else []
 
 
+def _refuse_torn(states: Sequence[SubnetState]) -> None:
+    if states:
+        raise Torn(
+            f"{listed([state.name for state in states])}: both the weight and the values of its subnet were written "
+            "since they last agreed, and they differ. Write one of them only (the weight by its own name, or the "
+            "parameter in losia_fx.subnets(model)[name].values); model.load_state_dict(...) makes a model whole again"
+        )
+
+
 def _marks(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
     """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none."""
     try:
@@ -195,6 +247,45 @@ def _mark(tensor: Tensor | None, read: Callable[[Any], Any]) -> int:
         return int(read(tensor))
     except (AttributeError, TypeError, RuntimeError):
         return -1
+
+
+class _Samples:
+    """Some elements of every S, of small ones all: read in one call a step, they tell later whether S was written."""
+
+    def __init__(self, values: Sequence[Tensor], places: Sequence[int] = ()) -> None:
+        """places: of the values in memory, for which the samples hold."""
+        self.places = list(places)
+        self.strides = [max(1, -(-tensor.numel() // SAMPLED)) for tensor in values]
+        self._views = [t.detach().view(-1)[::stride] for t, stride in zip(values, self.strides, strict=True)]
+        self._kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._at: list[tuple[tuple[torch.device, torch.dtype], slice]] = []
+        ends: dict[tuple[torch.device, torch.dtype], int] = {}
+        for number, view in enumerate(self._views):
+            kind = (view.device, view.dtype)
+            self._kinds.setdefault(kind, []).append(number)
+            start = ends.get(kind, 0)
+            ends[kind] = start + view.numel()
+            self._at.append((kind, slice(start, ends[kind])))
+
+    def take(self, numbers: Sequence[int] | None = None) -> Sample:
+        """The elements as they are, of all or of some."""
+        chosen = self._kinds if numbers is None else {self._at[number][0]: [number] for number in numbers}
+        return {kind: torch.cat([self._views[number] for number in each]) for kind, each in chosen.items()}
+
+    def renew(self, sample: Sample, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.of(sample, number).copy_(self._views[number])
+
+    def of(self, sample: Sample, number: int, alone: bool = False) -> Tensor:
+        """The elements of one S. alone: the sample was taken of it only."""
+        kind, place = self._at[number]
+        return sample[kind] if alone else sample[kind][place]
+
+
+Sample = dict[tuple[torch.device, torch.dtype], Tensor]
+
+SAMPLED = 256
+"""Elements of an S that are kept to tell whether it was written, at most."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from . import registry
 from ._compat import compiled_call, install_call, install_calls, is_jit_tracing, plain_call, runs_uncompiled
 from .errors import StateError, listed
+from .first_order import refuse_second
 from .ops import subnet_linear, subnet_weight
 from .registry import resolve
 from .state import ATTRIBUTE, SubnetState
@@ -120,7 +121,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     for state in _states(module).values():
         if (controller := registry.follower(state)) is not None:
             controller.mend()
-        look_at(state, values=True)
+        look_at(state, values=True, shown=True)
 
 
 def _hide_subnets(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -135,6 +136,7 @@ def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     for state in states.values():
         state.reload()
         if state.agreement is not None:
+            state.agreement.waiting.discard(state)
             state.agreement.remember([state], places=True)
 
 
@@ -145,6 +147,8 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
     goes where its weight goes.
     """
     states = list(_states(owner).values())
+    for state in states:
+        look_at(state)  # afterwards both have moved, and nobody could tell which was newer
     kept = [tensor for state in states for tensor in (state.values, state.values.grad)]
     indices = [index for state in states for index in (state.rows, state.cols)]
 
@@ -303,22 +307,26 @@ PART_LOOKS = 3
 """Uses of a weight, outside of forwards of the whole model, that compare values whatever the versions say."""
 
 
-def look_at(state: SubnetState, values: bool = False) -> None:
-    """Before a use of a weight that no forward of the whole model has looked at: S and W agree."""
-    controller = registry.follower(state) if state.agreement is None else None
+def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> None:
+    """Before a use of a weight that no forward of the whole model has looked at: S and W agree.
+
+    values: whether to compare those in any case; shown: the weight is evaluated or saved.
+    """
+    controller = registry.follower(state) if state.agreement is None or shown else None
     agreement = state.agreement if controller is None else controller.agreement
-    if (
-        agreement is None
-        or agreement.waiting
-        or not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
-    ):
-        return  # a copy without a controller; torch.func.functional_call
+    swapped = not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
+    if agreement is None or agreement.waiting or swapped:
+        return  # a copy without a controller; a state whose weights are to come; torch.func.functional_call
+    written = []
     if any(agreement.moved(state)):
-        agreement.settle([state])
+        written += agreement.settle([state], agreement.averaged)
     if values or agreement.vigilant or state.part_looks < PART_LOOKS:
         state.part_looks += 1
-        if agreement.compare([state]):
+        if found := agreement.compare([state]):
             agreement.vigilant = True
+            written += found
+    if controller is not None:
+        controller.note(written, learns=False, shown=shown)
 
 
 # -- weights that ask for their gradient -----------------------------------------------------------------------------
@@ -375,6 +383,7 @@ def stop_asking(weights: Iterable[nn.Parameter]) -> None:
 
 def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:
     """Runs when a backward has made a gradient of all of a frozen weight, which autograd then throws away."""
+    refuse_second()
     found = weight()
     state = None if found is None else resolve(found)
     if state is not None and grad is not None:

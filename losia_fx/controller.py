@@ -12,7 +12,6 @@ import logging
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from . import notices, registry, snapshot, step_hooks, steps
 from ._compat import compiled_call, not_installed
-from .agreement import Agreement
+from .agreement import Agreement, Torn
 from .attach import Watch, watch
 from .base_history import FullBases, keep_places
 from .blocks import plain_name
@@ -69,8 +68,8 @@ FIRST_LOOKS = 3
 """Looks at a model after a change of its weights or subnets that compare values, whatever the versions say."""
 LATER_LOOKS = 16
 """One in so many forwards between which no step was seen compares values, once the first few were found right."""
-UNSEEN_MOVES = 3
-"""Forwards in a row that find S moved without a step, from which on somebody else must be stepping it."""
+UNSEEN_MOVES = 20
+"""Forwards in a row, or a slot if that is shorter, that find S moved without a step: somebody else is stepping it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,8 @@ class Controller:
         """Whose steps t waits for: the outermost optimizers that have stepped subnets lately."""
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+        self._resumed = False
+        """A LoSiA state was loaded."""
         self._idle = True
         """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
         self._looks = FIRST_LOOKS
@@ -152,7 +153,7 @@ class Controller:
         self._seen_step = True
         self._waits = 0
         self._unseen_moves = 0
-        self._modes: list[bool | None] = []
+        self._modes: list[bool] = []
         self._open: set[SubnetState] = set()
         """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
         self._moving = False
@@ -197,7 +198,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """As losia_fx.state_dict(model); accelerator.register_for_checkpointing(controller) takes it from here."""
-        self.look()
+        self.look(shown=True)
         return snapshot.collect(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,7 +214,9 @@ class Controller:
         self._stepped = stepped
         self._open.clear()
         self._selecting = []
-        self.agreement.waiting = True
+        self.agreement.waiting = set(snapshot.strays(self.states))
+        self.agreement.remember(places=True)
+        self._resumed = True
 
     @property
     def stepped(self) -> frozenset[SubnetState]:
@@ -222,16 +225,20 @@ class Controller:
 
     def check_weights(self) -> None:
         """Raises StateError where the model's weights are not those that the loaded state belongs to."""
-        if strays := snapshot.strays(self.states):
+        if self.agreement.waiting and (strays := snapshot.strays(self.agreement.waiting)):
             raise StateError(
-                f"{listed(strays)}: the weights do not hold the subnets of the LoSiA state that was loaded. Load the "
-                "model's weights of the same checkpoint as well (in either order)"
+                f"{listed([state.name for state in strays])}: the weights do not hold the subnets of the LoSiA state "
+                "that was loaded. Load the model's weights of the same checkpoint as well (in either order)"
             )
 
     def settle_last(self) -> None:
-        """As ``look``, before the subnets are taken off; where the two cannot agree, W counts."""
-        with suppress(StateError):
+        """As ``look``, before the subnets are taken off; of weights that are gone nothing is to settle."""
+        try:
             self.look()
+        except Torn:
+            raise
+        except StateError:
+            log.info("losia_fx: some weights were replaced since losia_fx.transform: they stay as they are")
 
     def required_before(self) -> list[tuple[nn.Parameter, bool]]:
         """Every parameter with the requires_grad that it had before the transformation."""
@@ -251,31 +258,31 @@ class Controller:
             self._agreement.averaged = self.copied_from is not None
         return self._agreement
 
-    def look(self, learns: bool | None = None) -> None:
+    def look(self, learns: bool | None = None, shown: bool = False) -> None:
         """Before any use of the model: whatever moved S or W since the last one, they agree afterwards.
 
-        learns: of a forward, whether gradients are on; None for any other use, which compares values too.
-        Raises StateError where they cannot agree.
+        learns: of a forward, whether gradients are on; None for any other use, which compares values too. shown: the
+        weights are evaluated or saved. Raises StateError where S and W cannot agree.
         """
         if self.agreement.waiting:
-            if snapshot.strays(self.states):
+            self.agreement.waiting = set(snapshot.strays(self.agreement.waiting))
+            if self.agreement.waiting:
                 return  # the weights of the loaded state are still to come; a step would say so
-            self.agreement.waiting = False
             self.agreement.remember(places=True)
         self.mend()
-        self._agree(self._compares(learns), learns)
+        self._agree(self._compares(learns), bool(learns), shown or learns is False)
         if learns is not None:
             self._learned = learns
         if learns:
-            self._seen_step = self.agreement.averaged = False
+            self._seen_step = False
 
-    def _agree(self, values: bool, learns: bool | None) -> None:
+    def _agree(self, values: bool, learns: bool, shown: bool) -> None:
         """values: whether to compare those too."""
         if moved := self.agreement.differing():
-            self._note(self.agreement.settle(moved, self._idle), learns)
+            self.note(self.agreement.settle(moved, self._idle), learns, shown)
         if values and (written := self.agreement.compare()):
             self.agreement.vigilant = True
-            self._note(written, learns)
+            self.note(written, learns, shown)
 
     def _compares(self, learns: bool | None) -> bool:
         """Whether a look is to compare values too: where a write that no version shows is likely, or would last."""
@@ -287,26 +294,25 @@ class Controller:
         if not learns or self._seen_step:
             return False
         self._waits += 1  # micro-batches, or a step that nobody tells us of
-        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0
+        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0 or self.agreement.shows_a_write()
 
-    def _note(self, written: list[SubnetState], learns: bool | None) -> None:
+    def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
         if not written or steps.under_way():
             return
         if learns:
             self._idle = False
             self._unseen_moves += 1
-            if self._unseen_moves == UNSEEN_MOVES:
+            if self._unseen_moves == min(UNSEEN_MOVES, self.config.period):
                 notices.warn_standing(self, written)
-        elif not self._modes_switched():
+        elif shown and self._read_modes() == self._modes:
             notices.warn_averaged(self, written)
 
-    def _modes_switched(self) -> bool:
-        """Whether an optimizer that has a mode for evaluation (schedule-free) says that it has just gone into another:
-        then it was the one that moved S, as it should."""
-        modes = [group.get("train_mode") for each in self._known for group in each.param_groups]
-        before, self._modes = self._modes, modes
-        return modes != before
+    def _read_modes(self) -> list[bool]:
+        """Of optimizers that have one, the mode for training or evaluation (schedule-free): going from one into the
+        other it is they that move S, as they should."""
+        groups = (group for each in self._known for group in each.param_groups)
+        return [group["train_mode"] for group in groups if "train_mode" in group]
 
     def mend(self) -> None:
         """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
@@ -394,14 +400,13 @@ class Controller:
         """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are
         made within the step."""
         self.check_tree()
-        resumed = self.agreement.waiting
-        if resumed:
+        if self.agreement.waiting:
             self.check_weights()
             self.look(learns=True)
         self.mend()
-        self._agree(self.agreement.vigilant, learns=True)
+        self._agree(self.agreement.vigilant, learns=True, shown=False)
         if optimizer not in self._known:
-            self._meet(optimizer, resumed)
+            self._meet(optimizer)
         if not self._stepped.isdisjoint(mine):
             self._drop_silent_owners()
         self._owners.add(optimizer)
@@ -413,13 +418,13 @@ class Controller:
             self._fits.update(self._fit([optimizer], mine))
         self._open.update(mine)
 
-    def _meet(self, optimizer: Optimizer, resumed: bool) -> None:
+    def _meet(self, optimizer: Optimizer) -> None:
         """An optimizer that steps for the first time: it and all others that hold subnets are looked at."""
         found = [each for each in live_optimizers() if owned_states(each, self)]
         fresh = [each for each in found if each not in self._known]
         for each in fresh:
             note_made_state(each, owned_states(each, self))
-        resumed = resumed or self.step > 0 or self.by_string  # by string, moments of W come along
+        resumed = self._resumed or self.step > 0 or self.by_string  # by string, moments of W come along
         if not resumed and any(has_stepped(each, s) for each in fresh for s in owned_states(each, self)):
             notices.warn_resumed()
         if self.by_string and not self._known:
@@ -488,7 +493,8 @@ class Controller:
         self.agreement.remember(mine)
         self._open.difference_update(mine)
         self._stepped.update(mine)
-        self._idle, self._seen_step, self._unseen_moves = False, True, 0
+        self._idle = self.agreement.averaged = False
+        self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
         self._select_due()
 
     def _advance(self, late: bool = False) -> None:

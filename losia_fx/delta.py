@@ -42,6 +42,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     for state in controller.states:
         _check_plain(path, state.name, state.weight)
+    controller.look(shown=True)
     histories = base_histories(controller)
     if not histories:
         raise DeltaError(
@@ -86,12 +87,14 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = Fals
     >>> losia_fx.load_delta(model, "perl.safetensors")
     >>> losia_fx.load_delta(model, "perl.safetensors", undo=True)
     """
+    controller = find_controller(model)
+    if controller is not None:
+        controller.look()
     with DeltaFile(path) as delta:
         targets = find_targets(model, delta)
         check_weights(delta, targets, undo)
         _check_outcome(delta, targets, undo)
         _apply(delta, targets)
-    controller = find_controller(model)
     changed = {id(parameter) for _, parameter in targets}
     for state in controller.states if controller is not None else ():
         if id(state.weight) in changed:

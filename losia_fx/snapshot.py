@@ -80,9 +80,9 @@ def apply(controller: Controller, state: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def strays(states: Iterable[SubnetState]) -> list[str]:
-    """Names of the weights in which W[rows, cols] is not S: weights of another checkpoint than the state's."""
-    return [state.name for state in states if not _same(state.block_of(state.weight.detach()), state.values)]
+def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
+    """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
+    return [state for state in states if not _same(state.block_of(state.weight.detach()), state.values)]
 
 
 def _same(weight: Tensor, values: Tensor) -> bool:

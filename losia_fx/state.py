@@ -213,15 +213,7 @@ class SubnetState:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement")}
-        return {**kept, "ahead": self.ahead or not self._agrees()}
-
-    @torch.no_grad()
-    def _agrees(self) -> bool:
-        """Whether W has followed S; of values that are not at hand nothing can be said."""
-        if not self.registered or self.weight.is_meta:
-            return True
-        now = self.block_of(self.weight)
-        return bool(torch.isclose(now, self.values.to(now.dtype), rtol=0, atol=0, equal_nan=True).all())
+        return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
