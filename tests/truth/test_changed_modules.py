@@ -330,10 +330,10 @@ def test_flags_that_are_switched_off_and_on() -> None:
             plain.requires_grad_(False)
         for value in twin.parameters():
             value.requires_grad_(False)
-        x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
-        loss_of(lambda given, x=x: model.head(x), batch()).backward()
+        ids, x = batch(), torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
+        loss_of(lambda given, x=x: model.head(x), ids).backward()
         found, x.grad = x.grad, None
-        loss_of(lambda given, x=x: x @ twin.weight("head.weight").T, batch()).backward()
+        loss_of(lambda given, x=x: x @ twin.weight("head.weight").T, ids).backward()
         assert found is not None
         assert x.grad is not None
         close(found, x.grad, 1e-9, "what goes on to the generator")
