@@ -14,7 +14,20 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import losia_fx
 from losia_fx import LosiaError, StateError
 from tests.toys import Toy, batch, tiny_llama
-from tests.truth.twin import STILL, Twin, assert_one, backward, close, loss_of, refused, twins, values_of, warned, zero
+from tests.truth.twin import (
+    STILL,
+    Twin,
+    assert_one,
+    backward,
+    close,
+    loss_of,
+    refused,
+    subnets_of,
+    twins,
+    values_of,
+    warned,
+    zero,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -37,7 +50,7 @@ def owner(model: nn.Module) -> Any:
 
 
 def key_of_subnet(model: nn.Module) -> str:
-    values = losia_fx.subnets(model)[NAME].values
+    values = subnets_of(model)[NAME].values
     return next(key for key, p in owner(model)._parameters.items() if p is values)
 
 
@@ -182,14 +195,14 @@ def test_a_changed_model_is_restored_and_transformed_again(name: str) -> None:
     with warned():  # of what is reparametrised
         losia_fx.transform(model, compiler="eager", rank_factor=0.25)
     again = sgd([p for p in model.parameters() if p.requires_grad])
-    start = {name: s.weight.detach().clone() for name, s in losia_fx.subnets(model).items()}
+    start = {name: s.weight.detach().clone() for name, s in subnets_of(model).items()}
     with warned():
         for _ in range(2):
             model.zero_grad()
             loss_of(model, batch()).backward()
             again.step()
     for changed, value in start.items():
-        assert not torch.equal(losia_fx.subnets(model)[changed].weight, value), f"{changed} has not learned"
+        assert not torch.equal(subnets_of(model)[changed].weight, value), f"{changed} has not learned"
     assert losia_fx.controller(model).step == 2
     del optimizer
 
@@ -217,7 +230,7 @@ def test_a_new_subnet_in_the_place_of_the_old_is_not_silent() -> None:
     except StateError:
         return
     with torch.no_grad():
-        twin.values[NAME].copy_(losia_fx.subnets(model)[NAME].values)
+        twin.values[NAME].copy_(subnets_of(model)[NAME].values)
     close(mine, loss_of(twin, ids), 1e-9, "loss")
     assert_one(model, twin)
     del optimizer
@@ -356,7 +369,7 @@ def test_a_block_that_is_frozen_after_transform() -> None:
     frozen = [name for name in twin.values if name.startswith("layers.1.")]
     model.layers[1].requires_grad_(False)
     held = [name for name in twin.values if name not in frozen]
-    mine = sgd([losia_fx.subnets(model)[name].values for name in held])
+    mine = sgd([subnets_of(model)[name].values for name in held])
     expected = sgd([twin.values[name] for name in held])
     for number in range(1, 4):
         ids = batch()
@@ -364,7 +377,7 @@ def test_a_block_that_is_frozen_after_transform() -> None:
         expected.zero_grad()
         loss_of(model, ids).backward()
         loss_of(twin, ids).backward()
-        assert all(losia_fx.subnets(model)[name].values.grad is None for name in frozen)
+        assert all(subnets_of(model)[name].values.grad is None for name in frozen)
         mine.step()
         expected.step()
         assert losia_fx.controller(model).step == number
@@ -387,7 +400,7 @@ def test_weights_tied_after_transform() -> None:
     plain = twin.solid().requires_grad_(True)
     plain.head.weight = plain.embed.weight
     loss_of(plain, ids).backward()
-    subnet = losia_fx.subnets(model)["head.weight"]
+    subnet = subnets_of(model)["head.weight"]
     block = plain.head.weight.grad[subnet.rows][:, subnet.cols]
     close(subnet.values.grad, block, 1e-9, "gradient of both uses")
 

@@ -15,7 +15,7 @@ from losia_fx import LosiaError, TransformError
 from tests.loop.pair import OPTIONS, PERIOD, Pair
 from tests.toys import Toy, batch, loss_of, tiny_llama
 from tests.truth.test_outside_writes import Mixture
-from tests.truth.twin import STILL, assert_one, close, twins, values_of, warned, zero
+from tests.truth.twin import STILL, assert_one, close, subnets_of, twins, values_of, warned, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -114,7 +114,7 @@ def test_the_weight_as_it_is() -> None:
         assert whole.shape == parameter.shape
         whole.sin().sum().backward()
         twin.weight(name).sin().sum().backward()
-        close(losia_fx.subnets(model)[name].values.grad, twin.values[name].grad, 1e-12, f"gradient of {name}")
+        close(subnets_of(model)[name].values.grad, twin.values[name].grad, 1e-12, f"gradient of {name}")
         assert parameter.grad is None
         assert not parameter.requires_grad
 
@@ -125,7 +125,7 @@ def test_it_is_no_alias_that_a_step_changes_behind_autograd() -> None:
     name = "head.weight"
     mine, expected = losia_fx.dense(model, name).square().sum(), twin.weight(name).square().sum()
     with torch.no_grad():
-        losia_fx.subnets(model)[name].values.mul_(2)
+        subnets_of(model)[name].values.mul_(2)
         model(batch())
     try:
         mine.backward()
@@ -133,7 +133,7 @@ def test_it_is_no_alias_that_a_step_changes_behind_autograd() -> None:
         print(error)
         return
     expected.backward()
-    close(losia_fx.subnets(model)[name].values.grad, twin.values[name].grad, 1e-12, "gradient")
+    close(subnets_of(model)[name].values.grad, twin.values[name].grad, 1e-12, "gradient")
 
 
 @pytest.mark.parametrize("what", ["S", "W"])
@@ -143,7 +143,7 @@ def test_it_sees_what_was_written(what: str) -> None:
     for _ in range(3):
         with torch.no_grad():
             if what == "S":
-                losia_fx.subnets(model)[name].values.add_(1)
+                subnets_of(model)[name].values.add_(1)
                 twin.values[name].add_(1)
             else:
                 model.get_parameter(name).mul_(1.5)
@@ -203,8 +203,8 @@ def test_wrappers_and_copies() -> None:
     twin.weight("head.weight").sum().backward()
     expected = twin.values["head.weight"].grad
     assert expected is not None
-    close(losia_fx.subnets(model)["head.weight"].values.grad, 2 * expected, 1e-12, "of the model, twice")
-    close(losia_fx.subnets(other)["head.weight"].values.grad, expected, 1e-12, "of the copy")
+    close(subnets_of(model)["head.weight"].values.grad, 2 * expected, 1e-12, "of the model, twice")
+    close(subnets_of(other)["head.weight"].values.grad, expected, 1e-12, "of the copy")
 
 
 def test_both_names_of_a_tied_weight() -> None:
@@ -217,7 +217,7 @@ def test_both_names_of_a_tied_weight() -> None:
         zero(model, twin)
         losia_fx.dense(model, alias).cos().sum().backward()
         twin.weight(name).cos().sum().backward()
-        close(losia_fx.subnets(model)[name].values.grad, twin.values[name].grad, 1e-12, alias)
+        close(subnets_of(model)[name].values.grad, twin.values[name].grad, 1e-12, alias)
 
 
 def test_weights_of_experts() -> None:
@@ -225,14 +225,14 @@ def test_weights_of_experts() -> None:
     for name in twin.values:
         losia_fx.dense(model, name).cos().sum().backward()
         twin.weight(name).cos().sum().backward()
-        close(losia_fx.subnets(model)[name].values.grad, twin.values[name].grad, 1e-12, name)
+        close(subnets_of(model)[name].values.grad, twin.values[name].grad, 1e-12, name)
 
 
 def test_a_narrow_weight() -> None:
     """bfloat16 as W is, its gradient in S's float32."""
     model, _ = twins(Toy(layers=1).bfloat16())
     name = "layers.0.mix.weight"
-    subnet = losia_fx.subnets(model)[name]
+    subnet = subnets_of(model)[name]
     whole = losia_fx.dense(model, name)
     assert whole.dtype == torch.bfloat16
     (whole.float() * 3).sum().backward()
@@ -254,11 +254,11 @@ def test_in_a_loss_that_is_compiled() -> None:
     for _ in range(2):
         torch.compile(outside, backend="aot_eager")(losia_fx.dense(model, "head.weight")).backward()
         twin.weight("head.weight").tanh().sum().backward()
-        close(losia_fx.subnets(model)["head.weight"].values.grad, twin.values["head.weight"].grad, 1e-12, "outside")
+        close(subnets_of(model)["head.weight"].values.grad, twin.values["head.weight"].grad, 1e-12, "outside")
     zero(model, twin)
     torch.compile(within, backend="aot_eager")().backward()
     twin.weight("head.weight").tanh().sum().backward()
-    close(losia_fx.subnets(model)["head.weight"].values.grad, twin.values["head.weight"].grad, 1e-12, "within")
+    close(subnets_of(model)["head.weight"].values.grad, twin.values["head.weight"].grad, 1e-12, "within")
 
 
 def test_autograd_grad_with_respect_to_the_subnet() -> None:
@@ -276,7 +276,7 @@ def test_weights_of_transformers_stored_transposed() -> None:
     name = "transformer.h.0.mlp.c_fc.weight"
     losia_fx.dense(model, name).sin().sum().backward()
     twin.weight(name).sin().sum().backward()
-    close(losia_fx.subnets(model)[name].values.grad, twin.values[name].grad, 1e-12, name)
+    close(subnets_of(model)[name].values.grad, twin.values[name].grad, 1e-12, name)
 
 
 # -- a weight that is used without it ------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_a_group_without_a_gradient_is_named_whatever_the_schedule() -> None:
 def test_a_weight_that_the_optimizer_does_not_hold_is_not_named() -> None:
     """A head left out of the optimizer on purpose."""
     model = losia_fx.transform(Toy(layers=1), **{**OPTIONS, "compiler": "eager", "importance": "random"})
-    optimizer = adamw([s.values for name, s in losia_fx.subnets(model).items() if name != "head.weight"])
+    optimizer = adamw([s.values for name, s in subnets_of(model).items() if name != "head.weight"])
     with warned() as said:
         for _ in range(6 * PERIOD):
             model.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn, optim
 
 import losia_fx
 from tests.toys import batch
-from tests.truth.twin import Twin, assert_one, close, loss_of, twins, values_of, zero
+from tests.truth.twin import Twin, assert_one, close, loss_of, subnets_of, twins, values_of, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -49,7 +49,7 @@ def right_or_refused(mine: Any, expected: Any, model: nn.Module, twin: Twin) -> 
     if raised:
         assert "backward" in raised, raised
         return
-    for name, subnet in losia_fx.subnets(model).items():
+    for name, subnet in subnets_of(model).items():
         assert subnet.values.grad is not None, f"{name} has no gradient"
         close(subnet.values.grad, twin.values[name].grad, 1e-9, f"gradient of {name}")
 

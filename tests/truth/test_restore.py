@@ -15,7 +15,19 @@ from torch import nn, optim
 import losia_fx
 from losia_fx import LosiaError, TransformError
 from tests.toys import Toy, batch, fingerprint
-from tests.truth.twin import STILL, Twin, assert_one, backward, close, loss_of, twins, values_of, warned, zero
+from tests.truth.twin import (
+    STILL,
+    Twin,
+    assert_one,
+    backward,
+    close,
+    loss_of,
+    subnets_of,
+    twins,
+    values_of,
+    warned,
+    zero,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -92,7 +104,7 @@ def test_compiled_children(name: str, when: str) -> None:
     before = fingerprint(model)
     with warned():  # a head in a wrapper is not known as one
         losia_fx.transform(model, **STILL)
-    twin = Twin(plain, losia_fx.subnets(model))
+    twin = Twin(plain, subnets_of(model))
     if when == "after transform":
         CHILDREN[name](model)
     trained(model, twin)
@@ -119,7 +131,7 @@ def test_the_users_own_compile_comes_back(ran: bool) -> None:
         model.zero_grad()
     own, graphs = model._compiled_call_impl, len(seen)
     losia_fx.transform(model, **STILL)
-    twin = Twin(plain, losia_fx.subnets(model))
+    twin = Twin(plain, subnets_of(model))
     trained(model, twin)
     assert len(seen) == graphs, "the user's backend ran in place of ours"
     losia_fx.restore(model)
@@ -134,7 +146,7 @@ def test_a_copy_of_a_model_that_was_compiled() -> None:
     plain = copy.deepcopy(model)
     model.compile(backend="eager")
     losia_fx.transform(model, **STILL)
-    twin = Twin(plain, losia_fx.subnets(model))
+    twin = Twin(plain, subnets_of(model))
     trained(model, twin)
     other = copy.deepcopy(model)
     assert losia_fx.restore(other)._compiled_call_impl is None
@@ -150,7 +162,7 @@ def test_transform_and_restore_again_and_again() -> None:
     for _ in range(4):
         plain = copy.deepcopy(model)
         losia_fx.transform(model, **STILL)
-        twin = Twin(plain, losia_fx.subnets(model))
+        twin = Twin(plain, subnets_of(model))
         trained(model, twin, steps=2)
         losia_fx.restore(model)
         assert fingerprint(model) == before
@@ -257,7 +269,7 @@ def test_a_transform_that_fails_midway_leaves_the_model_as_it_was(
     model.zero_grad()
     model.load_state_dict(plain.state_dict())
     losia_fx.transform(model, **STILL)
-    twin = Twin(plain, losia_fx.subnets(model))
+    twin = Twin(plain, subnets_of(model))
     trained(model, twin)
     assert_one(model, twin)
 
@@ -276,7 +288,7 @@ def test_a_transform_that_torch_refuses(dtype: torch.dtype) -> None:
         message = str(error)
     else:
         message = ""
-        assert "layers.0.mix.weight" not in losia_fx.subnets(model)
+        assert "layers.0.mix.weight" not in subnets_of(model)
         losia_fx.restore(model)
     assert not message or "float8" in message
     assert fingerprint(model) == broken
@@ -301,7 +313,7 @@ def test_a_restore_that_fails_midway_can_be_finished(
     model = Toy(layers=1).double()
     plain, before = copy.deepcopy(model), fingerprint(model)
     losia_fx.transform(model, **STILL)
-    twin = Twin(plain, losia_fx.subnets(model))
+    twin = Twin(plain, subnets_of(model))
     trained(model, twin)
     with monkeypatch.context() as patch:
         broken_at(function, module, call, patch)

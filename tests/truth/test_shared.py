@@ -15,7 +15,20 @@ import losia_fx
 from losia_fx import LosiaError, LosiaWarning
 from tests.loop.pair import Pair
 from tests.toys import Toy, batch, fingerprint, tiny_llama
-from tests.truth.twin import STILL, Twin, assert_one, backward, close, loss_of, refused, twins, values_of, warned, zero
+from tests.truth.twin import (
+    STILL,
+    Twin,
+    assert_one,
+    backward,
+    close,
+    loss_of,
+    refused,
+    subnets_of,
+    twins,
+    values_of,
+    warned,
+    zero,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -58,7 +71,7 @@ def test_two_transformed_models_that_share_a_weight(what: str) -> None:
     first, second = sharing(what)
     plain = copy.deepcopy(first)
     losia_fx.transform(first, **STILL)
-    twin = Twin(plain, losia_fx.subnets(first))
+    twin = Twin(plain, subnets_of(first))
     shared = {"parameter": "weight", "module": "head", "block": "layers.0"}[what]
     message = refusal_of(lambda: losia_fx.transform(second, **STILL), second)
     if message:
@@ -77,7 +90,7 @@ def test_two_transformed_models_that_share_a_weight(what: str) -> None:
                 close(second.head(hidden), hidden @ twin.weight("head.weight").T, 1e-9, "output of the shared head")
         return
     again = sgd(values_of(second))
-    other = Twin(losia_fx.restore(copy.deepcopy(second)), losia_fx.subnets(second))
+    other = Twin(losia_fx.restore(copy.deepcopy(second)), subnets_of(second))
     third = sgd(other.parameters())
     for _ in range(3):
         zero(second, other)
@@ -97,7 +110,7 @@ def test_a_plain_model_that_shares_a_weight_with_a_transformed_one(what: str) ->
     first, second = sharing(what)
     plain = copy.deepcopy(first)
     losia_fx.transform(first, **STILL)
-    twin = Twin(plain, losia_fx.subnets(first))
+    twin = Twin(plain, subnets_of(first))
     mine, expected = sgd(values_of(first)), sgd(twin.parameters())
     rest = sgd([second.embed.weight, second.norm.weight])
     for number in range(1, 4):
@@ -168,7 +181,7 @@ def test_adapters_do_not_get_subnets_of_their_own() -> None:
     if message:
         assert "lora" in message.lower() or "peft" in message.lower() or "adapter" in message.lower(), message
         return
-    assert not [name for name in losia_fx.subnets(model) if "lora_" in name]
+    assert not [name for name in subnets_of(model) if "lora_" in name]
     rows = {row.name: row for row in losia_fx.report(model).weights if "lora_" in row.name}
     before = {name: model.get_parameter(name).detach().clone() for name in rows}
     optimizer = sgd([p for p in model.parameters() if p.requires_grad])
@@ -205,7 +218,7 @@ def test_adapters_put_onto_a_transformed_model() -> None:
     if said and not any("ran outside" in message for message in said):
         return
     gradients = {name: p.grad for name, p in plain.named_parameters()}
-    for name, subnet in losia_fx.subnets(wrapped).items():
+    for name, subnet in subnets_of(wrapped).items():
         full = next(g for key, g in gradients.items() if key.replace("base_layer.", "").endswith(name))
         assert full is not None
         if subnet.values.requires_grad:  # PEFT freezes what it does not add
@@ -239,7 +252,7 @@ def test_a_meta_model_that_is_filled_later() -> None:
             if name not in dict(plain.named_parameters()):
                 nn.init.zeros_(parameter)
         model.load_state_dict(plain.state_dict())
-        subnets = losia_fx.subnets(model)
+        subnets = subnets_of(model)
         for name, subnet in subnets.items():
             for index, size in ((subnet.rows, subnet.weight.shape[0]), (subnet.cols, subnet.weight.shape[1])):
                 assert bool((index[1:] > index[:-1]).all()), f"{name}: indices are garbage"
@@ -259,18 +272,18 @@ def test_a_transformed_model_that_is_emptied_and_loaded() -> None:
     """to_empty() leaves garbage in every parameter and buffer; rows and cols are not the checkpoint's to bring back."""
     plain = Toy(layers=1).double()
     model = losia_fx.transform(copy.deepcopy(plain), **STILL)
-    places = {name: (s.rows.clone(), s.cols.clone()) for name, s in losia_fx.subnets(model).items()}
+    places = {name: (s.rows.clone(), s.cols.clone()) for name, s in subnets_of(model).items()}
 
     def emptied() -> None:
         model.to_empty(device="cpu")
-        for name, subnet in losia_fx.subnets(model).items():
+        for name, subnet in subnets_of(model).items():
             subnet.values.data.fill_(float("nan"))
             print(name, subnet.rows)
         model.load_state_dict(plain.state_dict())
-        for name, subnet in losia_fx.subnets(model).items():
+        for name, subnet in subnets_of(model).items():
             assert torch.equal(subnet.rows, places[name][0]), f"{name}: rows are garbage"
             assert torch.equal(subnet.cols, places[name][1]), f"{name}: cols are garbage"
-        trains_exactly(model, Twin(copy.deepcopy(plain), losia_fx.subnets(model)))
+        trains_exactly(model, Twin(copy.deepcopy(plain), subnets_of(model)))
 
     try:
         emptied()
@@ -318,7 +331,7 @@ def test_a_transformed_model_that_is_offloaded(how: str, tmp_path: Path) -> None
         loss_of(twin, ids).backward()
     if said:
         return
-    for name, subnet in losia_fx.subnets(model).items():
+    for name, subnet in subnets_of(model).items():
         close(subnet.values.grad, twin.values[name].grad, 1e-9, f"gradient of {name}")
 
 
@@ -352,7 +365,7 @@ def test_a_transform_under_another_default_device(default_device: Any) -> None:
         backward(model, twin, ids[number])
         mine.step()
         expected.step()
-        twin.follow(losia_fx.subnets(model))
+        twin.follow(subnets_of(model))
     state = losia_fx.state_dict(model)
     losia_fx.load_state_dict(model, state)
     default_device(None)
