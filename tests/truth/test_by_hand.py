@@ -23,6 +23,7 @@ from tests.truth.twin import (
     backward,
     close,
     loss_of,
+    subnets_of,
     twins,
     values_of,
     warned,
@@ -139,8 +140,8 @@ def test_by_hand_and_by_an_optimizer_are_one_to_the_bit(dtype: torch.dtype) -> N
         for key, value in one.items():
             same = torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
             assert same, key
-        for name, subnet in losia_fx.subnets(followed).items():
-            assert torch.equal(subnet.weight, losia_fx.subnets(by_hand)[name].weight), name
+        for name, subnet in subnets_of(followed).items():
+            assert torch.equal(subnet.weight, subnets_of(by_hand)[name].weight), name
     assert len(losia_fx.controller(by_hand).history) == 3
 
 
@@ -296,7 +297,7 @@ def test_steps_of_copies_that_are_said(name: str) -> None:
 def test_steps_that_are_not_said_are_followed_and_named_once(name: str) -> None:
     """Forward, evaluation and checkpoint are right throughout; one warning comes within what would be a slot or so."""
     model, twin = twins(**MOVING)
-    places = {name: (s.rows.clone(), s.cols.clone()) for name, s in losia_fx.subnets(model).items()}
+    places = {name: (s.rows.clone(), s.cols.clone()) for name, s in subnets_of(model).items()}
     made = ELSEWHERE.get(name, lambda values: None)
     mine, expected = made(values_of(model)), made(twin.parameters())
     said: list[str] = []
@@ -318,7 +319,7 @@ def test_steps_that_are_not_said_are_followed_and_named_once(name: str) -> None:
     assert len(said) == 1, said
     assert "stepped" in said[0]
     assert losia_fx.controller(model).step == 0
-    for name, subnet in losia_fx.subnets(model).items():
+    for name, subnet in subnets_of(model).items():
         assert torch.equal(subnet.rows, places[name][0])
         assert torch.equal(subnet.cols, places[name][1])
     assert_one(model, twin)
@@ -488,7 +489,7 @@ def test_torch_func_over_the_subnets() -> None:
     """grad() of a function of S by functional_call: a swapped S reaches the product through W."""
     model, twin = twins()
     name = "head.weight"
-    key = next(k for k, p in model.named_parameters() if p is losia_fx.subnets(model)[name].values)
+    key = next(k for k, p in model.named_parameters() if p is subnets_of(model)[name].values)
     ids = batch()
 
     def mine(values: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tests.truth.twin import (
     logits,
     loss_of,
     refused,
+    subnets_of,
     twins,
     values_of,
     warned,
@@ -88,7 +89,7 @@ def test_a_model_compiled_before_is_trained_through_its_subnets() -> None:
     twin_of = copy.deepcopy(plain)
     plain.compile(backend="eager")
     model = losia_fx.transform(plain, compiler="eager", rank_factor=0.25, output_rank_factor=0.25, schedule="static")
-    trains(model, Twin(twin_of, losia_fx.subnets(model)))
+    trains(model, Twin(twin_of, subnets_of(model)))
 
 
 def test_regional_compilation_of_accelerate() -> None:
@@ -230,7 +231,7 @@ def test_the_fx_graph_of_a_model() -> None:
             loss.backward()
             model(ids)  # which says what ran outside of a graph
         loss_of(twin, ids).backward()
-        for name, subnet in losia_fx.subnets(model).items():
+        for name, subnet in subnets_of(model).items():
             close(subnet.values.grad, twin.values[name].grad, 1e-9, f"gradient of {name}")
         changed(model, twin)
     with torch.no_grad():
@@ -277,7 +278,7 @@ def test_functional_call_with_its_own_parameters() -> None:
     ids = batch()
     loss_of(lambda given: functional_call(model, own, (given,)), ids).backward()
     loss_of(twin, ids).backward()
-    for name, subnet in losia_fx.subnets(model).items():
+    for name, subnet in subnets_of(model).items():
         close(subnet.values.grad, twin.values[name].grad, 1e-9, f"gradient of {name}")
     zero(model, twin)
     trains(model, twin)
@@ -289,7 +290,7 @@ def test_functional_call_with_copies_of_all_parameters() -> None:
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     mine, ids = {}, batch()
     with torch.no_grad():
-        for name, subnet in losia_fx.subnets(model).items():
+        for name, subnet in subnets_of(model).items():
             key = next(k for k, p in model.named_parameters() if p is subnet.values)
             mine[name] = copies[key].mul_(1.5)
     loss = loss_of(lambda given: functional_call(model, copies, (given,)), ids)
@@ -312,7 +313,7 @@ def test_functional_call_with_another_subnet() -> None:
     """S alone is set aside: W has it in its place meanwhile, and the gradient goes to it."""
     model, twin = twins()
     name, ids = "layers.0.mix.weight", batch()
-    key = next(k for k, p in model.named_parameters() if p is losia_fx.subnets(model)[name].values)
+    key = next(k for k, p in model.named_parameters() if p is subnets_of(model)[name].values)
     other = (twin.values[name].detach() * -2).requires_grad_()
     expected = other.detach().clone().requires_grad_()
     whole = twin.base[name].index_put(twin.places[name], expected)

@@ -25,6 +25,7 @@ from tests.truth.twin import (
     close,
     logits,
     loss_of,
+    subnets_of,
     twins,
     values_of,
     warned,
@@ -170,7 +171,7 @@ class Run:
 
     def follow(self) -> None:
         """Moves the twin's subnets too. What is kept of each is made again as for a parameter that is new."""
-        moved = self.twin.follow(losia_fx.subnets(self.model))
+        moved = self.twin.follow(subnets_of(self.model))
         self.moved += moved
         for name in moved:
             value = self.twin.values[name]
@@ -298,7 +299,7 @@ def test_the_importance_under_sam_is_that_of_the_gradient_it_steps_by(schedule: 
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: subnet.weight for name, subnet in losia_fx.subnets(model).items()}
+    return {name: subnet.weight for name, subnet in subnets_of(model).items()}
 
 
 AROUND: dict[str, Callable[[Any, Optimizer], Any]] = {
@@ -343,6 +344,33 @@ def test_lbfgs_is_refused_within_a_wrapper() -> None:
     with pytest.raises(OptimizerError, match="LBFGS"):
         Passing(optim.LBFGS(values_of(model))).step(lambda: loss_of(model, batch()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Decaying(optim.SGD):
+    """A subclass that calls its parent's step, which has hooks of its own, and goes on after it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+        return loss
+
+
+class DecayingTwice(Decaying):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        super().step(closure)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Decaying, DecayingTwice])
+def test_a_subclass_that_calls_its_parents_step(kind: Any) -> None:
+    """The hooks run twice for one optimizer: for its own step, and for its parent's within."""
+    for parent in (optim.SGD, Decaying):  # torch puts hooks onto a class with its first object
+        parent([torch.zeros(1, requires_grad=True)], lr=0.1)
+    Pair(lambda p: kind(p, lr=0.1, momentum=0.9)).rounds()
 
 
 # -- nested by chance ----------------------------------------------------------------------------------------------
@@ -390,7 +418,7 @@ def test_a_step_that_raises_does_not_count_and_the_next_ones_do(wrapped: bool) -
             backward(model, twin)
         mine.step()
         expected.step()
-        twin.follow(losia_fx.subnets(model))
+        twin.follow(subnets_of(model))
         assert losia_fx.controller(model).step == number
     assert_one(model, twin)
     assert len(losia_fx.controller(model).history) == 2
@@ -443,7 +471,7 @@ def test_an_optimizer_given_up_for_one_that_holds_less(tried: bool) -> None:
         stale.step()
         expected.step()
     held = [name for name in twin.values if name != "head.weight"]
-    mine = momentum([losia_fx.subnets(model)[name].values for name in held])
+    mine = momentum([subnets_of(model)[name].values for name in held])
     other = momentum([twin.values[name] for name in held])
     with warned():
         for _ in range(12):
@@ -451,7 +479,7 @@ def test_an_optimizer_given_up_for_one_that_holds_less(tried: bool) -> None:
             backward(model, twin)
             mine.step()
             other.step()
-            twin.follow(losia_fx.subnets(model), other)
+            twin.follow(subnets_of(model), other)
     assert 12 + tried - 1 <= losia_fx.controller(model).step <= 12 + tried
     assert len(losia_fx.controller(model).history) >= 3
     assert_one(model, twin)
@@ -464,7 +492,7 @@ def test_a_staged_run() -> None:
     parts = [["head.weight"], [name for name in twin.values if name != "head.weight"]]
     kept: list[tuple[list[Optimizer], list[Optimizer]]] = []
     for stage in (parts[:1], parts[1:], parts):
-        mine = [momentum([losia_fx.subnets(model)[name].values for name in part]) for part in stage]
+        mine = [momentum([subnets_of(model)[name].values for name in part]) for part in stage]
         expected = [momentum([twin.values[name] for name in part]) for part in stage]
         kept.append((mine, expected))
         with warned():
@@ -473,7 +501,7 @@ def test_a_staged_run() -> None:
                 backward(model, twin)
                 for optimizer in (*mine, *expected):
                     optimizer.step()
-                moved = twin.follow(losia_fx.subnets(model))
+                moved = twin.follow(subnets_of(model))
                 for name in moved:
                     for optimizer in expected:
                         optimizer.state.pop(twin.values[name], None)
@@ -487,7 +515,7 @@ def test_two_optimizers_by_turns_each_on_its_part() -> None:
     """Alternating minimization: t goes on, nothing is lost, W is right at every forward."""
     model, twin = twins(**MOVING)
     parts = [["head.weight"], [name for name in twin.values if name != "head.weight"]]
-    mine = [momentum([losia_fx.subnets(model)[name].values for name in part]) for part in parts]
+    mine = [momentum([subnets_of(model)[name].values for name in part]) for part in parts]
     expected = [momentum([twin.values[name] for name in part]) for part in parts]
     with warned():
         for number in range(16):
@@ -496,7 +524,7 @@ def test_two_optimizers_by_turns_each_on_its_part() -> None:
             backward(model, twin)
             mine[turn].step()
             expected[turn].step()
-            for name in twin.follow(losia_fx.subnets(model)):
+            for name in twin.follow(subnets_of(model)):
                 for each in expected:
                     each.state.pop(twin.values[name], None)
     assert 4 <= losia_fx.controller(model).step <= 16
@@ -548,14 +576,14 @@ def apollo(parameters: Iterable[Tensor], low_rank: bool = True) -> Any:
 def test_apollo(low_rank: bool) -> None:
     """The key that its constructor gives each parameter is there again after a move."""
     run = Run(lambda p: apollo(p, low_rank), **MOVING)
-    keys = {name: run.mine.state[s.values]["seed"] for name, s in losia_fx.subnets(run.model).items()}
+    keys = {name: run.mine.state[s.values]["seed"] for name, s in subnets_of(run.model).items()}
 
     def follow() -> None:
-        for name in run.twin.follow(losia_fx.subnets(run.model)):
+        for name in run.twin.follow(subnets_of(run.model)):
             run.moved.append(name)
             value = run.twin.values[name]
             run.expected.state[value] = {"seed": keys[name]}
-            assert run.mine.state[losia_fx.subnets(run.model)[name].values] == {"seed": keys[name]}
+            assert run.mine.state[subnets_of(run.model)[name].values] == {"seed": keys[name]}
 
     run.follow = follow  # type: ignore[method-assign]
     run.train(10)
@@ -648,7 +676,7 @@ def test_a_fake_step_for_the_state_dict_does_not_count() -> None:
 
 
 def assert_subnets_are_their_blocks(model: nn.Module) -> None:
-    for name, subnet in losia_fx.subnets(model).items():
+    for name, subnet in subnets_of(model).items():
         assert torch.equal(subnet.values, subnet.weight[subnet.rows][:, subnet.cols]), name
 
 
@@ -666,7 +694,7 @@ def test_a_controller_never_raises_in_the_step_of_another_models_optimizer() -> 
         with torch.no_grad():
             if how == "two minds":
                 model.head.weight.add_(1)
-                losia_fx.subnets(model)["head.weight"].values.sub_(1)
+                subnets_of(model)["head.weight"].values.sub_(1)
             elif how == "weight gone":
                 del model.head.weight
             elif how == "subnet gone":
