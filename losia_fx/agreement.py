@@ -174,7 +174,9 @@ class Agreement:
         """Whether the elements of S that are at hand on the CPU are others than when it agreed with W; of those on a
         device nothing is asked, for which the host would wait."""
         now = self._samples.take()
-        return any(kind[0].type == "cpu" and not torch.equal(now[kind], before) for kind, before in self._sample.items())
+        return any(
+            kind[0].type == "cpu" and not torch.equal(now[kind], before) for kind, before in self._sample.items()
+        )
 
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
@@ -205,6 +207,11 @@ class Agreement:
     def _take_in(self, state: SubnetState) -> None:
         """A W that may be another tensor than before takes its place, or is refused."""
         weight, before = state.weight, self._seen[self._slots(state)[0]]
+        if weight.is_meta:
+            raise StateError(
+                f"{state.name}: is on the meta device now, without values (accelerate's cpu_offload and disk_offload "
+                "do that): it cannot be trained there. Keep the model on its device"
+            )
         if tuple(weight.shape) != state.shape or not weight.is_floating_point():
             raise StateError(
                 f"{state.name}: is {tuple(weight.shape)} {weight.dtype} now and was {state.shape}: its subnet does not "

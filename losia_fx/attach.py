@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from . import registry
 from ._compat import compiled_call, install_call, install_calls, is_jit_tracing, plain_call, runs_uncompiled
@@ -35,11 +36,13 @@ def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
         # Shadows the method on this object alone; recursion of .to() through parents finds it there.
         owner._apply = functools.partial(_apply_keeping_subnets, owner)  # type: ignore[method-assign]
     state.register(rows, cols)
-    state.hooks += [
-        owner.register_state_dict_pre_hook(_before_state_dict),
-        owner.register_state_dict_post_hook(_hide_subnets),
-        owner.register_load_state_dict_post_hook(_after_load),
-    ]
+    registrations: tuple[tuple[Callable[..., RemovableHandle], Callable[..., None]], ...] = (
+        (owner.register_state_dict_pre_hook, _before_state_dict),
+        (owner.register_state_dict_post_hook, _hide_subnets),
+        (owner.register_load_state_dict_post_hook, _after_load),
+    )
+    for register, hook in registrations:
+        state.hooks.append(register(hook))
 
 
 def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[Watch]:
@@ -169,6 +172,8 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
     for state in states:
         if state.profile is not None:
             state.profile.to(state.weight.device)
+        if state.agreement is not None:
+            state.agreement.remember([state], places=True)
     return applied
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import notices, registry, snapshot, step_hooks, steps
+from . import notices, registry, snapshot, step_hooks
 from ._compat import compiled_call, not_installed
 from .agreement import Agreement, Torn
 from .attach import Watch, watch
@@ -142,6 +142,10 @@ class Controller:
         self._tree: ModuleTree | None = None
         self._owners: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Whose steps t waits for: the outermost optimizers that have stepped subnets lately."""
+        self._lately: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those that made the last step."""
+        self._now: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those that have stepped since t counted last."""
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
         self._resumed = False
@@ -233,6 +237,8 @@ class Controller:
 
     def settle_last(self) -> None:
         """As ``look``, before the subnets are taken off; of weights that are gone nothing is to settle."""
+        if not all(state.whole for state in self.states):
+            return  # a restore that failed goes on
         try:
             self.look()
         except Torn:
@@ -291,14 +297,16 @@ class Controller:
         if self._looks:
             self._looks -= 1
             return True
+        if self.agreement.shows_a_write():
+            return True
         if not learns or self._seen_step:
             return False
         self._waits += 1  # micro-batches, or a step that nobody tells us of
-        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0 or self.agreement.shows_a_write()
+        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0
 
     def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
-        if not written or steps.under_way():
+        if not written or step_hooks.under_way(self):
             return
         if learns:
             self._idle = False
@@ -316,7 +324,7 @@ class Controller:
 
     def mend(self) -> None:
         """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
-        if not (self._open or self._moving) or steps.under_way():
+        if not (self._open or self._moving) or step_hooks.under_way(self):
             return
         self._finish_moves(self.states)
         self._write_back(list(self._open))
@@ -404,10 +412,10 @@ class Controller:
             self.check_weights()
             self.look(learns=True)
         self.mend()
-        self._agree(self.agreement.vigilant, learns=True, shown=False)
+        self._agree(self.agreement.vigilant or self.agreement.shows_a_write(), learns=True, shown=False)
         if optimizer not in self._known:
             self._meet(optimizer)
-        if not self._stepped.isdisjoint(mine):
+        if optimizer in self._now:
             self._drop_silent_owners()
         self._owners.add(optimizer)
         for state in mine:
@@ -435,8 +443,8 @@ class Controller:
         self._known.update(found)
 
     def _drop_silent_owners(self) -> None:
-        """A subnet is stepped again before t has counted: it waited for optimizers that have fallen out of use."""
-        silent = [each for each in self._owners if not self._stepped.issuperset(owned_states(each, self))]
+        """An optimizer steps again before t has counted: it waited for others, which have fallen out of use."""
+        silent = [each for each in self._owners if each not in self._now]
         self._owners.difference_update(silent)
         self._advance(late=True)
 
@@ -450,7 +458,8 @@ class Controller:
         if closure:
             self._fits.update(self._fit(optimizers, mine))
         self._finish(mine)
-        if self._stepped.issuperset(self.owned()):
+        self._now.add(optimizers[0])
+        if self._stepped.issuperset(self.owned()) and all(each in self._now for each in self._lately):
             self._advance()
 
     def owned(self) -> Iterable[SubnetState]:
@@ -466,8 +475,6 @@ class Controller:
                 "losia_fx.stepped: no subnet has a gradient. Call it after the parameters were moved and before their "
                 "gradients are zeroed"
             )
-        if not self._stepped.isdisjoint(mine):
-            self._advance(late=True)
         for state in mine:
             before = self._last.pop(state, None)
             if before is None:
@@ -477,6 +484,7 @@ class Controller:
         self._fits.update(self._fit((), mine))
         self._finish(mine)
         self._owners.clear()
+        self._now.clear()
         self._advance()
         self._last = {s: s.values.detach().clone() for s in self.states if self._rewarm_share(s) < 1.0}
 
@@ -504,6 +512,7 @@ class Controller:
         if ends:
             self._selecting += slot_groups(self.config, len(self.groups), last)
         self.step = last + 1
+        self._lately, self._now = self._now, weakref.WeakSet()
         self._forget_step()
         drop_taps(int(state.handle) for state in self.states)
         if ends:

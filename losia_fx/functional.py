@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import plain_call
+from .attach import plain_forward
 from .controller import Controller
 from .ops import subnet_weight
 from .state import SubnetState
 
 
 def call_with_others(controller: Controller, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The plain forward with the tensors that are there: an S among them is put into its W, and both get gradients."""
-    with _subnets_in_place(controller.states):
+    """The plain forward with the tensors that are there.
+
+    Each S is put into its W, but for a W that was given by itself: so all that was given gets its gradient, a dense
+    one, and so does an S that was not.
+    """
+    with _subnets_in_place(controller.states), plain_forward(controller.watches.values()):
         return plain_call(controller.root, *args, **kwargs)
 
 
@@ -28,7 +33,7 @@ def _subnets_in_place(states: Sequence[SubnetState]) -> Iterator[None]:
         for state in states:
             parameters: dict[str, Any] = state.owner._parameters
             weight, values = parameters[state.parameter], parameters[state.values_name]
-            if weight is not None and values is not None and not isinstance(values, nn.Parameter):
+            if not isinstance(values, nn.Parameter) or isinstance(weight, nn.Parameter):
                 before.append((parameters, state.parameter, weight))
                 parameters[state.parameter] = _with_values(weight, values, state)
         yield

@@ -175,6 +175,14 @@ class SubnetState:
         dtype = str(self.values.dtype).removeprefix("torch.")
         return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the owner has W, S, rows and cols: not where they have been taken off in part."""
+        parameters, buffers = self.owner._parameters, self.owner._buffers
+        there = (parameters.get(self.parameter), parameters.get(self.values_name))
+        places = (buffers.get(self.rows_name), buffers.get(self.cols_name))
+        return all(tensor is not None for tensor in (*there, *places))
+
     def inputs(self) -> tuple[Tensor, ...]:
         """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
         values, rows = self.values, self.rows

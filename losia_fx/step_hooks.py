@@ -5,10 +5,6 @@ A controller hears of the steps that own its subnets and of no others, and never
 
 from __future__ import annotations
 
-import inspect
-import sys
-import threading
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,21 +18,6 @@ from .state import SubnetState
 
 if TYPE_CHECKING:
     from .controller import Controller
-
-
-class _Step(threading.local):
-    """The outermost step under way."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self.begun: dict[Controller, list[SubnetState]] = {}
-        self.optimizers: list[Optimizer] = []
-        self.closure = False
-
-
-_step = _Step()
 
 
 def follow() -> None:
@@ -60,34 +41,44 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         remember_base(controller, optimizer, [])
     if not theirs.mine:
         return
-    if steps.enter(optimizer, _caller()):
-        _step.forget()
-        _step.closure = any(callable(value) for value in (*args, *kwargs.values()))
-    _step.optimizers.append(optimizer)
+    running = steps.enter(optimizer)
+    _refuse_kinds(optimizer)
     for controller, states in list(theirs.mine.items()):
-        _refuse_kinds(optimizer)
-        begun = _step.begun.setdefault(controller, [])
-        fresh = [state for state in states if state not in begun] if begun else states
-        if not fresh or controller.is_rehearsal(optimizer, fresh):
+        step = steps.step_of(controller)
+        if step is None:
+            step = steps.Followed(any(callable(value) for value in (*args, *kwargs.values())))
+        fresh = [state for state in states if state not in step.states] if step.states else states
+        if not step.optimizers and controller.is_rehearsal(optimizer, fresh):
             continue
-        notices.warn_outside(controller)
-        if not _step.closure:
-            notices.warn_blind(fresh)
-        controller.before(_step.optimizers[0], fresh, _step.closure)
-        remember_base(controller, optimizer, fresh)  # after it, S and W agree
-        begun += fresh
+        step.optimizers.append(optimizer)
+        if len(step.optimizers) == 1:
+            running.made[controller] = step
+        if fresh:
+            _begin(controller, step, fresh)
+
+
+def _begin(controller: Controller, step: steps.Followed, fresh: list[SubnetState]) -> None:
+    notices.warn_outside(controller)
+    if not step.closure:
+        notices.warn_blind(fresh)
+    controller.before(step.optimizers[0], fresh, step.closure)
+    remember_base(controller, step.optimizers[-1], fresh)  # after it, S and W agree
+    step.states += fresh
 
 
 @torch.compiler.disable
 def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Global hook after every optimizer step of the process."""
-    if not owned(optimizer).mine or not steps.leave(optimizer):
+    if not owned(optimizer).mine:
         return
-    begun, optimizers, closure = _step.begun, _step.optimizers, _step.closure
-    _step.forget()
-    for controller, states in begun.items():
-        if states:
-            controller.after(optimizers, states, closure)
+    for controller, step in steps.leave(optimizer).items():
+        if step.states:
+            controller.after(step.optimizers, step.states, step.closure)
+
+
+def under_way(controller: Controller) -> bool:
+    """Whether a step of the controller's model is being made in this thread."""
+    return steps.step_of(controller) is not None
 
 
 def _with_subnets(optimizer: Optimizer) -> Owned:
@@ -110,15 +101,3 @@ def _refuse_kinds(optimizer: Optimizer) -> None:
             "LBFGS moves the subnets several times within a step while the forward reads the dense weights: "
             "use an optimizer that updates once a step, such as AdamW"
         )
-
-
-_OPTIMIZER = inspect.getfile(Optimizer)
-
-
-def _caller() -> FrameType | None:
-    """The frame of Optimizer.step's wrapper, which calls the hooks; it ends with the step, also where that raises."""
-    frame: FrameType | None = sys._getframe(1)
-    first = frame
-    while frame is not None and frame.f_code.co_filename != _OPTIMIZER:
-        frame = frame.f_back
-    return frame or first

@@ -1,55 +1,88 @@
 """Which optimizer steps are under way: of optimizers inside optimizers, the outermost makes the step.
 
 Lookahead, SAM and the like are optimizers that call another's step, once or several times; whatever they do to the
-parameters until their own step ends is one step.
+parameters until their own step ends is one step. What the step of another model does in between is that model's.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+if TYPE_CHECKING:
+    from .controller import Controller
+    from .state import SubnetState
+
 
 @dataclass
-class _Running:
+class Followed:
+    """A step of one model: its subnets that have been begun, and the optimizers that step them, the outermost first."""
+
+    closure: bool
+    states: list[SubnetState] = field(default_factory=list)
+    optimizers: list[Optimizer] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A call of an optimizer's step."""
+
     optimizer: Optimizer
     frame: FrameType | None
     """That runs the step, to tell one that has raised from one that goes on."""
+    made: dict[Controller, Followed] = field(default_factory=dict)
+    """The steps that this call makes, by model: it is their outermost one."""
 
 
 class _Steps(threading.local):
     def __init__(self) -> None:
-        self.running: list[_Running] = []
+        self.running: list[Running] = []
 
 
 _steps = _Steps()
 
 
-def enter(optimizer: Optimizer, caller: FrameType | None) -> bool:
-    """A step begins, called from ``caller``; whether it is an outermost one. Steps that raised are forgotten here."""
+def enter(optimizer: Optimizer) -> Running:
+    """A step begins. Steps that raised are forgotten here."""
     _forget_dead()
-    _steps.running.append(_Running(optimizer, caller))
-    return len(_steps.running) == 1
+    _steps.running.append(Running(optimizer, _caller()))
+    return _steps.running[-1]
 
 
-def leave(optimizer: Optimizer) -> bool:
-    """The step of ``optimizer`` ends; whether it was an outermost one."""
-    for at, each in enumerate(_steps.running):
-        if each.optimizer is optimizer:
-            del _steps.running[at:]  # with any step within it that has raised
-            return at == 0
-    return False
-
-
-def under_way() -> bool:
-    """Whether any step of this thread is being made."""
+def step_of(controller: Controller) -> Followed | None:
+    """The step of a model that is under way in this thread."""
     if _steps.running:
         _forget_dead()
-    return bool(_steps.running)
+    return next((each.made[controller] for each in _steps.running if controller in each.made), None)
+
+
+def leave(optimizer: Optimizer) -> dict[Controller, Followed]:
+    """The step of ``optimizer`` ends; the steps that it made, by model."""
+    running = _steps.running
+    for at in reversed(range(len(running))):
+        if running[at].optimizer is optimizer:
+            made = running[at].made
+            del running[at:]  # with any step within it that has raised
+            return made
+    return {}
+
+
+_OPTIMIZER = inspect.getfile(Optimizer)
+
+
+def _caller() -> FrameType | None:
+    """The frame of Optimizer.step's wrapper, which calls the hooks; it ends with the step, also where that raises."""
+    frame: FrameType | None = sys._getframe(1)
+    first = frame
+    while frame is not None and frame.f_code.co_filename != _OPTIMIZER:
+        frame = frame.f_back
+    return frame or first
 
 
 def _forget_dead() -> None:

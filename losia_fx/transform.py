@@ -206,11 +206,16 @@ class CompiledCall:
         self.__init__(**state)  # type: ignore[misc]
         install_call(self.root, self)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_exporting():
+            return plain_call(self.root, *args, **kwargs)
+        return self._run(*args, **kwargs)
+
     # An outer torch.compile would trace through, and its backend knows nothing of subnets: it calls us as we are.
     @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         controller = controller_of(self.root)
-        if controller is None or is_exporting():
+        if controller is None:
             return plain_call(self.root, *args, **kwargs)
         learns = torch.is_grad_enabled()
         try:
