@@ -503,7 +503,8 @@ def test_torch_func_over_the_subnets() -> None:
     found = torch.autograd.grad(mine(other), other)[0]
     wanted = torch.autograd.grad(expected(other), other)[0]
     close(found, wanted, 1e-9, "gradient to the swapped S")
-    assert_one(model, twin)
+    with warned():  # that call ran uncompiled
+        assert_one(model, twin)
 
 
 def _with(twin: Twin, name: str, weight: Tensor, ids: Tensor) -> Any:

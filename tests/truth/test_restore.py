@@ -231,7 +231,6 @@ PLACES = [
     ("register_parameter", nn.Module, 3),
     ("register_buffer", nn.Module, 2),
     ("register_buffer", nn.Module, 7),
-    ("register_forward_pre_hook", nn.Module, 3),
     ("register_state_dict_post_hook", nn.Module, 2),
     ("register_load_state_dict_post_hook", nn.Module, 4),
     ("randperm", torch, 2),

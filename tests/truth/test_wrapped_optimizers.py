@@ -33,7 +33,6 @@ from tests.truth.twin import (
 )
 from tests.truth.wrappers import (
     Chained,
-    ClassicLookahead,
     Clipping,
     Failing,
     Passing,
@@ -208,23 +207,6 @@ def test_a_lookahead_whose_step_has_no_hooks(options: dict[str, Any]) -> None:
         assert losia_fx.controller(run.model).step == number
     assert_one(run.model, run.twin)
     assert bool(run.moved) == bool(options)
-
-
-@pytest.mark.parametrize("k", [2, 5])
-def test_a_lookahead_without_hooks_that_writes_to_data(k: int) -> None:
-    """The classic one, from the first steps on."""
-    run = Run(lambda p: ClassicLookahead(adamw(p), k=k))
-    run.train(12)
-    assert losia_fx.controller(run.model).step == 12
-    assert_one(run.model, run.twin)
-
-
-def test_the_slow_copies_of_a_classic_lookahead_start_anew() -> None:
-    """Its dictionary, which no step hook ever sees, has the place of a moved subnet cleared."""
-    run = Run(lambda p: ClassicLookahead(adamw(p), k=5), **{**MOVING, "period": 4})
-    run.train(13)  # it looks ahead in steps 1, 6 and 11
-    assert run.moved
-    assert_one(run.model, run.twin)
 
 
 def sam_of_a_package(parameters: list[nn.Parameter]) -> Any:

@@ -1,0 +1,229 @@
+"""Writes that no version shows, deep in training, where values are compared but now and then: none is undone unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+import losia_fx
+from tests.toys import batch
+from tests.truth.test_averages import Run as Averaged
+from tests.truth.test_averages import Shadow, assert_sees
+from tests.truth.test_wrapped_optimizers import MOVING, Run, adamw
+from tests.truth.twin import Twin, assert_one, backward, subnets_of, twins, values_of, warned, zero
+from tests.truth.wrappers import ClassicLookahead
+
+pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
+
+
+def sgd(parameters: Any) -> optim.Optimizer:
+    return optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_lookahead_without_hooks_that_writes_to_data(k: int) -> None:
+    """The classic one, from the first steps on."""
+    run = Run(lambda p: ClassicLookahead(adamw(p), k=k))
+    run.train(12)
+    assert losia_fx.controller(run.model).step == 12
+    assert_one(run.model, run.twin)
+
+
+def test_the_slow_copies_of_a_classic_lookahead_start_anew() -> None:
+    """Its dictionary, which no step hook ever sees, has the place of a moved subnet cleared."""
+    run = Run(lambda p: ClassicLookahead(adamw(p), k=5), **{**MOVING, "period": 4})
+    run.train(13)  # it looks ahead in steps 1, 6 and 11
+    assert run.moved
+    assert_one(run.model, run.twin)
+
+
+def deep(steps: int = 20, **options: Any) -> tuple[nn.Module, Twin, optim.Optimizer, optim.Optimizer]:
+    """A model after many ordinary steps, the last of them taken."""
+    model, twin = twins(**{**MOVING, "period": 1000, **options})
+    mine, expected = sgd(values_of(model)), sgd(twin.parameters())
+    for _ in range(steps):
+        go_on(model, twin, mine, expected)
+    return model, twin, mine, expected
+
+
+def go_on(model: nn.Module, twin: Twin, mine: optim.Optimizer, expected: optim.Optimizer) -> None:
+    zero(model, twin)
+    backward(model, twin)
+    mine.step()
+    expected.step()
+    twin.follow(subnets_of(model), expected)
+
+
+def clamped(model: nn.Module, twin: Twin) -> None:
+    """One weight by name, through .data, in place: no version, no storage tells."""
+    weight = model.get_parameter("head.weight")
+    weight.data.clamp_(-0.1, 0.1)
+    twin.write("head.weight", twin.weight("head.weight").clamp(-0.1, 0.1))
+
+
+def scaled(model: nn.Module, twin: Twin) -> None:
+    """S alone."""
+    for values in (values_of(model), twin.parameters()):
+        for value in values:
+            value.data.mul_(-1)
+
+
+def numpy(model: nn.Module, twin: Twin) -> None:
+    """As numpy and other libraries see memory."""
+    weight = model.get_parameter("layers.0.mix.weight").detach().numpy()
+    weight *= 0.5
+    twin.write("layers.0.mix.weight", twin.weight("layers.0.mix.weight") * 0.5)
+
+
+WRITERS: dict[str, Callable[[nn.Module, Twin], None]] = {f.__name__: f for f in (clamped, scaled, numpy)}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_single_write_after_many_steps(name: str) -> None:
+    """Between a step and the forward that follows it."""
+    model, twin, mine, expected = deep()
+    WRITERS[name](model, twin)
+    for _ in range(3):
+        go_on(model, twin, mine, expected)
+    assert_one(model, twin)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_write_after_every_step(name: str) -> None:
+    """A constraint that people apply so, from the first step on: once it has been found, it is looked for."""
+    model, twin, mine, expected = deep(steps=0, period=3)
+    for _ in range(12):
+        go_on(model, twin, mine, expected)
+        WRITERS[name](model, twin)
+    assert_one(model, twin)
+
+
+def test_a_constraint_that_binds_late() -> None:
+    """Nothing is clamped in the first steps; then something is after each."""
+    model, twin, mine, expected = deep(steps=0, period=4)
+    for number in range(24):
+        go_on(model, twin, mine, expected)
+        if number >= 9:
+            clamped(model, twin)
+    assert_one(model, twin)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_write_between_micro_batches(name: str) -> None:
+    """Accumulation over four backwards: no step comes between them, and by the rule every such forward looks."""
+    model, twin, mine, expected = deep(steps=4)
+    for number in range(8):
+        zero(model, twin)
+        for micro in range(4):
+            backward(model, twin)
+            if (number, micro) == (6, 1):
+                WRITERS[name](model, twin)
+        mine.step()
+        expected.step()
+    assert_one(model, twin)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_write_between_a_backward_and_its_step(name: str) -> None:
+    model, twin, mine, expected = deep()
+    zero(model, twin)
+    backward(model, twin)
+    WRITERS[name](model, twin)
+    mine.step()
+    expected.step()
+    for _ in range(2):
+        go_on(model, twin, mine, expected)
+    assert_one(model, twin)
+
+
+def test_a_loop_by_data_that_begins_after_some_forwards() -> None:
+    """A notebook: the model is called a few times, to see what it says; then it is trained by hand, through .data."""
+    model, twin = twins(**{**MOVING, "period": 1000})
+    for _ in range(8):
+        model(batch())
+    with warned():
+        for _ in range(5):
+            zero(model, twin)
+            backward(model, twin)
+            for values in (values_of(model), twin.parameters()):
+                for value in values:
+                    value.data.sub_(0.5 * value.grad)
+        assert_one(model, twin)
+
+
+def test_an_average_swapped_in_for_a_forward_with_gradients_on() -> None:
+    """Validation by people who forget no_grad, through .data: no change of modes tells either."""
+    run = Averaged()
+    mine, expected = Shadow(run.model.parameters(), "data"), Shadow(run.twin.parameters(), "data")
+    run.train(20, lambda: (mine.update(), expected.update()))
+    for shadow in (mine, expected):
+        shadow.swap()
+    assert_sees(run.model, run.twin.weights(), run.twin, gradients=True)
+    for shadow in (mine, expected):
+        shadow.swap()
+    run.train(2)
+    assert_one(run.model, run.twin)
+
+
+def test_a_weight_alone_is_averaged_in_through_data() -> None:
+    """W by name, S left as it is: outside of the subnet the average is what was there, so nothing there tells."""
+    run = Averaged()
+    average = {name: weight.detach().clone() for name, weight in run.twin.weights().items()}
+
+    def each() -> None:
+        for name, weight in run.twin.weights().items():
+            average[name].lerp_(weight.detach(), 0.25)
+
+    run.train(5, each)
+    held = {name: run.model.get_parameter(name).detach().clone() for name in average}
+    for name, weight in average.items():
+        run.model.get_parameter(name).data.copy_(weight)
+    assert_sees(run.model, average, run.twin)
+    for name, weight in held.items():
+        run.model.get_parameter(name).data.copy_(weight)
+    assert_one(run.model, run.twin)
+    run.train(2)
+    assert_one(run.model, run.twin)
+
+
+@pytest.mark.parametrize("what", ["block", "row of it", "one element"])
+def test_a_weight_written_within_its_subnet_alone(what: str) -> None:
+    """Through .data, in the first steps: nothing outside of the subnet has changed."""
+    model, twin = twins()
+    backward(model, twin)
+    name = "layers.0.mlp.up.weight"
+    subnet = subnets_of(model)[name]
+    rows, cols = {
+        "block": (subnet.rows, subnet.cols),
+        "row of it": (subnet.rows[:1], subnet.cols),
+        "one element": (subnet.rows[:1], subnet.cols[:1]),
+    }[what]
+    new = twin.weight(name).detach().clone()
+    new[rows.unsqueeze(-1), cols] += 1
+    model.get_parameter(name).data[rows.unsqueeze(-1), cols] += 1
+    twin.write(name, new)
+    assert_one(model, twin)
+
+
+def test_a_weight_that_is_all_subnet() -> None:
+    """With a rank factor of 1 there is no outside; S and W are told apart all the same."""
+    for what in ("S", "W"):
+        model, twin = twins(rank_factor=1.0, output_rank_factor=1.0)
+        mine, expected = sgd(values_of(model)), sgd(twin.parameters())
+        go_on(model, twin, mine, expected)
+        zero(model, twin)
+        backward(model, twin)
+        name = "layers.0.mlp.up.weight"
+        if what == "S":
+            subnets_of(model)[name].values.data.mul_(-1)
+            twin.values[name].data.mul_(-1)
+        else:
+            model.get_parameter(name).data.mul_(-1)
+            twin.write(name, -twin.weight(name))
+        with torch.no_grad(), warned():
+            assert_one(model, twin)
+        assert losia_fx.controller(model).step == 1
