@@ -170,6 +170,16 @@ class Agreement:
         _refuse_torn(torn)
         return written
 
+    def refuse_unwritten(self) -> None:
+        """Raises StateError where an S was written that its W has yet to follow, and stand-ins are in their place now."""
+        first = len(self.states)
+        versions, _ = _marks(self._seen[first:])
+        if versions != self._versions[first:]:
+            raise StateError(
+                "the subnets were written since the model was last used, and what is being exported are the weights "
+                "without that: call model.state_dict(), or the model once under torch.no_grad(), and export it then"
+            )
+
     def shows_a_write(self) -> bool:
         """Whether the elements of S that are at hand on the CPU are others than when it agreed with W; of those on a
         device nothing is asked, for which the host would wait."""

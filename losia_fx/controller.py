@@ -338,6 +338,8 @@ class Controller:
         if self._tree is None:
             self._tree = ModuleTree(self.root, self.states)
         self._tree.check()
+
+    def check_calls(self) -> None:
         for module in not_installed(self.watches):  # Module.compile() since then: it serves while gradients are off
             self.watches[module].before = compiled_call(module)
             self.watches[module].install()
@@ -408,6 +410,7 @@ class Controller:
         """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are
         made within the step."""
         self.check_tree()
+        self.check_calls()
         if self.agreement.waiting:
             self.check_weights()
             self.look(learns=True)

@@ -46,6 +46,7 @@ def report(model: nn.Module) -> Report:
     """
     followed = controller(model)
     followed.check_tree()
+    followed.look()
     return report_of(followed)
 
 
@@ -59,16 +60,14 @@ def dense(model: nn.Module, name: str) -> Tensor:
     Raises LosiaError for a name that the model does not have, TransformError for a model without subnets.
     """
     followed = controller(model)
-    state = next((state for state in followed.states if state.name == name), None)
-    if state is not None:
-        return whole_weight(followed, state)
-    parameters = {plain_name(known): parameter for known, parameter in followed.root.named_parameters()}
+    named = followed.root.named_parameters(remove_duplicate=False)
+    parameters = {plain_name(known): parameter for known, parameter in named}
     if name not in parameters:
         close = difflib.get_close_matches(name, parameters, n=3) or list(parameters)[:3]
-        raise LosiaError(
-            f"dense: {type(followed.root).__name__} has no parameter {name!r}; there is {', '.join(close)}"
-        )
-    return parameters[name]
+        kind = type(followed.root).__name__
+        raise LosiaError(f"dense: {kind} has no parameter {name!r}; there is {', '.join(close)}")
+    state = next((state for state in followed.states if state.holds(parameters[name])), None)
+    return parameters[name] if state is None else whole_weight(followed, state)
 
 
 def stepped(model: nn.Module) -> None:

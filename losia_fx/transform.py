@@ -208,6 +208,8 @@ class CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_exporting():
+            if (controller := controller_of(self.root)) is not None:
+                controller.agreement.refuse_unwritten()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -218,6 +220,8 @@ class CompiledCall:
         if controller is None:
             return plain_call(self.root, *args, **kwargs)
         learns = torch.is_grad_enabled()
+        if learns:
+            controller.check_tree()
         try:
             controller.look(learns)
         except Swapped:
