@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -184,10 +184,24 @@ def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def runs_uncompiled(function: Function) -> Function:
+    """``function``, which Dynamo may inline but never compiles as a frame of its own.
+
+    Where Dynamo gives up on a frame it goes on with the functions called from there; compiled, ours would take its
+    "is a compiler at work" branch in eager runs too. torch.compiler.disable would break the graphs that inline it.
+    """
+    skip_code(function.__code__)
+    return function
+
+
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """torch.compile can count the graphs of one call apart from those of others: 2.13 and newer."""
 
 
+@runs_uncompiled
 def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
     """``plain_call`` of the module, compiled.
 
@@ -201,6 +215,7 @@ def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit
     return compiled
 
 
+@runs_uncompiled
 def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
     """compile_call for torch 2.11 and 2.12; ends with 2.13, where torch.compile isolates and takes the limit.
 
@@ -214,6 +229,7 @@ def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_l
 
     compiled = torch.compile(MethodType(own_code(call), module), backend=backend)
 
+    @runs_uncompiled
     def limited(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=recompile_limit):
             return compiled(*args, **kwargs)
@@ -342,13 +358,3 @@ def is_flattened(parameter: nn.Parameter) -> bool:
     Where it keeps the original parameters nothing else tells them from any other.
     """
     return bool(getattr(parameter, "_fsdp_flattened", False))
-
-
-def runs_uncompiled(function: Callable[..., Any]) -> Any:
-    """``function``, which Dynamo may inline but never compiles as a frame of its own.
-
-    Where Dynamo gives up on a frame it goes on with the functions called from there; compiled, ours would take its
-    "is a compiler at work" branch in eager runs too. torch.compiler.disable would break the graphs that inline it.
-    """
-    skip_code(function.__code__)
-    return function

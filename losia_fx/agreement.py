@@ -171,12 +171,12 @@ class Agreement:
         return written
 
     def refuse_unwritten(self) -> None:
-        """Raises StateError where an S was written that its W has yet to follow, and stand-ins are in their place now."""
+        """Raises StateError where an S was written that its W has yet to follow; stand-ins may be in their place."""
         first = len(self.states)
         versions, _ = _marks(self._seen[first:])
         if versions != self._versions[first:]:
             raise StateError(
-                "the subnets were written since the model was last used, and what is being exported are the weights "
+                "the subnets were written since the model was last used, and what is exported are the weights "
                 "without that: call model.state_dict(), or the model once under torch.no_grad(), and export it then"
             )
 

@@ -359,6 +359,22 @@ def test_compile_call_runs_hooks_and_takes_keywords(way: Callable[..., Any]) -> 
     torch.testing.assert_close(way(module, names_of_graphs([], ""), recompile_limit=4)(x=x), module.linear(x) + 1)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_is_left_alone_by_an_outer_compile(way: Callable[..., Any]) -> None:
+    graphs: list[str] = []
+    module, x = Wrapped(), torch.ones(1, 2)
+
+    @torch.compiler.disable(recursive=False)
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = way(module, names_of_graphs(graphs, "inner"), recompile_limit=4)(x)
+        return result
+
+    y = torch.compile(lambda x: run(x) + 1, backend=names_of_graphs(graphs, "outer"))(x)
+    torch.testing.assert_close(y, module.linear(x) + 1)
+    assert graphs == ["inner", "outer"]
+    assert _compat.graph_counts() == (2, 1)  # the break is where run begins
+
+
 def test_ddp_group(tmp_path: Path) -> None:
     seen: list[dist.ProcessGroup | None] = []
 

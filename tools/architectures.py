@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -119,12 +120,19 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> TinyModel:
     raise LosiaError(f"{model_type}: cannot be built: " + "; ".join(f"{name}: {why}" for name, why in errors.items()))
 
 
+def class_names(head: str) -> Mapping[str, Any]:
+    """transformers' table of what is in HEADS: model type -> class or classes. Empty where its version has none, as
+    5.17 of DECISION."""
+    table = "MODEL_MAPPING_NAMES" if head == "BASE" else f"MODEL_FOR_{head}_MAPPING_NAMES"
+    names: Mapping[str, Any] = getattr(modeling_auto, table, {})
+    return names
+
+
 def _tables() -> dict[str, dict[str, str]]:
     """model type -> {what a class is for: its name}."""
     found: dict[str, dict[str, str]] = {}
     for head in HEADS:
-        table = "MODEL_MAPPING_NAMES" if head == "BASE" else f"MODEL_FOR_{head}_MAPPING_NAMES"
-        for model_type, name in getattr(modeling_auto, table).items():
+        for model_type, name in class_names(head).items():
             name = name[0] if isinstance(name, (list, tuple)) else name
             if model_type in CONFIG_MAPPING:
                 found.setdefault(model_type, {})[head] = name

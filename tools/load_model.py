@@ -179,14 +179,11 @@ def _class_name(config: PretrainedConfig, path: Path) -> str:
 
 def _classes(model_type: str) -> dict[str, str]:
     """Names of the model type's classes -> what each is for, in transformers' words; the most telling first."""
-    from transformers.models.auto import modeling_auto
-
-    from .architectures import HEADS
+    from .architectures import HEADS, class_names
 
     found: dict[str, str] = {}
     for head in HEADS:
-        table = "MODEL_MAPPING_NAMES" if head == "BASE" else f"MODEL_FOR_{head}_MAPPING_NAMES"
-        names = getattr(modeling_auto, table).get(model_type, ())
+        names = class_names(head).get(model_type, ())
         for name in (names,) if isinstance(names, str) else names:
             found.setdefault(name, head)
     return found
