@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -23,7 +22,7 @@ from losia_fx.errors import LosiaError
 
 from .shrink_config import nested, shrink
 from .tiny_batch import candidates
-from .tiny_model import SEED, TinyModel, in_dtype, prepared
+from .tiny_model import SEED, TinyModel, in_dtype, prepared, step
 
 MOST_BATCHES = 80
 
@@ -166,20 +165,12 @@ def _with_batch(model: nn.Module, head: str, dtype: torch.dtype) -> TinyModel:
     for batch in itertools.islice(candidates(model, head), MOST_BATCHES):
         batch = in_dtype(batch, dtype)
         tiny = TinyModel(model, batch, "labels" in batch or "return_loss" in batch)
-        model.zero_grad()
         try:
-            torch.manual_seed(SEED)
-            loss = tiny.loss(model(**batch))
-            loss.backward()
+            step(tiny)
+        except LosiaError as error:
+            errors[str(error)] = None
         except Exception as error:
             errors[f"{_shapes(batch)}: {type(error).__name__}: {error}"[:300]] = None
-            continue
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        if not math.isfinite(loss.item()):
-            errors[f"loss is {loss.item()}"] = None
-        elif not any(grad.any() for grad in grads):
-            errors["no gradient"] = None
         else:
             return tiny
     raise LosiaError("no batch fits: " + " | ".join(list(errors)[:2]))

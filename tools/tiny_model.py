@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from losia_fx.errors import LosiaError
 
 SEED = 1
 MOST_PARAMETERS = 20_000_000
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,68 @@ def prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def in_dtype(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """``batch`` with its floating tensors in ``dtype``."""
-    return {name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in batch.items()}
+    """``batch`` with its floating tensors, those in lists and dictionaries too, in ``dtype``."""
+    return {name: _in_dtype(value, dtype) for name, value in batch.items()}
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    if isinstance(value, dict):
+        return in_dtype(value, dtype)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_in_dtype(item, dtype) for item in value)
+    return value
+
+
+def step(tiny: TinyModel) -> None:
+    """A plain step, after which no gradient is left.
+
+    Raises what the model raises, and LosiaError where the loss is not finite or nothing has a gradient.
+    """
+    tiny.model.zero_grad()
+    torch.manual_seed(SEED)
+    loss = tiny.loss(tiny.model(**tiny.batch))
+    loss.backward()
+    grads = [p.grad for p in tiny.model.parameters() if p.grad is not None]
+    tiny.model.zero_grad()
+    if not math.isfinite(loss.item()):
+        raise LosiaError(f"loss is {loss.item()}")
+    if not any(grad.any() for grad in grads):
+        raise LosiaError("no gradient")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a model that is tiny from the start, and a batch for it."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Any]]
+    """The keyword arguments of its forward."""
+
+
+def made(recipes: Mapping[str, Recipe], name: str, dtype: torch.dtype) -> TinyModel:
+    """The recipe's model, without dropout, and its batch.
+
+    Raises LosiaError for a name without a recipe and for a model that does not run in ``dtype``.
+    """
+    if name not in recipes:
+        raise LosiaError(f"{name!r} is none of the {len(recipes)} models, such as {', '.join(list(recipes)[:3])}")
+    try:
+        step(_made(recipes[name], dtype))
+        return _made(recipes[name], dtype)  # some keep what they saw: the one handed out has seen nothing
+    except Exception as error:
+        raise LosiaError(f"{name}: cannot be built: {' '.join(str(error).split())[:400]}") from error
+
+
+def _made(recipe: Recipe, dtype: torch.dtype) -> TinyModel:
+    torch.manual_seed(SEED)
+    model = recipe.model()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in key or (key == "p" and isinstance(module, DROPOUTS))):
+                setattr(module, key, 0.0)
+    return TinyModel(prepared(model, dtype), in_dtype(recipe.batch(), dtype), labelled=False)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
