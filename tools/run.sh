@@ -2,13 +2,16 @@
 # Everything on a fresh machine: makes .venv beside the sources, installs losia_fx into it, and runs
 #   tools/run.sh finetune [OPTION...]   the main job (losia-fx finetune)
 #   tools/run.sh test [OPTION...]       style, types and the tests (pytest)
+#   tools/run.sh gpu [OPTION...]        on a machine with a GPU and its torch: the tests that want one, and the bench
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
 case $what in
   finetune) extra=cli ;;
   test) extra=dev ;;
-  *) sed -n '2,4s/^# //p' "$0" >&2; exit 2 ;;
+  gpu) # with the python that has a torch for the GPU; nothing is installed, as such machines may have no network
+    exec "${PYTHON:-python3}" -m losia_fx.tools.gpu "${@:2}" ;;
+  *) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;;
 esac
 shift
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
