@@ -15,7 +15,7 @@ from losia_fx.host import copies
 from losia_fx.taps import tapped_bytes
 from losia_fx.training import on_device
 from tests.gpu.device import DEVICE, batch, build, learning, on_cuda, step
-from tests.models.table import LLAMA, Case
+from tests.models.table import LLAMA, TOY, Case, ToyWithLoss
 from tests.models.test_experts import MIXTRAL
 
 pytestmark = pytest.mark.gpu
@@ -41,9 +41,16 @@ def has_grouped_kernel() -> bool:
 
 
 @on_cuda
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    ("case", "dtype"), [(LLAMA, torch.float32), (LLAMA, torch.bfloat16), (MIXTRAL, torch.bfloat16)], ids=str
+    ("case", "dtype", "compiler"),
+    [
+        (LLAMA, torch.float32, "eager"),
+        (LLAMA, torch.float32, "aot_eager"),
+        (LLAMA, torch.bfloat16, "inductor"),
+        (MIXTRAL, torch.bfloat16, "aot_eager"),
+        (MIXTRAL, torch.bfloat16, "inductor"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_the_host_waits_where_it_must(case: Case, dtype: torch.dtype, compiler: str) -> None:
     """At rest never, with a block profiled once, and a few times when it moves: as tests/device counts on "meta"."""
@@ -116,7 +123,7 @@ def test_nothing_stays_in_the_allocator(compiler: str) -> None:
 
 @on_cuda
 def test_a_step_takes_less_memory_than_a_full_one() -> None:
-    """No gradient and no optimizer state of the weights' size."""
+    """No gradient and no optimizer state of the weights' size: many times what the libraries take for themselves."""
 
     def peak(model: nn.Module) -> int:
         optimizer = torch.optim.AdamW(learning(model), lr=1e-3)
@@ -129,9 +136,8 @@ def test_a_step_takes_less_memory_than_a_full_one() -> None:
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated()) - before
 
-    inputs = batch(LLAMA)
-    full = peak(build(LLAMA).requires_grad_(True))
+    inputs = batch(TOY)
+    full = peak(ToyWithLoss(layers=4, width=512, inner=2048).to(DEVICE))
     gc.collect()
-    torch._dynamo.reset()
-    mine = peak(losia_fx.transform(build(LLAMA), compiler="aot_eager", schedule="static"))
-    assert mine < 0.75 * full
+    mine = ToyWithLoss(layers=4, width=512, inner=2048).to(DEVICE)
+    assert peak(losia_fx.transform(mine, compiler="aot_eager", schedule="static")) < 0.6 * full

@@ -32,8 +32,7 @@ def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(learning(model), lr=3e-3, eps=1e-7, **options)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("compiler", "fused"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
 def test_a_run_is_that_of_the_cpu(compiler: str, fused: bool) -> None:
     """Two rounds in float64: the same subnets all the way, and the same weights but for rounding."""
     mine, theirs = build(TOY, torch.float64), table.build(TOY, torch.float64)
