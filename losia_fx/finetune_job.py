@@ -26,6 +26,7 @@ import losia_fx
 
 from .files import remove_folder, write_files_safely, write_safely
 from .finetune import CHECKPOINTS, DEFAULT_LR, RUN_FILE, FinetuneSettings, is_finished
+from .host import copies
 from .run_inputs import RunData, check_device, load, load_data, settle
 from .run_plots import plot_losses, plot_subnets
 from .run_ranks import Ranks, find_ranks, joined
@@ -33,7 +34,7 @@ from .run_record import Evaluation, Move, RunRecord, Selection, StepRecord
 from .run_report import print_table, progress_bar, write_json
 from .run_state import RunState
 from .text import batches
-from .training import cosine_schedule, held_out_loss
+from .training import cosine_schedule, held_out_loss, on_device
 
 EVALUATIONS = 4  # over the run, besides the one before it
 
@@ -164,10 +165,11 @@ def train(job: Job, interruption: Interruption) -> None:
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                mean = job.ranks.mean(loss)  # waits for the device, which has all of the step's work by now
                 lr, seconds = float(scheduler.get_last_lr()[0]), time.perf_counter() - started
                 scheduler.step()
                 tokens = settings.step_tokens * job.ranks.size / seconds
-                record.steps.append(StepRecord(step, loss, lr, seconds, tokens, group))
+                record.steps.append(StepRecord(step, mean, lr, seconds, tokens, group))
                 follow_subnets(model, record, step)
                 show(record.steps[-1])
                 if step in pauses:
@@ -191,8 +193,10 @@ def micro_batches(job: Job, done: int) -> Iterator[Tensor]:
     return (ranks.share(batch) for batch in itertools.islice(stream, done * settings.accumulate, None))
 
 
-def backward(job: Job, call: nn.Module, parts: Iterator[Tensor], step: int) -> float:
-    """Gradients of the mean loss over the micro-batches (all of one size) of all processes; returns that loss.
+def backward(job: Job, call: nn.Module, parts: Iterator[Tensor], step: int) -> Tensor:
+    """Gradients of the mean loss over the micro-batches (all of one size) of all processes.
+
+    Returns this process's loss, 0-dim on its device.
 
     What is random in the model is drawn by the seed, the step and the process, so a run goes on as it would have.
     """
@@ -200,12 +204,12 @@ def backward(job: Job, call: nn.Module, parts: Iterator[Tensor], step: int) -> f
     torch.manual_seed((settings.seed * 1_000_003 + step) * ranks.size + ranks.rank)
     total = torch.zeros((), device=job.device)
     for number, batch in enumerate(parts, 1):
-        ids = batch.to(job.device)
+        ids = on_device(batch, job.device)
         with ranks.quiet(call, last=number == settings.accumulate):
             loss = call(input_ids=ids, labels=ids, use_cache=False).loss / settings.accumulate
             loss.backward()
         total += loss.detach()
-    return ranks.mean(total)
+    return total
 
 
 def evaluate(job: Job, step: int) -> None:
@@ -225,11 +229,11 @@ def follow_subnets(model: PreTrainedModel, record: RunRecord, step: int) -> None
 
 
 def _record_subnets(model: PreTrainedModel, record: RunRecord, groups: Iterable[int], step: int) -> None:
-    subnets = losia_fx.subnets(model)
-    for name in itertools.chain.from_iterable(record.groups[group] for group in groups):
-        # copies: a re-selection overwrites rows and cols in place
-        rows, cols = subnets[name].rows.detach().cpu().clone(), subnets[name].cols.detach().cpu().clone()
-        record.selections.setdefault(name, []).append(Selection(step, rows, cols))
+    names, subnets = list(itertools.chain.from_iterable(record.groups[g] for g in groups)), losia_fx.subnets(model)
+    # copies: a re-selection overwrites rows and cols in place
+    found = iter(copies([index for name in names for index in (subnets[name].rows, subnets[name].cols)]))
+    for name in names:
+        record.selections.setdefault(name, []).append(Selection(step, next(found), next(found)))
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether ``flag`` is set on any process: all of them hear the same, so all of them stop at the same step."""
-        return flag if self.size == 1 else self.mean(torch.tensor(float(flag), device=device)) > 0
+        return flag if self.size == 1 else self.mean(torch.full((), float(flag), device=device)) > 0
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -14,6 +14,7 @@ from tools import (
     explain as explain,
     explanation as explanation,
     forecast as forecast,
+    gpu as gpu,
     graph as graph,
     layer_nodes as layer_nodes,
     libraries as libraries,

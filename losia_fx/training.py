@@ -21,15 +21,21 @@ def cosine_schedule(steps: int, *, warm_up: int, floor: float) -> Callable[[int]
     return factor
 
 
+def on_device(batch: Tensor, device: torch.device) -> Tensor:
+    """``batch`` there. A GPU fetches it by itself, without the host waiting for what it has queued there before."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     """Mean loss in nats a token over all blocks (n, length), in eval mode; the mode it found is put back."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
-    for batch in torch.split(blocks, batch_size):
-        ids = batch.to(device)
-        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(batch)
+    batches, losses = torch.split(blocks, batch_size), []
+    for batch in batches:
+        ids = on_device(batch, device)
+        losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
     model.train(training)
-    return total / len(blocks)
+    found: list[float] = torch.stack(losses).tolist()  # the device is waited for once
+    return sum(loss * len(batch) for loss, batch in zip(found, batches, strict=True)) / len(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -25,11 +26,11 @@ def fresh() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips slow tests unless ``-m`` is given, and gpu tests where there is no CUDA device."""
+    """Skips slow tests unless ``-m`` is given, and gpu tests where there is no CUDA device and none stands for it."""
     skips = {}
     if not config.option.markexpr:
         skips["slow"] = pytest.mark.skip(reason="slow: run with -m slow")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "LOSIA_TEST_DEVICE" not in os.environ:  # see tests/gpu/device.py
         skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         for name, skip in skips.items():

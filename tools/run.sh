@@ -5,6 +5,7 @@
 #   tools/run.sh test --torch VERSION [--extra NAME] [OPTION...]
 #                                       the tests alone, with that torch, in .venv-torch-VERSION; with the lowest that
 #                                       losia_fx takes, the lowest of what it needs as well. NAME: models, for example
+#   tools/run.sh gpu [OPTION...]        on a machine with a GPU and its torch: the tests that want one, and the bench
 # PYTHON names the python to start from (python3). What it has is used: all of it, or a torch that losia_fx takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -82,8 +83,11 @@ case $what in
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     exec "$python" -m pytest -n 2 --dist worksteal "$@"
     ;;
+  gpu) # with the python that has a torch for the GPU; nothing is installed, as such machines may have no network
+    exec "$base" -m losia_fx.tools.gpu "$@"
+    ;;
   *)
-    sed -n '2,8s/^# //p' "$0" >&2
+    sed -n '2,9s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from losia_fx.cli import main
 from losia_fx.files import write_safely
 from losia_fx.finetune import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
 from losia_fx.run_inputs import HELD_OUT_BLOCKS
+from losia_fx.run_ranks import Ranks
 from losia_fx.run_record import RunRecord
 from losia_fx.text import held_out_blocks, read_documents, split
 from losia_fx.training import cosine_schedule, held_out_loss
@@ -67,6 +68,26 @@ def finetune(out: Path, data: Path, *more: str) -> int:
 
 def run_json(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+
+
+def test_the_loss_is_asked_for_when_the_step_is_made(
+    tmp_path: Path, data: Path, tiny: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has all of a step's work in its queue before the host waits for its loss."""
+    seen: list[str] = []
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any) -> Any:
+            seen.append(name)
+            return original(*args)
+
+        return told
+
+    for owner, name in ((Ranks, "mean"), (torch.optim.AdamW, "step")):
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+    steps = ("--steps", "3", "--period", "1", "--accumulate", "2")
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), *steps) == 0
+    assert seen == ["step", "mean"] * 3
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import losia_fx
 from losia_fx.delta_file import WeightRecord, digest, write_delta
 from losia_fx.delta_read import DeltaFile
 from losia_fx.pieces import BaseHistory, Piece, as_integers, walk
+from losia_fx.subnet import gather
 from tests.delta.made import OPTIONS, make, same, train, weights
 from tests.toys import VOCABULARY, Toy, batch, by_string, loss_of, tiny_llama
 
@@ -229,7 +230,10 @@ def test_a_weight_of_several_matrices(tmp_path: Path) -> None:
     for visit in range(3):
         rows = torch.stack([torch.randperm(8, generator=generator)[:3].sort().values for _ in range(3)])
         cols = torch.stack([torch.randperm(6, generator=generator)[:2].sort().values for _ in range(3)])
-        (history.open if not visit else history.visit)(weight, rows, cols)
+        if visit:
+            history.visit(weight, rows, cols, gather(weight, rows, cols))
+        else:
+            history.open(weight, rows, cols)
         with torch.no_grad():
             for expert in range(3):
                 weight[expert, rows[expert][:, None], cols[expert]] += 1

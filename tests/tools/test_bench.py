@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import losia_fx
+from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
 from losia_fx.tools import slots
 
@@ -323,13 +324,12 @@ def test_graphs_of_methods_stand_apart(setup: Setup) -> None:
     limit = 2
     trials = [built(setup, "losia-pro, plain") for _ in range(limit + 1)]
     for trial in trials:
-        trial.model.compile(backend="eager", isolate_recompiles=True)
+        install_call(trial.model, compile_call(trial.model, inner_compiler("eager"), limit))
     counts = GraphCounts()
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        for warm in (False, True):
-            with counts.watching(warm):
-                for trial in trials:
-                    trial.step()
+    for warm in (False, True):
+        with counts.watching(warm):
+            for trial in trials:
+                trial.step()
     assert counts == GraphCounts(graphs=limit + 1, breaks=0, recompilations=0)
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
 
 from .sizes import Setup
 
+RECOMPILE_LIMIT = 8
+"""Dynamo's own: a method meets one shape."""
 EAGER, COMPILED = "eager", "compiled"
 MODES = (EAGER, COMPILED)
 LEARNING_RATE = 1e-6
@@ -81,13 +84,13 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def compiled_in_place(model: nn.Module, mode: str) -> nn.Module:
-    """``model``, compiled by Inductor where ``mode`` says so, apart from all other models.
+    """``model``, compiled by Inductor where ``mode`` says so, apart from all other models as losia_fx's own are.
 
     The code that is compiled, Module's own call, is the same for all of them: without isolation their graphs would
     stand in one list, and every call would try the guards of the others'.
     """
     if mode == COMPILED:
-        model.compile(isolate_recompiles=True)
+        install_call(model, compile_call(model, inner_compiler("inductor"), RECOMPILE_LIMIT))
     return model
 
 

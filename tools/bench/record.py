@@ -140,6 +140,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
+        **({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
     }
     for package in PACKAGES:
         try:
