@@ -198,6 +198,10 @@ def test_what_was_just_written_is_exported(make: Any) -> None:
     trains(model, twin)
     changed(model, twin, seen=False)
     ids = batch()
+    if make is exported:  # where stand-ins are traced, nothing can be written any more
+        with pytest.raises(losia_fx.StateError, match="state_dict"):
+            make(model, ids)
+        model.state_dict()
     program = make(model, ids)
     with torch.no_grad():
         close(program(ids), twin(ids), 1e-9, "logits")
