@@ -183,10 +183,9 @@ class Agreement:
     def shows_a_write(self) -> bool:
         """Whether the elements of S that are at hand on the CPU are others than when it agreed with W; of those on a
         device nothing is asked, for which the host would wait."""
-        now = self._samples.take()
-        return any(
-            kind[0].type == "cpu" and not torch.equal(now[kind], before) for kind, before in self._sample.items()
-        )
+        at_hand = [kind for kind in self._sample if kind[0].type == "cpu"]
+        now = self._samples.take() if at_hand else {}
+        return any(not torch.equal(now[kind], self._sample[kind]) for kind in at_hand)
 
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
