@@ -137,7 +137,7 @@ class Agreement:
             elif s and not idle:
                 torn.append(state)
             else:
-                state.reload()
+                state.gather_anew()
         done = [state for state in moved if state not in torn]
         self._witnesses.update((state, _Witness.of(state)) for state in done if moved[state][0])
         self.remember(done)
@@ -161,7 +161,7 @@ class Agreement:
             if w and s and not self._is_average(state):
                 torn.append(state)
             elif w or self._is_average(state):
-                state.reload()
+                state.gather_anew()
                 self._witnesses[state] = _Witness.of(state)
             else:
                 state.write_back()

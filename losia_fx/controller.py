@@ -11,7 +11,8 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -458,12 +459,23 @@ class Controller:
             self._fits.clear()
             self._open.difference_update(mine)
             return
-        if closure:
-            self._fits.update(self._fit(optimizers, mine))
-        self._finish(mine)
-        self._now.add(optimizers[0])
-        if self._stepped.issuperset(self.owned()) and all(each in self._now for each in self._lately):
-            self._advance()
+        with self._all_or_not_counted():
+            if closure:
+                self._fits.update(self._fit(optimizers, mine))
+            self._finish(mine)
+            self._now.add(optimizers[0])
+            if self._stepped.issuperset(self.owned()) and all(each in self._now for each in self._lately):
+                self._advance()
+
+    @contextmanager
+    def _all_or_not_counted(self) -> Iterator[None]:
+        """A step that is cut short in our part of it is mended at the next use, and does not count."""
+        try:
+            yield
+        except BaseException:
+            self._stepped.clear()
+            self._now.clear()
+            raise
 
     def owned(self) -> Iterable[SubnetState]:
         """The subnets that optimizers in use step: t counts once all of them have been."""
@@ -484,11 +496,12 @@ class Controller:
                 before = state.block_of(state.weight.detach()).to(state.values.dtype)
             self._before[state] = (before, state.weight._version)
         self._open.update(mine)
-        self._fits.update(self._fit((), mine))
-        self._finish(mine)
-        self._owners.clear()
-        self._now.clear()
-        self._advance()
+        with self._all_or_not_counted():
+            self._fits.update(self._fit((), mine))
+            self._finish(mine)
+            self._owners.clear()
+            self._now.clear()
+            self._advance()
         self._last = {s: s.values.detach().clone() for s in self.states if self._rewarm_share(s) < 1.0}
 
     def _finish(self, mine: list[SubnetState]) -> None:

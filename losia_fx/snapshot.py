@@ -40,8 +40,9 @@ def collect(controller: Controller) -> dict[str, Any]:
         "stepped": sorted(s.name for s in controller.stepped),
         GENERATOR: controller.generator.get_state(),
     }
+    profiled = _profiled(controller, controller.step)
     for subnet in controller.states:
-        for part, tensor in _parts(subnet):
+        for part, tensor in _parts(subnet, subnet.group in profiled):
             state[f"{subnet.name}:{part}"] = tensor.detach().to("cpu", copy=True)
     return state
 
@@ -94,9 +95,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parts(subnet: SubnetState) -> Iterator[tuple[str, Tensor]]:
+def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
+    """profiled: not so where a slot has ended, and its selection was cut short."""
     yield from ((part, getattr(subnet, part)) for part in SUBNET)
-    for part in PROFILE if subnet.profile is not None else ():
+    for part in PROFILE if profiled and subnet.profile is not None else ():
         tensor = getattr(subnet.profile, part)
         if tensor is not None:
             yield part, tensor

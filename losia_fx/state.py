@@ -300,9 +300,14 @@ class SubnetState:
         So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
         """
         registry.place(self.weight, self)
-        loaded, values = self.block_of(self.weight), self.values
-        values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+        self.gather_anew()
         self.base.loaded(self.weight)
+
+    @torch.no_grad()
+    def gather_anew(self) -> None:
+        """S = W[rows][:, cols], where it does not round to it already."""
+        found, values = self.block_of(self.weight), self.values
+        values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
 
     def random_selection(self, generator: torch.Generator) -> Selection:
         """Rows and cols drawn without replacement, sorted; on W's device."""

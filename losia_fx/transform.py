@@ -19,6 +19,7 @@ from ._compat import (
     compiled_call,
     install_call,
     is_exporting,
+    is_jit_tracing,
     plain_call,
     whole_graphs,
 )
@@ -30,7 +31,7 @@ from .config import LosiaConfig
 from .controller import Controller, Role, controller_of, find_controller
 from .errors import LosiaError, LosiaWarning, TransformError, listed
 from .functional import call_with_others
-from .plan_model import WeightPlan, plan_model
+from .plan_model import ADAPTER, WeightPlan, plan_model
 from .ranks import forget_indices, keep_indices_at_home
 from .state import SubnetState, states_of
 from .weights import EXPERTS
@@ -73,7 +74,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     frozen = [plan for plan in plans if plan.trained == "frozen"]
     _warn_frozen([plan.name for plan in frozen if plan.outside and plan.kind != EXPERTS])
     _warn_frozen_experts([plan for plan in frozen if plan.kind == EXPERTS])
-    _say_frozen([plan for plan in plans if plan.kind is not None])
+    _say_frozen([plan for plan in plans if plan.kind is not None and plan.why != ADAPTER])  # those are named already
     return model
 
 
@@ -208,7 +209,8 @@ class CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_exporting():
-            if (controller := controller_of(self.root)) is not None:
+            controller = controller_of(self.root)
+            if controller is not None and not is_jit_tracing():
                 controller.agreement.refuse_unwritten()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)

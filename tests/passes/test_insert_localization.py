@@ -89,7 +89,7 @@ def test_without_the_rewrite_no_tap_is_made() -> None:
 
 
 class Gatherer:
-    profiling = True
+    profiling, shape = True, (INTO, INTO)
 
     def __init__(self) -> None:
         self.grad = torch.zeros(INTO, INTO)

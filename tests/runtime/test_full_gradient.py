@@ -149,7 +149,7 @@ def after_a_backward(scale: float = 0.5) -> tuple[nn.Module, torch.optim.Optimiz
 
 def fits(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     controller = losia_fx.controller(model)
-    return {state.name: fit for state, fit in controller._fit(optimizer, controller.states).items()}
+    return {state.name: fit for state, fit in controller._fit([optimizer], controller.states).items()}
 
 
 def zeroed(state: SubnetState) -> None:

@@ -309,7 +309,8 @@ def test_a_weight_used_without_its_module_outside_of_a_graph(caught: Any) -> Non
         loss_of(model, ids).backward()
     assert_subnet_gradients(model, expected)
     torch.optim.SGD(model.parameters(), lr=0.0).step()
-    assert "head.weight" in " ".join(own_warnings(caught))
+    assert len(own_warnings(caught)) == 1  # of the blocks; a head by itself is meant to run so, and the report says it
+    assert "head.weight" in str(losia_fx.report(model)).rpartition("ran outside a rewritten graph")[2]
 
 
 class Straight(torch.autograd.Function):

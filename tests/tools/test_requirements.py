@@ -189,5 +189,5 @@ def test_run_says_what_it_does(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("Everything")
-    assert done.stderr.count("tools/run.sh") == 3
+    assert done.stderr.count("tools/run.sh") == 4
     assert "set -euo" not in done.stderr
