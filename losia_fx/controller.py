@@ -157,6 +157,9 @@ class Controller:
         self._learned: bool | None = None
         self._seen_step = True
         self._waits = 0
+        """Forwards since the one after the last followed step."""
+        self._usual_waits = 0
+        """The most of them that a followed step has ended."""
         self._unseen_moves = 0
         self._modes: list[bool] = []
         self._open: set[SubnetState] = set()
@@ -302,8 +305,9 @@ class Controller:
             return True
         if not learns or self._seen_step:
             return False
-        self._waits += 1  # micro-batches, or a step that nobody tells us of
-        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0
+        self._waits += 1  # a further micro-batch, as in the steps before; or a step that nobody tells us of
+        unusual = self._waits - self._usual_waits
+        return unusual > 0 and (unusual <= FIRST_LOOKS or unusual % LATER_LOOKS == 0)
 
     def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
@@ -416,7 +420,9 @@ class Controller:
             self.check_weights()
             self.look(learns=True)
         self.mend()
-        self._agree(self.agreement.vigilant or self.agreement.shows_a_write(), learns=True, shown=False)
+        last_of_slot = ends_slot(self.config, self.step)  # where the host waits for the device anyhow
+        values = last_of_slot or self.agreement.vigilant or self.agreement.shows_a_write()
+        self._agree(values, learns=True, shown=False)
         if optimizer not in self._known:
             self._meet(optimizer)
         if optimizer in self._now:
@@ -519,6 +525,7 @@ class Controller:
         self._stepped.update(mine)
         self._idle = self.agreement.averaged = False
         self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
+        self._usual_waits, self._waits = max(self._usual_waits, self._waits), 0
         self._select_due()
 
     def _advance(self, late: bool = False) -> None:
@@ -535,7 +542,6 @@ class Controller:
             notices.warn_silent(self)
             if not late:
                 self._select_due()
-            self._looks = max(self._looks, 1)
         self._open_slot()
 
     def _select_due(self) -> None:

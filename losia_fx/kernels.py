@@ -89,12 +89,12 @@ def write_back(
     _write_back(weights, rows, cols, values)
 
 
-@torch.no_grad()
 def _write_back(
     weights: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None], values: Sequence[Tensor]
 ) -> None:
-    for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
-        scatter(weight, row, col, value.to(weight.dtype))
+    with torch.no_grad():  # not as a decorator: that would be the code object of every kind
+        for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
+            scatter(weight, row, col, value.to(weight.dtype))
 
 
 KINDS = 16

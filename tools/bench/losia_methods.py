@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import losia_fx
+from losia_fx._compat import ISOLATES_RECOMPILES
 from losia_fx.backend import losia_backend
 from losia_fx.controller import Controller, find_controller
 from losia_fx.errors import LosiaWarning
@@ -64,7 +65,7 @@ def _build_by_string(setup: Setup, mode: str) -> Trial:
     for linear in (*block_linears(model), model.lm_head):
         linear.weight.requires_grad_(True)
     options = {**options_of(mode), "rank_factor": setup.size.rank_factor}
-    apart: dict[str, Any] = {"isolate_recompiles": True}  # not in the overloads; see compiled_in_place
+    apart: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES_RECOMPILES else {}  # see compiled_in_place
     compiled: Any = torch.compile(model, backend=losia_backend, options=options, **apart)
     return Trial(compiled, setup.batch, adamw(model.parameters()), partial(_rest_if_adopted, model))
 
