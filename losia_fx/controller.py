@@ -287,9 +287,8 @@ class Controller:
         """values: whether to compare those too."""
         if moved := self.agreement.differing():
             self.note(self.agreement.settle(moved, self._idle), learns, shown)
-        if values and (written := self.agreement.compare()):
-            self.agreement.vigilant = True
-            self.note(written, learns, shown)
+        if values:
+            self.note(self.agreement.compare(), learns, shown)
 
     def _compares(self, learns: bool | None) -> bool:
         """Whether a look is to compare values too: where a write that no version shows is likely, or would last."""
