@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .errors import StateError, listed
+from .refusals import refuse_spread
 
 if TYPE_CHECKING:
     from .state import SubnetState
@@ -142,6 +143,7 @@ class Agreement:
         Raises StateError that names the weights where both moved, with those left as they are.
         """
         moved = {state: self.moved(state) for state in states}
+        refuse_spread(list(moved))
         for state, (w, _) in moved.items():
             if w:
                 self._take_in(state)
