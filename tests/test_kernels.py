@@ -30,7 +30,7 @@ def graphs() -> int:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is worth compiling, and nothing has been yet."""
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
-    kernels._compiled.cache_clear()
+    kernels._forms.clear()
 
 
 def by_numpy(
@@ -117,7 +117,7 @@ def test_weights_of_experts_and_weights_that_are_not_contiguous(chunk: int, monk
 
 
 def test_what_is_small_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._compiled.cache_clear()
+    kernels._forms.clear()
     made = drawn(5, 7)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 36)
     measured(made, compiled=True)
