@@ -400,9 +400,11 @@ class Controller:
     # -- around an optimizer's step -------------------------------------------------------------------------------
 
     def is_rehearsal(self, optimizer: Optimizer, mine: list[SubnetState]) -> bool:
-        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no forward came
+        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no backward came
         before it, its rate is 0 and so are its gradients."""
-        if not self._seen_step or any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+            return False
+        if any(state.profile is not None and state.profile.grad is not None for state in mine):
             return False
         return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
 
