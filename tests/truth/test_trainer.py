@@ -1,4 +1,4 @@
-"""transformers' Trainer as people use it: low-rank optimizers, a learning-rate finder before, the best model at the end."""
+"""transformers' Trainer as people use it: low-rank optimizers, a learning-rate finder first, the best weights last."""
 
 from __future__ import annotations
 
