@@ -290,9 +290,8 @@ class Controller:
         """values: whether to compare those too."""
         if moved := self.agreement.differing():
             self.note(self.agreement.settle(moved, self._idle), learns, shown)
-        if values and (written := self.agreement.compare()):
-            self.agreement.vigilant = True
-            self.note(written, learns, shown)
+        if values:
+            self.note(self.agreement.compare(), learns, shown)
 
     def _compares(self, learns: bool | None) -> bool:
         """Whether a look is to compare values too: where a write that no version shows is likely, or would last."""
@@ -405,9 +404,11 @@ class Controller:
     # -- around an optimizer's step -------------------------------------------------------------------------------
 
     def is_rehearsal(self, optimizer: Optimizer, mine: list[SubnetState]) -> bool:
-        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no forward came
+        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no backward came
         before it, its rate is 0 and so are its gradients."""
-        if not self._seen_step or any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+            return False
+        if any(state.profile is not None and state.profile.grad is not None for state in mine):
             return False
         return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
 

@@ -35,13 +35,23 @@ def trial_of(setup: Setup, model: nn.Module) -> Trial:
 
 def build_idle(setup: Setup, mode: str) -> Trial:
     trial = trial_of(setup, transformed(setup, mode))
-    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    trial.prepare = partial(_rest, losia_fx.controller(trial.model))
     return trial
+
+
+def _rest(controller: Controller) -> None:
+    _overlook_others(controller)
+    slots.rest(controller)
+
+
+def _overlook_others(controller: Controller) -> None:
+    """All methods share one copy of the weights: what another wrote there is nothing to look into, inside the clock."""
+    controller.agreement.remember()
 
 
 def _build_checkpointed(setup: Setup, mode: str) -> Trial:
     trial = trial_of(setup, transformed(setup, mode, checkpointed(setup.model())))
-    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    trial.prepare = partial(_rest, losia_fx.controller(trial.model))
     return trial
 
 
@@ -57,6 +67,7 @@ def build_profiled(setup: Setup, mode: str) -> Trial:
 
 def _stay(controller: Controller, step: int) -> None:
     """The slot goes on, with what has been gathered in it."""
+    _overlook_others(controller)
     controller.step = step
 
 
@@ -74,7 +85,7 @@ def _rest_if_adopted(model: nn.Module) -> None:
     """By string, the first forward makes the controller."""
     controller = find_controller(model)
     if controller is not None:
-        slots.rest(controller)
+        _rest(controller)
 
 
 def count_trained(setup: Setup) -> int:
