@@ -268,7 +268,10 @@ def ddp_group() -> ProcessGroup | None:
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own, by which Dynamo tells frames and counts their graphs."""
     assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    code, defaults = function.__code__.replace(), function.__defaults__
+    own = FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def active_ddp() -> DistributedDataParallel | None:

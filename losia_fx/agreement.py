@@ -7,7 +7,7 @@ where none of these tells (``.data`` writes, fused kernels called by hand), the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .errors import StateError, listed
+from .refusals import refuse_spread
 
 if TYPE_CHECKING:
     from .state import SubnetState
@@ -48,6 +49,7 @@ class Agreement:
         self._index = {state: number for number, state in enumerate(self.states)}
         self._witnesses: dict[SubnetState, _Witness | None] = {}
         self._samples = _Samples(())
+        self._lines = _Samples(())
         self.averaged = False
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
         self.waiting: set[SubnetState] = set()
@@ -85,6 +87,23 @@ class Agreement:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
             self._witnesses.update((state, _Witness.of(state)) for state in chosen)
+        self._remember_lines(chosen, whole, places)
+
+    @property
+    def _has_lines(self) -> bool:
+        return self._lines.places == self._places[: len(self.states)]
+
+    def _remember_lines(self, chosen: Sequence[SubnetState], whole: bool, moved: bool) -> None:
+        if whole and (moved or not self._has_lines):
+            self._lines = _Samples([_line_of(state) for state in self.states], self._places[: len(self.states)])
+            self._line = self._lines.take()
+        elif whole:
+            self._line = self._lines.take()
+        elif self._has_lines:  # else W by W is going somewhere else: the next look compares values
+            numbers = [self._index[state] for state in chosen]
+            if moved:
+                self._lines.look_at({number: _line_of(self.states[number]) for number in numbers})
+            self._lines.renew(self._line, numbers)
 
     def _slots(self, state: SubnetState) -> tuple[int, int]:
         number = self._index[state]
@@ -124,6 +143,7 @@ class Agreement:
         Raises StateError that names the weights where both moved, with those left as they are.
         """
         moved = {state: self.moved(state) for state in states}
+        refuse_spread(list(moved))
         for state, (w, _) in moved.items():
             if w:
                 self._take_in(state)
@@ -166,9 +186,26 @@ class Agreement:
             else:
                 state.write_back()
                 written.append(state)
+        self.vigilant = self.vigilant or bool(stale)
         self.remember([state for state in stale if state not in torn])
+        self._let_be([state for state in chosen if state not in stale])
         _refuse_torn(torn)
         return written
+
+    def _let_be(self, states: Sequence[SubnetState]) -> None:
+        """What was written to these W was not written to their subnets: nothing is to follow it."""
+        if not self._has_lines:
+            if len(states) == len(self.states):
+                self._remember_lines(states, whole=True, moved=False)
+            return
+        if not self._lines.differ(self._line):
+            return
+        for state in states:
+            number = self._index[state]
+            now = self._lines.of(self._lines.take([number]), number, alone=True)
+            if not _equal(now, self._lines.of(self._line, number)):
+                self._witnesses[state] = _Witness.of(state)
+                self._lines.renew(self._line, [number])
 
     def refuse_unwritten(self) -> None:
         """Raises StateError where an S was written that its W has yet to follow; stand-ins may be in their place."""
@@ -181,11 +218,9 @@ class Agreement:
             )
 
     def shows_a_write(self) -> bool:
-        """Whether the elements of S that are at hand on the CPU are others than when it agreed with W; of those on a
-        device nothing is asked, for which the host would wait."""
-        at_hand = [kind for kind in self._sample if kind[0].type == "cpu"]
-        now = self._samples.take() if at_hand else {}
-        return any(not torch.equal(now[kind], self._sample[kind]) for kind in at_hand)
+        """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of those on
+        a device nothing is asked, for which the host would wait."""
+        return not self._has_lines or self._samples.differ(self._sample) or self._lines.differ(self._line)
 
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
@@ -292,6 +327,17 @@ class _Samples:
         for number in numbers:
             self.of(sample, number).copy_(self._views[number])
 
+    def look_at(self, views: Mapping[int, Tensor]) -> None:
+        """Other elements than before, as many."""
+        for number, view in views.items():
+            self._views[number] = view
+
+    def differ(self, sample: Sample) -> bool:
+        """Whether those on the CPU are others now."""
+        at_hand = [kind for kind in sample if kind[0].type == "cpu"]
+        now = self.take() if at_hand else {}
+        return any(not torch.equal(now[kind], sample[kind]) for kind in at_hand)
+
     def of(self, sample: Sample, number: int, alone: bool = False) -> Tensor:
         """The elements of one S. alone: the sample was taken of it only."""
         kind, place = self._at[number]
@@ -300,8 +346,19 @@ class _Samples:
 
 Sample = dict[tuple[torch.device, torch.dtype], Tensor]
 
-SAMPLED = 256
+SAMPLED = 128
 """Elements of an S that are kept to tell whether it was written, at most."""
+LINE = 64
+"""Elements of a W on the CPU that are kept for the same, side by side: so they cost a third of as many of an S."""
+
+
+def _line_of(state: SubnetState) -> Tensor:
+    """The beginning of a row of W, (n,), in the midst of its subnet; nothing where the host would wait for it."""
+    weight = state.weight.detach()
+    if weight.device.type != "cpu":
+        return torch.empty(0, dtype=weight.dtype, device="cpu")
+    row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])
+    return (weight[0] if weight.dim() == 3 else weight)[row, :LINE]
 
 
 @dataclass(frozen=True)

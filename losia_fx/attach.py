@@ -327,9 +327,7 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
         written += agreement.settle([state], agreement.averaged)
     if values or agreement.vigilant or state.part_looks < PART_LOOKS:
         state.part_looks += 1
-        if found := agreement.compare([state]):
-            agreement.vigilant = True
-            written += found
+        written += agreement.compare([state])
     if controller is not None:
         controller.note(written, learns=False, shown=shown)
 

@@ -157,6 +157,9 @@ class Controller:
         self._learned: bool | None = None
         self._seen_step = True
         self._waits = 0
+        """Forwards since the one after the last followed step."""
+        self._usual_waits = 0
+        """The most of them that a followed step has ended."""
         self._unseen_moves = 0
         self._modes: list[bool] = []
         self._open: set[SubnetState] = set()
@@ -287,9 +290,8 @@ class Controller:
         """values: whether to compare those too."""
         if moved := self.agreement.differing():
             self.note(self.agreement.settle(moved, self._idle), learns, shown)
-        if values and (written := self.agreement.compare()):
-            self.agreement.vigilant = True
-            self.note(written, learns, shown)
+        if values:
+            self.note(self.agreement.compare(), learns, shown)
 
     def _compares(self, learns: bool | None) -> bool:
         """Whether a look is to compare values too: where a write that no version shows is likely, or would last."""
@@ -302,8 +304,9 @@ class Controller:
             return True
         if not learns or self._seen_step:
             return False
-        self._waits += 1  # micro-batches, or a step that nobody tells us of
-        return self._waits <= FIRST_LOOKS or self._waits % LATER_LOOKS == 0
+        self._waits += 1  # a further micro-batch, as in the steps before; or a step that nobody tells us of
+        unusual = self._waits - self._usual_waits
+        return unusual > 0 and (unusual <= FIRST_LOOKS or unusual % LATER_LOOKS == 0)
 
     def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
@@ -401,9 +404,11 @@ class Controller:
     # -- around an optimizer's step -------------------------------------------------------------------------------
 
     def is_rehearsal(self, optimizer: Optimizer, mine: list[SubnetState]) -> bool:
-        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no forward came
+        """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no backward came
         before it, its rate is 0 and so are its gradients."""
-        if not self._seen_step or any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+            return False
+        if any(state.profile is not None and state.profile.grad is not None for state in mine):
             return False
         return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
 
@@ -416,7 +421,9 @@ class Controller:
             self.check_weights()
             self.look(learns=True)
         self.mend()
-        self._agree(self.agreement.vigilant or self.agreement.shows_a_write(), learns=True, shown=False)
+        last_of_slot = ends_slot(self.config, self.step)  # where the host waits for the device anyhow
+        values = last_of_slot or self.agreement.vigilant or self.agreement.shows_a_write()
+        self._agree(values, learns=True, shown=False)
         if optimizer not in self._known:
             self._meet(optimizer)
         if optimizer in self._now:
@@ -519,6 +526,7 @@ class Controller:
         self._stepped.update(mine)
         self._idle = self.agreement.averaged = False
         self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
+        self._usual_waits, self._waits = max(self._usual_waits, self._waits), 0
         self._select_due()
 
     def _advance(self, late: bool = False) -> None:
@@ -535,7 +543,6 @@ class Controller:
             notices.warn_silent(self)
             if not late:
                 self._select_due()
-            self._looks = max(self._looks, 1)
         self._open_slot()
 
     def _select_due(self) -> None:

@@ -6,7 +6,6 @@ alone, so that a run and its resumption take the same one.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,8 +47,9 @@ def update_importance(
     numbers = (factor, torch.inf if limit is None else limit)
     scale, bound = (torch.tensor(number, dtype=torch.float32, device="cpu") for number in numbers)
     if compiled and weight.numel() >= WORTH_COMPILING:
-        _compiled(_update)(i, u, w, g, scale, bound, kind, *betas)
-        return
+        updated = _compiled_form(_update, (kind, betas, w.dtype, g.dtype, w.device), dynamic=True)
+        if updated is not None and _runs(updated, (i, u, w, g, scale, bound, kind, *betas)):
+            return
     chunk = CHUNK.get(weight.device.type, CHUNK["cuda"])
     for first in range(0, weight.numel(), chunk):
         part = slice(first, first + chunk)
@@ -82,51 +82,48 @@ def write_back(
 ) -> None:
     """W[rows, cols] = S for a block's weights, each in W's dtype; shapes as in subnet.scatter."""
     if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
-        written = _compiled_writes(tuple((weight.shape, weight.dtype, weight.device) for weight in weights))
+        block = tuple((weight.shape, weight.dtype, weight.device) for weight in weights)
+        written = _compiled_form(_write_back, block, dynamic=False)
         arguments = ([w.detach() for w in weights], list(rows), list(cols), [v.detach() for v in values])
         if written is not None and _runs(written, arguments):
             return
     _write_back(weights, rows, cols, values)
 
 
-@torch.no_grad()
 def _write_back(
     weights: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None], values: Sequence[Tensor]
 ) -> None:
-    for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
-        scatter(weight, row, col, value.to(weight.dtype))
+    with torch.no_grad():  # as a decorator it would be its code that own_code copies
+        for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
+            scatter(weight, row, col, value.to(weight.dtype))
 
 
 KINDS = 16
-"""Kinds of blocks, by the shapes of their weights, whose write-back is compiled: each takes some seconds to compile."""
+"""How many kinds of arguments each function here is compiled for: it takes some seconds each time."""
 
-_writes: dict[Any, Callable[..., Any]] = {}
+_forms: dict[Callable[..., None], dict[Any, Callable[..., Any]]] = {}
 _broken: set[Callable[..., Any]] = set()
 
 
-def _compiled_writes(kind: Any) -> Callable[..., Any] | None:
-    """The compiled write-back of blocks of one kind; None where the process has met too many kinds already.
+def _compiled_form(function: Callable[..., None], kind: Any, dynamic: bool) -> Callable[..., Any] | None:
+    """``function``, compiled for arguments of one kind; None where the process has met too many kinds already.
 
-    A function of its own for each: Dynamo counts graphs by their code, and gives up on it at the ninth.
+    A code object of its own for each: Dynamo counts graphs by it, and gives up at the ninth.
+    dynamic: one graph for all sizes of a kind.
     """
-    if kind not in _writes and len(_writes) < KINDS:
-        _writes[kind] = torch.compile(own_code(_write_back), dynamic=False, fullgraph=True)
-    found = _writes.get(kind)
+    forms = _forms.setdefault(function, {})
+    if kind not in forms and len(forms) < KINDS:
+        forms[kind] = torch.compile(own_code(function), dynamic=dynamic, fullgraph=True)
+    found = forms.get(kind)
     return None if found in _broken else found
 
 
-def _runs(written: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+def _runs(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
     """Whether the compiled form has run. S has moved already, so W must follow whatever becomes of the compiler."""
     try:
-        written(*arguments)
+        compiled(*arguments)
     except Exception as error:  # the compilers raise all kinds; the plain form does the same work
-        _broken.add(written)
-        log.warning("losia_fx: the write-back runs uncompiled: %s", str(error).partition("\n")[0])
+        _broken.add(compiled)
+        log.warning("losia_fx: a part of the step runs uncompiled: %s", str(error).partition("\n")[0])
         return False
     return True
-
-
-@functools.cache
-def _compiled(function: Callable[..., None]) -> Callable[..., Any]:
-    """One graph for all sizes."""
-    return torch.compile(function, dynamic=True, fullgraph=True)

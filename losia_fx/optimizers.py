@@ -163,7 +163,9 @@ class Entry:
 
 
 def _made(optimizer: Optimizer) -> Mapping[SubnetState, dict[str, Entry]]:
-    return registry.MADE.get(optimizer, {})
+    """Of one that hands out the state of another within it (accelerate's), what that other makes."""
+    inner = (each for each in inner_optimizers(optimizer) if each.state is optimizer.state)
+    return registry.MADE.get(next(inner, optimizer), {})
 
 
 def note_made_state(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ._compat import is_flattened
 from .config import LosiaConfig, matches
-from .errors import TransformError, listed
+from .errors import StateError, TransformError, listed
 from .registry import resolve
 from .weights import is_sharded
 
 if TYPE_CHECKING:
     from .plan_model import WeightPlan
+    from .state import SubnetState
 
 DDP_INSTEAD = "transform the whole model first, and spread it with DistributedDataParallel"
 
@@ -40,6 +42,17 @@ def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
         "shared with another model that is transformed already, whose subnets they have: transform one module that "
         "holds both models, or losia_fx.restore() the other first",
     )
+
+
+def refuse_spread(states: Iterable[SubnetState]) -> None:
+    """Raises StateError where a transformed model's weights or subnets have become parts of tensors."""
+    spread = [state.name for state in states if is_sharded(state.weight) or is_sharded(state.values)]
+    if spread:
+        raise StateError(
+            f"{listed(spread)}: sharded over processes after losia_fx.transform (a DTensor, as fully_shard and tensor "
+            "parallel make them), where no subnet can be followed: spread the transformed model with "
+            "DistributedDataParallel instead"
+        )
 
 
 def _refuse(plans: list[WeightPlan], why: str) -> None:

@@ -23,7 +23,8 @@ SUBNET = ("values", "rows", "cols")
 PROFILE = ("importance", "uncertainty", "grad")
 # What decides how training goes on. The patterns show in the names of the subnets, and a state brings its generator.
 BINDING = (
-    "rank_factor", "output_rank_factor", "period", "schedule", "importance", "beta1", "beta2", "rewarm",
+    "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
+    "rewarm",
 )  # fmt: skip
 
 

@@ -23,8 +23,9 @@ def scatter(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> 
     """full[rows][:, cols] = values, in place; values of full's dtype, or one for all."""
     if cols is None:
         full.index_copy_(0, rows, values.expand(rows.numel(), full.shape[1]))
-    elif full.dim() == 2 and full.is_contiguous():
+    elif full.dim() == 2 and full.is_contiguous() and not torch.compiler.is_compiling():
         # One index instead of two, for a third less time on a CPU, and as few calls as can be: there is one a weight.
+        # Inductor needs no help, and before torch 2.13 it writes through a view by copying all of it there and back.
         flat = torch.add(cols, rows.unsqueeze(-1), alpha=full.shape[1]).view(-1)
         full.view(-1).index_copy_(0, flat, values.reshape(-1).expand(flat.numel()))
     elif full.dim() == 2:

@@ -71,4 +71,6 @@ _REASONS = {
     "DeepSpeed": "its optimizers step flat or master copies of the parameters, so that no subnet could be moved to "
     "another place. Use DistributedDataParallel around losia_fx.transform(model): the subnets' moments are an eighth "
     "of an eighth of the full ones",
+    "TRL's sync_ref_model": "it pairs the parameters of the two by position, and the reference has no subnets among "
+    "its own. Give the trainer ref_model=copy.deepcopy(model), made of the transformed model",
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losia_fx.tools.bench.memory import allocated_peak
 from torch import Tensor
 
 import losia_fx
@@ -30,7 +31,7 @@ def graphs() -> int:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is worth compiling, and nothing has been yet."""
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
-    kernels._compiled.cache_clear()
+    kernels._forms.clear()
 
 
 def by_numpy(
@@ -117,7 +118,7 @@ def test_weights_of_experts_and_weights_that_are_not_contiguous(chunk: int, monk
 
 
 def test_what_is_small_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._compiled.cache_clear()
+    kernels._forms.clear()
     made = drawn(5, 7)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 36)
     measured(made, compiled=True)
@@ -238,6 +239,17 @@ def test_compiled_write_back_is_plain_to_the_bit(compiling: None) -> None:
         for written in zip(weights, befores, rows, cols, values, strict=True):
             assert_written(*written)
     assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_compiled_write_back_makes_no_copy_of_a_weight(compiling: None) -> None:
+    """Inductor writes into what it is given, where it sees that it may; else it would copy all of it there and back."""
+    weights = [torch.zeros(256, 512), torch.zeros(256, 512), torch.zeros(3, 256, 512)]
+    rows = [torch.arange(0, 256, 32)] * 2 + [torch.arange(0, 256, 32).repeat(3, 1)]
+    cols = [torch.arange(0, 512, 64), None, torch.arange(0, 512, 64).repeat(3, 1)]
+    values = [torch.randn(8, 8), torch.randn(8, 512), torch.randn(3, 8, 8)]
+    write_back(weights, rows, cols, values, True)  # compiles
+    assert allocated_peak(lambda: write_back(weights, rows, cols, values, True)) < weights[0].nbytes
 
 
 @pytest.mark.slow

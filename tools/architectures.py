@@ -7,24 +7,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PretrainedConfig, ResNetConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, ResNetConfig, TimmBackboneConfig
 from transformers.models.auto import modeling_auto
 
 from losia_fx.errors import LosiaError
 
-from .shrink_config import nested, shrink
+from .shrink_config import common_ratio, nested, shrink
 from .tiny_batch import candidates
 from .tiny_model import SEED, TinyModel, in_dtype, prepared, step
 
-MOST_BATCHES = 80
+MOST_BATCHES, MOST_PARTS = 80, 4
 
 # What a class is for, in the order in which one is chosen: the names of transformers' own tables.
 HEADS = tuple(
@@ -45,7 +46,11 @@ HEADS = tuple(
 BY_LAYER = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 # What cannot be had by making everything small: by model type, attributes (of parts, with dots) after shrinking.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3},
+    "align": {
+        "vision_config.width_coefficient": 0.25,
+        "vision_config.depth_coefficient": 0.3,
+        "projection_dim": 80,
+    },
     "blip-2": {"image_token_index": 98},
     "bros": {"dim_bbox_projection": 16},
     "chameleon": {"vocabulary_map": {"<image>": 98}},
@@ -55,7 +60,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "depth_pro": {"intermediate_hook_ids": [1, 1, 0, 0]},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+    "emu3": {"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97}},
     "falcon_h1": {"mamba_d_ssm": 128},
     "instructblip": {"image_token_index": 98},
     "instructblipvideo": {"video_token_index": 98},
@@ -105,18 +111,74 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> TinyModel:
     classes = _tables().get(model_type)
     if classes is None:
         raise LosiaError(f"{model_type!r}: transformers has no such model type with a model class")
-    errors: dict[str, str] = {}
+    heads: dict[str, str] = {}
     for head in sorted(classes, key=HEADS.index):
-        name = classes[head]
-        if name in errors:
-            continue
+        heads.setdefault(classes[head], head)
+    small = [_Attempt(model_type, name, head) for name, head in heads.items()]
+    errors: dict[str, str] = {}
+    found = _first(small, dtype, errors)
+    if found is None and (dtype != torch.float64 or _first(small, torch.float32, {}) is None):
+        # Not for want of float64, which some have no kernel for: float32 is better than other sizes or a part.
+        found = _first(_fitting(small), dtype, errors) or _first(_parts(small), dtype, errors)
+    if found is None:
+        said = "; ".join(f"{name}: {why}" for name, why in errors.items())
+        raise LosiaError(f"{model_type}: cannot be built: {said}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to make a model. ratio: as shrink() takes it; part: a module of it that is taken in its place."""
+
+    model_type: str
+    name: str
+    head: str
+    ratio: int = 0
+    part: str = ""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(SEED)
+        whole: nn.Module = getattr(transformers, self.name)(_config(self.model_type, self.ratio))
+        return whole.get_submodule(self.part)
+
+    def tiny(self, dtype: torch.dtype) -> TinyModel:
+        tried = _with_batch(prepared(self.model(), dtype), self.head, dtype)
+        # Some models keep what they saw (running averages, recurrent states): the one handed out has seen nothing.
+        return replace(tried, model=prepared(self.model(), dtype))
+
+
+def _first(attempts: Iterable[_Attempt], dtype: torch.dtype, errors: dict[str, str]) -> TinyModel | None:
+    """Of the attempts, the first that can be trained; the first error of each class is put into ``errors``."""
+    for attempt in attempts:
         try:
-            tried = _with_batch(_model(model_type, name, dtype), head, dtype)
-            # Some models keep what they saw (running averages, recurrent states): the one handed out has seen nothing.
-            return replace(tried, model=_model(model_type, name, dtype))
-        except Exception as error:  # whatever a model of any kind raises while it is made: the next class may do
-            errors[name] = " ".join(str(error).split())[:400]
-    raise LosiaError(f"{model_type}: cannot be built: " + "; ".join(f"{name}: {why}" for name, why in errors.items()))
+            tiny = attempt.tiny(dtype)
+        except Exception as error:  # whatever a model of any kind raises while it is made: the next one may do
+            errors.setdefault(attempt.name, " ".join(str(error).split())[:400])
+        else:
+            return replace(tiny, note=f"its {attempt.part} alone") if attempt.part else tiny
+    return None
+
+
+def _fitting(small: list[_Attempt]) -> Iterator[_Attempt]:
+    """The same with its own widths, divided by what its heads can be divided by, or as they are."""
+    with suppress(Exception):  # transformers' own defaults do not fit one another
+        ratios = {common_ratio(CONFIG_MAPPING[small[0].model_type]()), 1}
+        yield from (replace(attempt, ratio=ratio) for ratio in sorted(ratios, reverse=True) for attempt in small)
+
+
+def _parts(small: list[_Attempt]) -> Iterator[_Attempt]:
+    """Models inside one that does not run by itself (a pipeline of several, or one that wants a session), the largest
+    first."""
+    for attempt in small:
+        with suppress(Exception):  # it cannot even be made
+            model = attempt.model()
+            sizes = {
+                path: sum(p.numel() for p in part.parameters())
+                for path, part in model.named_modules()
+                if path and isinstance(part, PreTrainedModel)
+            }
+            for path in sorted(sizes, key=sizes.__getitem__, reverse=True)[:MOST_PARTS]:
+                yield replace(attempt, part=path, head="BASE")
 
 
 def class_names(head: str) -> Mapping[str, Any]:
@@ -138,22 +200,17 @@ def _tables() -> dict[str, dict[str, str]]:
     return found
 
 
-def _model(model_type: str, name: str, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(SEED)
-    model: nn.Module = getattr(transformers, name)(_config(model_type))
-    return prepared(model, dtype)
-
-
-def _config(model_type: str) -> PretrainedConfig:
+def _config(model_type: str, ratio: int) -> PretrainedConfig:
     config: PretrainedConfig = CONFIG_MAPPING[model_type]()
     for part in nested(config):
-        for name, value in vars(part).items():
-            if getattr(value, "model_type", None) == "timm_backbone":  # another package; a ResNet does as well
-                stages = list(range(5 - len(value.out_indices or (0,)), 5))
-                options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages}
-                setattr(part, name, ResNetConfig(**options))
-    shrink(config)
-    for path, value in OVERRIDES.get(model_type, {}).items():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, TimmBackboneConfig) or hasattr(value, "do_pooling"):  # timm's; a ResNet does as well
+                stages = list(range(5 - len(getattr(value, "out_indices", None) or (0,)), 5))
+                options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages, "hidden_size": 512}
+                given = {key: item for key, item in vars(value).items() if not hasattr(ResNetConfig(), key)}
+                vars(part)[name] = ResNetConfig(**given, **options)  # past the check of its type
+    shrink(config, ratio)
+    for path, value in OVERRIDES.get(model_type, {}).items() if not ratio else ():
         *parts, name = path.split(".")
         setattr(reduce(getattr, parts, config), name, value)
     return config

@@ -79,6 +79,7 @@ def check(architecture: str, compiler: str, dtype: str, library: str = "transfor
     if faults and (against := _against_compiler(tiny, ours, compiler, TOLERANCE[used])) is not None:
         faults, worst = [], against
         left.append("torch.compile alone differs from eager mode here: held against that")
+    left += [tiny.note] if tiny.note else []
     faults += silent
     verdict, why = (INEXACT, faults) if faults else (EXACT, left)
     return Result(architecture, verdict, "; ".join(why), name, used, len(losia_fx.subnets(model)), share, worst)

@@ -74,6 +74,7 @@ def _tests(args: argparse.Namespace) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", args.tests]
     stands_in = {"LOSIA_TEST_DEVICE": args.device} if args.device != "cuda" else {}
+    options += [] if args.workers is None else ["-n", str(args.workers), "--dist", "worksteal"]
     start, command = time.monotonic(), [sys.executable, "-m", "pytest", *options]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **stands_in}, check=False).returncode
     cases = list(read_cases(report.read_text())) if report.is_file() else []
@@ -146,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--only", choices=PARTS, help="one part, beside what the folder has of the other")
     add("--tests", default="tests", metavar="PATH", help="which of the tests marked gpu (default: all)")
+    add("--workers", type=int, metavar="N", help="processes of the tests, all on the one GPU (default: this one alone)")
     add("--size", choices=SIZES, default="7b", help="of the bench's model (default: 7b)")
     add("--methods", nargs="+", default=list(METHODS), metavar="NAME", help=f"of the bench (default: {METHODS})")
     add("--modes", nargs="+", default=["compiled"], help="of the bench (default: compiled)")

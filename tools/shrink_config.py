@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -11,10 +12,12 @@ from transformers import PretrainedConfig
 from .size_rules import (
     DEFAULTS,
     DEPTHS,
+    FITTED_DEFAULTS,
     HEAD_DIM,
     HEADS,
     IMAGE,
     LAYER_COUNTS,
+    LAYER_NUMBERS,
     LAYERS,
     MOST_LAYERS,
     OFF,
@@ -24,14 +27,27 @@ from .size_rules import (
     STOPPED,
     TOKEN,
     VOCABULARY,
+    Unit,
+    Width,
 )
 
 
-def shrink(config: PretrainedConfig) -> None:
-    """Edits ``config`` and the configurations in it: widths, layers, heads, experts, vocabularies; no dropout."""
+def shrink(config: PretrainedConfig, ratio: int = 0) -> None:
+    """Edits ``config`` and the configurations in it: widths, layers, heads, experts, vocabularies; no dropout.
+
+    ratio: what all widths are divided by, for configurations whose widths have to fit in ways that their names do not
+    tell; 0: each becomes what size_rules says.
+    """
     tokens: dict[str, int] = {}
     for part in nested(config):
-        _shrink(part, tokens)
+        _Shrinking(part, tokens, ratio).run()
+
+
+def common_ratio(config: PretrainedConfig) -> int:
+    """What the number of heads in every part of ``config`` can be divided by: 8, 4, 2 or 1."""
+    heads = [size for part in nested(config) for name, size in vars(part).items() if rule(name) is HEADS]
+    counts = [count for size in heads for count in (size if isinstance(size, (list, tuple)) else (size,))]
+    return next(ratio for ratio in (8, 4, 2, 1) if all(type(n) is not int or n % ratio == 0 for n in counts))
 
 
 def nested(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -44,14 +60,9 @@ def nested(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
                 yield from nested(item)
 
 
-def _shrink(config: PretrainedConfig, tokens: dict[str, int]) -> None:
-    kept = kept_layers(config)
-    before = dict(vars(config))
-    for name, value in before.items():
-        new = _shrunk(name, value, tokens, kept)
-        if new is not value:
-            setattr(config, name, new)
-    _repair(config, before)
+def rule(name: str) -> int | None:
+    """The size that size_rules gives an attribute of this name."""
+    return next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
 
 
 def layer_counts(config: PretrainedConfig) -> dict[str, int]:
@@ -83,32 +94,84 @@ def _is_kind(values: Any) -> bool:
     return all(isinstance(value, (str, bool, list, tuple)) for value in values) or len(set(values)) <= 3
 
 
-def _shrunk(name: str, value: Any, tokens: dict[str, int], kept: dict[int, list[int]]) -> Any:
-    if value is None:
-        return DEFAULTS.get(name)
-    if name in OFF:
-        return False
-    if TOKEN.fullmatch(name):
-        return _token(name, value, tokens)
-    if isinstance(value, (bool, int, float)):
-        return _number(name, value, kept)
-    if isinstance(value, (str, list, tuple)) and value:
-        return _sequence(name, value, kept)
-    if isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
-        return _rope(value)
-    return value
+@dataclass(frozen=True)
+class _Shrinking:
+    """Of one configuration; ``tokens`` are common to all inside the same one."""
 
+    config: PretrainedConfig
+    tokens: dict[str, int]
+    ratio: int
 
-def _number(name: str, value: bool | int | float, kept: dict[int, list[int]]) -> bool | int | float:
-    if isinstance(value, bool):
+    def run(self) -> None:
+        kept = kept_layers(self.config)
+        before = dict(vars(self.config))
+        for name, value in before.items():
+            new = self.shrunk(name, value, kept)
+            if new is not value:
+                setattr(self.config, name, new)
+        if isinstance(vars(self.config).get("stage_names"), list):
+            _repair_stages(self.config)
+        if not self.ratio:
+            _repair(self.config, before)
+
+    def shrunk(self, name: str, value: Any, kept: dict[int, list[int]]) -> Any:
+        if value is None:
+            return None if self.ratio and name in FITTED_DEFAULTS else DEFAULTS.get(name)
+        if name in OFF:
+            return False
+        if TOKEN.fullmatch(name):
+            return _token(name, value, self.tokens)
+        if isinstance(value, (bool, int, float)):
+            return self.number(name, value, kept)
+        if isinstance(value, (str, list, tuple)) and value:
+            return self.sequence(name, value, kept)
+        if isinstance(value, dict) and name in ("rope_parameters", "rope_scaling") and not self.ratio:
+            return _rope(value)
         return value
-    if STOPPED.fullmatch(name):
-        return type(value)(0)
-    if isinstance(value, float):
-        return value
-    if value in kept and LAYER_COUNTS.fullmatch(name):
-        return min(value, len(kept[value]))
-    return _size(name, value)
+
+    def number(self, name: str, value: bool | int | float, kept: dict[int, list[int]]) -> bool | int | float:
+        if isinstance(value, bool):
+            return value
+        if STOPPED.fullmatch(name):
+            return type(value)(0)
+        if isinstance(value, float):
+            return value
+        if value in kept and LAYER_COUNTS.fullmatch(name):
+            return min(value, len(kept[value]))
+        return self.size(name, value)
+
+    def size(self, name: str, value: int) -> int:
+        size = rule(name)
+        if size is None or (self.ratio and isinstance(size, Unit)):
+            return value
+        if self.ratio and isinstance(size, Width):
+            return value if value % self.ratio else value // self.ratio
+        return int(min(value, size))
+
+    def sequence(self, name: str, values: Any, kept: dict[int, list[int]]) -> Any:
+        if isinstance(values, str):
+            if "pattern" not in name or len(values) not in kept or len(values) <= LAYERS:
+                return values
+            return "".join(values[i] for i in kept[len(values)])
+        make = list if isinstance(values, list) else tuple
+        if DEPTHS.fullmatch(name) and all(type(v) is int for v in values):
+            return make(2 if i == 1 else 1 for i in range(len(values)))
+        if len(values) in kept and len(values) > LAYERS:
+            values = make(values[i] for i in kept[len(values)])
+        elif LAYER_NUMBERS.fullmatch(name) and kept:
+            return _indices(values, kept)
+        if all(type(v) is int for v in values):
+            return make(self.stages(name, values))
+        return values
+
+    def stages(self, name: str, values: Any) -> list[int]:
+        """Sizes stage by stage, each as if it stood alone: channels of one list are the inputs of another."""
+        if self.ratio:
+            return [self.size(name.removesuffix("s") if rule(name) is None else name, v) for v in values]
+        size = min(self.size(name.removesuffix("s"), max(values)), self.size(name, max(values)))
+        if size == max(values):
+            return list(values)
+        return [min(v, 2 if size == HEADS else size) for v in values]  # 2 heads: what every stage is a multiple of
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +179,9 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" in value:
         half = int(HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
         third = 3 * half // 8
-        value["mrope_section"] = [half - 2 * third, third, third]
+        first, second = (value.get("mrope_section") or (0, 1))[:2]  # height and width are alike: which they are
+        sections = [third, third, half - 2 * third]
+        value["mrope_section"] = sections if first == second else sections[::-1]
     if "original_max_position_embeddings" in value:
         value["original_max_position_embeddings"] = 32
     for key in ("short_factor", "long_factor"):
@@ -135,33 +200,6 @@ def _token(name: str, value: Any, tokens: dict[str, int]) -> Any:
     return tokens.setdefault(name.removesuffix("_id").removesuffix("_index"), VOCABULARY - 1 - len(tokens))
 
 
-def _size(name: str, value: int) -> int:
-    for pattern, size in SIZES:
-        if re.fullmatch(pattern, name):
-            return value if size is None else min(value, size)
-    return value
-
-
-def _sequence(name: str, values: Any, kept: dict[int, list[int]]) -> Any:
-    if isinstance(values, str):
-        if "pattern" not in name:
-            return values
-        return "".join(values[i] for i in kept[len(values)]) if len(values) in kept and len(values) > LAYERS else values
-    make = list if isinstance(values, list) else tuple
-    if DEPTHS.fullmatch(name) and all(type(v) is int for v in values):
-        return make(2 if i == 1 else 1 for i in range(len(values)))
-    if len(values) in kept and len(values) > LAYERS:
-        values = make(values[i] for i in kept[len(values)])
-    elif (
-        re.fullmatch(r"(?!_|out_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)", name)
-        and kept
-    ):
-        return _indices(values, kept)
-    if all(type(v) is int for v in values):
-        return make(_stages(name, values))
-    return values
-
-
 def _indices(values: Any, kept: dict[int, list[int]]) -> Any:
     """Layer numbers, spread over the layers that are left."""
     make = list if isinstance(values, list) else tuple
@@ -170,14 +208,6 @@ def _indices(values: Any, kept: dict[int, list[int]]) -> Any:
     count = max(kept)
     last = len(kept[count]) - 1
     return make(v if v < 0 else min(last, round(v * last / max(1, count - 1))) for v in values)
-
-
-def _stages(name: str, values: Any) -> list[int]:
-    """Sizes stage by stage, each as if it stood alone: channels of one list are the inputs of another."""
-    size = min(_size(name.removesuffix("s"), max(values)), _size(name, max(values)))
-    if size == max(values):
-        return list(values)
-    return [min(v, 2 if size == HEADS else size) for v in values]  # 2 heads: what every stage is a multiple of
 
 
 def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
@@ -190,8 +220,6 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
     for inner, heads, head_dim in SSM:
         if {inner, heads, head_dim} <= values.keys() and "hidden_size" in values:
             setattr(config, head_dim, values[inner] * values["hidden_size"] // values[heads])
-    if isinstance(values.get("stage_names"), list):
-        _repair_stages(config)
     if "backbone_feature_sizes" in values:  # of an image of 1024 pixels
         config.backbone_feature_sizes = [
             [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 
-WIDTH, INNER, HEADS, HEAD_DIM = 64, 96, 4, 16
+
+class Width(int):
+    """A size that others have to fit: where these do not, all of a model's own are divided by one number instead."""
+
+
+class Unit(int):
+    """A size that widths are multiples of: left as it is where they are divided."""
+
+
+WIDTH, INNER, HEADS, KEY_HEADS, HEAD_DIM = Width(64), Width(96), Width(4), Width(2), Unit(16)
 VOCABULARY = 99
-IMAGE, PATCH = 64, 16
+IMAGE, PATCH, WINDOW = Unit(64), Unit(16), Unit(2)
 LAYERS, MOST_LAYERS = 2, 6
 
 # The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
@@ -20,7 +29,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"type_vocab_size", 3),
     (r".*codebook_size", 64),
     (r".*(vocab_size|group_vocab).*|num_embeddings|vocab_offset", VOCABULARY),
-    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", 2),
+    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", KEY_HEADS),
     (r"(?!.*dim).*(heads|n_head|num_head)", HEADS),
     (r"rotary_dim|.*(head_dim|dim_head|d_head|d_kv|head_size|kv_channels|headdim)|query_pre_attn_scalar", HEAD_DIM),
     (r".*(lora_rank|low_rank_dim|low_rank|rank_dim)", 16),
@@ -35,7 +44,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r".*(layer_period|layer_frequency|layer_interval|sliding_window_pattern|cross_attention_frequency)", 2),
     (r"(image|crop|input|pretrain_image)_size", IMAGE),
     (r"patch_size|.*_patch_size", PATCH),
-    (r"\w*window_size\w*", 2),
+    (r"\w*window_size\w*", WINDOW),
     (r"sliding_window.*|local_attention|attention_chunk_size|block_size|attention_window", 8),
     (r"chunk_size|\w*_chunk_size|index_topk|mm_tokens_per_image", 8),
     (r".*(hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|hidden_channels)\w*", WIDTH),
@@ -45,8 +54,11 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"num_mel_bins", 16),
     (r"upsample_groups", WIDTH),
     (r"train_num_points", 32),
+    (r"context_size", 32),
 )
 LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
+# Numbers of layers: which of them have something, or whose outputs are taken.
+LAYER_NUMBERS = re.compile(r"(?!_|out_)\w*(index|indexes|indices|layers|block_ids|layer_ids|global_attention_blocks)")
 # State space models: heads x head_dim = expand x hidden_size.
 SSM = (
     ("expand", "num_heads", "head_dim"),
@@ -71,6 +83,10 @@ DEFAULTS = {
     "num_experts": 4,
     "moe_intermediate_size": INNER,
     "top_k_experts": 2,
+    "prediction_length": 8,
+    "context_length": 16,
     "num_key_value_heads": HEADS,
 }
+FITTED_DEFAULTS = ("head_dim", "moe_intermediate_size", "num_key_value_heads")
+"""Of these, the ones that follow from widths, which a configuration that keeps its own derives."""
 OFF = ("use_cache", "apply_spec_augment", "use_timm_backbone", "use_pretrained_backbone", "output_router_logits")

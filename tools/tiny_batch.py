@@ -90,7 +90,8 @@ def _count_features(function: Any, inputs: Batch) -> int | None:
 def _rows(output: Any) -> int | None:
     """How many rows of features an output of get_..._features has."""
     if not isinstance(output, (Tensor, list, tuple)):
-        output = getattr(output, "pooler_output", None)
+        pooled = getattr(output, "pooler_output", None)
+        output = getattr(output, "last_hidden_state", None) if pooled is None else pooled
     if isinstance(output, (list, tuple)):
         counts = [_rows(item) for item in output]
         return None if None in counts else sum(count for count in counts if count is not None)

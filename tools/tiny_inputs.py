@@ -14,6 +14,9 @@ from .size_rules import IMAGE, PATCH
 
 SIZE, LENGTH, TARGET_LENGTH, SAMPLES, FRAMES = 2, 16, 6, 3200, 64
 FIRST_WORD, LAST_WORD = 3, 60  # below them pad, begin and end; above them the special tokens
+# What a configuration calls the height of a spectrum.
+BINS = ("feature_projection_input_dim", "input_size", "num_mel_bins", "n_mels", "feature_size",
+        "input_feat_per_channel")  # fmt: skip
 
 Batch = dict[str, Any]
 
@@ -99,7 +102,13 @@ def _patches(facts: Facts) -> list[Batch]:
 
 def _spectrum(facts: Facts) -> list[Batch]:
     bins = facts.size(
-        "feature_projection_input_dim", "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", default=16
+        "feature_projection_input_dim",
+        "input_size",
+        "num_mel_bins",
+        "n_mels",
+        "feature_size",
+        "input_feat_per_channel",
+        default=16,
     )
     frames = 2 * facts.size("max_source_positions", default=FRAMES // 2)
     options = []
@@ -117,8 +126,59 @@ def _wave(facts: Facts) -> list[Batch]:
 
 
 def _series(facts: Facts) -> list[Batch]:
+    """What was measured; for models of dated series, with what is known of the time that follows."""
     length, channels = facts.size("context_length", default=32), facts.size("num_input_channels", default=1)
-    return [{"past_values": torch.randn(SIZE, length, channels)}]
+    if "past_time_features" not in facts.parameters:
+        return [{"past_values": torch.randn(SIZE, length, channels)}]
+    config = facts.configs[0]
+    past, ahead = length + max(config.lags_sequence), config.prediction_length
+    return [
+        {
+            "past_values": torch.randn(SIZE, past),
+            "past_time_features": torch.randn(SIZE, past, config.num_time_features),
+            "past_observed_mask": torch.ones(SIZE, past),
+            "future_values": torch.randn(SIZE, ahead),
+            "future_time_features": torch.randn(SIZE, ahead, config.num_time_features),
+        }
+    ]
+
+
+def _games(facts: Facts) -> list[Batch]:
+    """A reinforcement learner's steps: what it saw, what it did, and what came of it."""
+    config = facts.configs[0]
+    return [
+        {
+            "states": torch.randn(SIZE, TARGET_LENGTH, config.state_dim),
+            "actions": torch.randn(SIZE, TARGET_LENGTH, config.act_dim),
+            "rewards": torch.randn(SIZE, TARGET_LENGTH, 1),
+            "returns_to_go": torch.randn(SIZE, TARGET_LENGTH, 1),
+            "timesteps": torch.arange(TARGET_LENGTH).expand(SIZE, -1),
+        }
+    ]
+
+
+def _speech_labels(facts: Facts) -> list[Batch]:
+    """FastSpeech 2's: how long, how high and how loud each token of a text is, and the spectrum."""
+    bins = facts.size("num_mel_bins", default=16)
+    return [
+        {
+            "spectrogram_labels": torch.randn(SIZE, 2 * LENGTH, bins),
+            "duration_labels": torch.full((SIZE, LENGTH), 2),
+            "pitch_labels": torch.randn(SIZE, LENGTH, 1),
+            "energy_labels": torch.randn(SIZE, LENGTH, 1),
+        }
+    ]
+
+
+def _questions(facts: Facts) -> list[Batch]:
+    """Places in one prompt where an option is decided on."""
+    return [
+        {
+            "marks": torch.tensor([[2, 5, 9]] * SIZE),
+            "num_options": torch.full((SIZE, 3), 2),
+            "question_type_ids": torch.zeros(SIZE, 3, dtype=torch.long),
+        }
+    ]
 
 
 def _boxes(facts: Facts) -> list[Batch]:
@@ -145,9 +205,13 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "input_features": _spectrum,
     "input_values": _wave,
     "past_values": _series,
+    "states": _games,
     "bbox": _boxes,
     "visual_feats": _regions,
     "decoder_input_ids": _decoder_ids,
+    "qformer_input_ids": lambda facts: [{"qformer_input_ids": words(LENGTH)}],
+    "spectrogram_labels": _speech_labels,
+    "marks": _questions,
     "image_attention_mask": lambda facts: [{"image_attention_mask": torch.ones(SIZE, LENGTH, 1, dtype=torch.long)}],
     "image_embeds_position_mask": _image_positions,
     "return_loss": lambda facts: [{"return_loss": True}],
@@ -156,6 +220,9 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
 
 HELPERS = (
     "decoder_input_ids",
+    "qformer_input_ids",
+    "spectrogram_labels",
+    "marks",
     "bbox",
     "visual_feats",
     "image_attention_mask",

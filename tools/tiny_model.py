@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from losia_fx.errors import LosiaError
 
 SEED = 1
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 25_000_000
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -25,6 +25,8 @@ class TinyModel:
     batch: dict[str, Any]
     labelled: bool
     """Whether the batch has labels, so that the output has a loss."""
+    note: str = ""
+    """What a reader of a table has to know about it."""
 
     def loss(self, output: Any) -> Tensor:
         """() the model's own loss, or, where it has none, a fixed smooth function of all floating outputs."""

@@ -32,7 +32,7 @@ def waits(work: Callable[[], object]) -> list[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if "synchroniz" in str(w.message)]
+    return [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def has_grouped_kernel() -> bool:
@@ -53,7 +53,8 @@ def has_grouped_kernel() -> bool:
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_the_host_waits_where_it_must(case: Case, dtype: torch.dtype, compiler: str) -> None:
-    """At rest never, with a block profiled once, and a few times when it moves: as tests/device counts on "meta"."""
+    """At rest never, with a block profiled once, and a few times when it moves: as tests/device counts on "meta", and
+    once more, since there no values can be compared."""
     if case is MIXTRAL and not has_grouped_kernel():
         pytest.skip("torch's grouped product waits on this architecture")
     model = losia_fx.transform(build(case, dtype), compiler=compiler, period=PERIOD, profile_steps=2, rank_factor=0.25)
@@ -67,9 +68,9 @@ def test_the_host_waits_where_it_must(case: Case, dtype: torch.dtype, compiler: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    for _ in range(PERIOD):  # compiles, keeps the base, and moves the head once
+    for _ in range(PERIOD):  # compiles, keeps the base, compares values, and moves the head once
         train()
-    for expected in (0, 0, 1, 4):
+    for expected in (0, 0, 1, 5):
         found = waits(train)
         assert len(found) == expected, found
     assert [event.group for event in controller.history] == [0, 1]

@@ -200,7 +200,7 @@ def test_under_data_parallel(one_process: None) -> None:
 def test_the_compiled_passes_over_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Importance and write-back by Inductor, with numbers that the host hands over, are the plain ones."""
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
-    kernels._compiled.cache_clear()
+    kernels._forms.clear()
     weight, grad = (torch.randn(64, 48, device=DEVICE).to(dtype) for _ in range(2))
     for factor, limit in ((0.5, None), (2.0, 0.3)):
         pairs = []

@@ -163,11 +163,11 @@ SCENARIOS: list[Callable[[], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def rank_main(rank: int, results: str) -> None:
+def rank_main(rank: int, results: str, scenarios: list[Callable[[], dict[str, Any]]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{results}.rendezvous", rank=rank, world_size=RANKS)
     found: dict[str, Any] = {}
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         torch._dynamo.reset()
         try:
             found[scenario.__name__] = scenario()
@@ -178,9 +178,14 @@ def rank_main(rank: int, results: str) -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
+def run(scenarios: list[Callable[[], dict[str, Any]]]) -> int:
+    """Each scenario in both ranks; the exit code."""
     for number in range(RANKS):
         if os.fork() == 0:
-            rank_main(number, sys.argv[1])
+            rank_main(number, sys.argv[1], scenarios)
     ended = [os.waitpid(-1, 0)[1] for _ in range(RANKS)]
-    sys.exit(max(map(os.waitstatus_to_exitcode, ended)))
+    return max(map(os.waitstatus_to_exitcode, ended))
+
+
+if __name__ == "__main__":
+    sys.exit(run(SCENARIOS))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import losia_fx
+from losia_fx._compat import ISOLATES_RECOMPILES
 from losia_fx.backend import losia_backend
 from losia_fx.controller import Controller, find_controller
 from losia_fx.errors import LosiaWarning
@@ -34,13 +35,23 @@ def trial_of(setup: Setup, model: nn.Module) -> Trial:
 
 def build_idle(setup: Setup, mode: str) -> Trial:
     trial = trial_of(setup, transformed(setup, mode))
-    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    trial.prepare = partial(_rest, losia_fx.controller(trial.model))
     return trial
+
+
+def _rest(controller: Controller) -> None:
+    _overlook_others(controller)
+    slots.rest(controller)
+
+
+def _overlook_others(controller: Controller) -> None:
+    """All methods share one copy of the weights: what another wrote there is nothing to look into, inside the clock."""
+    controller.agreement.remember()
 
 
 def _build_checkpointed(setup: Setup, mode: str) -> Trial:
     trial = trial_of(setup, transformed(setup, mode, checkpointed(setup.model())))
-    trial.prepare = partial(slots.rest, losia_fx.controller(trial.model))
+    trial.prepare = partial(_rest, losia_fx.controller(trial.model))
     return trial
 
 
@@ -56,6 +67,7 @@ def build_profiled(setup: Setup, mode: str) -> Trial:
 
 def _stay(controller: Controller, step: int) -> None:
     """The slot goes on, with what has been gathered in it."""
+    _overlook_others(controller)
     controller.step = step
 
 
@@ -64,7 +76,7 @@ def _build_by_string(setup: Setup, mode: str) -> Trial:
     for linear in (*block_linears(model), model.lm_head):
         linear.weight.requires_grad_(True)
     options = {**options_of(mode), "rank_factor": setup.size.rank_factor}
-    apart: dict[str, Any] = {"isolate_recompiles": True}  # not in the overloads; see compiled_in_place
+    apart: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES_RECOMPILES else {}  # see compiled_in_place
     compiled: Any = torch.compile(model, backend=losia_backend, options=options, **apart)
     return Trial(compiled, setup.batch, adamw(model.parameters()), partial(_rest_if_adopted, model))
 
@@ -73,7 +85,7 @@ def _rest_if_adopted(model: nn.Module) -> None:
     """By string, the first forward makes the controller."""
     controller = find_controller(model)
     if controller is not None:
-        slots.rest(controller)
+        _rest(controller)
 
 
 def count_trained(setup: Setup) -> int:

@@ -1,0 +1,209 @@
+"""What spreads a transformed model over devices and cannot train its subnets: refused by name, with nothing changed."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import losia_fx
+from losia_fx import StateError, TransformError
+from tests.toys import Toy, batch, loss_of
+from tests.truth.twin import STILL, refused, snapshot
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*FSDP", "ignore:.*reduction"),
+    pytest.mark.filterwarnings("error::losia_fx.LosiaWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def transformed(layers: int = 2) -> nn.Module:
+    return losia_fx.transform(Toy(layers=layers), **STILL)
+
+
+def trained(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
+    loss_of(model if call is None else call, batch()).backward()
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# -- what stands around the model ------------------------------------------------------------------------------------
+
+
+class OverTwo(nn.DataParallel[nn.Module]):
+    """As DataParallel is over two devices, as far as a CPU can tell."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.device_ids = [0, 1]
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.module(*inputs, **kwargs)
+
+
+class DeepSpeedEngine(nn.Module):
+    """Has the name, the place and the attribute of deepspeed's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.module(*inputs, **kwargs)
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, and a process that has imported deepspeed."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    engine = types.ModuleType("deepspeed.runtime.engine")
+    engine.DeepSpeedEngine = DeepSpeedEngine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def fsdp_of_a_block(model: Any) -> nn.Module:
+    model.layers[0] = fsdp(model.layers[0])
+    return model  # type: ignore[no-any-return]
+
+
+AROUND: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "DataParallel": (OverTwo, "DataParallel"),
+    "DeepSpeed": (DeepSpeedEngine, "DeepSpeed"),
+    "within another": (lambda model: nn.Sequential(OverTwo(model)), "DataParallel"),
+    "FSDP1": (fsdp, "FullyShardedDataParallel"),
+    "FSDP1 of a block": (fsdp_of_a_block, "FullyShardedDataParallel"),
+}
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_a_wrapper_is_refused_at_the_first_forward_that_learns(others: None, way: str) -> None:
+    wrap, name = AROUND[way]
+    model = transformed()
+    ids = batch()
+    with torch.no_grad():
+        expected = model(ids)
+    wrapped = wrap(model)
+    message = refused(lambda: loss_of(wrapped, ids), wrapped, "DistributedDataParallel", error=TransformError)
+    assert message.startswith(f"{name} and a transformed model: ")
+    assert losia_fx.controller(model).step == 0
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+    with torch.no_grad():
+        if way == "FSDP1":  # the weights that it puts into their places are of nobody
+            refused(lambda: wrapped(ids), wrapped, name, error=TransformError)
+        else:
+            torch.testing.assert_close(wrapped(ids), expected)
+
+
+@pytest.mark.parametrize("kind", [OverTwo, DeepSpeedEngine])
+def test_a_wrapper_of_another_model_concerns_nobody(others: None, kind: Any) -> None:
+    model, other = transformed(1), kind(Toy(layers=1))
+    trained(model)
+    assert losia_fx.controller(model).step == 1
+    assert other(batch()) is not None
+
+
+def test_data_parallel_on_one_device_is_the_model_itself() -> None:
+    model = transformed(1)
+    trained(model, nn.DataParallel(model))
+    assert losia_fx.controller(model).step == 1
+
+
+def test_the_road_that_the_messages_name_works() -> None:
+    model = transformed(1)
+    before = snapshot(model)
+    trained(model, DistributedDataParallel(model))
+    moved = {name for name, value in snapshot(model).items() if not torch.equal(before[name], value)}
+    assert losia_fx.subnets(model).keys() <= moved
+
+
+# -- weights in pieces -----------------------------------------------------------------------------------------------
+
+
+def sharded(*names: str) -> Callable[[nn.Module], None]:
+    def shard(model: nn.Module) -> None:
+        for name in names:
+            fully_shard(model.get_submodule(name), mesh=init_device_mesh("cpu", (1,)))
+
+    return shard
+
+
+def distributed(*placements: Any) -> Callable[[nn.Module], None]:
+    def distribute(model: nn.Module) -> None:
+        linear: Any = model.get_submodule("layers.1.mlp.up")
+        pieces = distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,)), placements)
+        linear.weight = nn.Parameter(pieces, requires_grad=False)
+
+    return distribute
+
+
+PIECES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "fully_shard": (sharded("layers.0", "layers.1", ""), "layers.0.mix.weight, "),
+    "fully_shard of the whole": (sharded(""), "layers.0.mix.weight, "),
+    "one block": (sharded("layers.1"), "layers.1.mix.weight, layers.1.mlp.up.weight, "),
+    "one DTensor": (distributed(Shard(0)), "layers.1.mlp.up.weight: sharded"),
+    "one that is whole": (distributed(Replicate()), "layers.1.mlp.up.weight: sharded"),
+}
+
+
+def local(model: nn.Module) -> dict[str, Any]:
+    return {name: getattr(value, "to_local", lambda v=value: v)().clone() for name, value in snapshot(model).items()}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("way", PIECES)
+def test_weights_in_pieces_after_transform(way: str, steps: int) -> None:
+    """Nothing learns, the head included: which is said at the forward, and at the step if it had come so far."""
+    spread, name = PIECES[way]
+    model = transformed()
+    for _ in range(steps):
+        trained(model)
+    spread(model)
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = local(model)
+    for use in (lambda: loss_of(model, batch()), lambda: losia_fx.state_dict(model), lambda: losia_fx.subnets(model)):
+        with pytest.raises(StateError) as caught:
+            use()
+        assert name in str(caught.value)
+        assert "DistributedDataParallel" in str(caught.value)
+    for subnet in list(model.parameters()):
+        subnet.grad = torch.ones_like(subnet) if subnet.requires_grad else None
+    with pytest.raises(StateError, match="sharded"):
+        optimizer.step()
+    assert losia_fx.controller(model).step == steps
+    for key, value in local(model).items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("way", PIECES)
+def test_weights_in_pieces_before_transform(way: str) -> None:
+    spread, name = PIECES[way]
+    model = Toy(layers=2)
+    spread(model)
+    asked = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    with pytest.raises(TransformError) as caught:
+        losia_fx.transform(model, **STILL)
+    assert name in str(caught.value)
+    assert "DistributedDataParallel" in str(caught.value)
+    assert asked == {key: parameter.requires_grad for key, parameter in model.named_parameters()}
