@@ -41,6 +41,7 @@ __all__ = [
     "compiled_call",
     "ddp_group",
     "ddp_ignores",
+    "exchange_calls",
     "fake_inputs",
     "graph_counts",
     "graph_task_id",
@@ -48,7 +49,6 @@ __all__ = [
     "inner_compiler",
     "input_index",
     "install_call",
-    "install_calls",
     "is_exporting",
     "is_flattened",
     "is_jit_tracing",
@@ -242,16 +242,17 @@ _CALL = "_compiled_call_impl"
 
 def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
-    install_calls([(module, call)])
+    if call is None:
+        module.__dict__.pop(_CALL, None)
+    else:
+        module.__dict__[_CALL] = call
 
 
-def install_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
-    """As ``install_call``, of many at once; past Module.__setattr__, which would take ten times as long."""
+def exchange_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
+    """As ``install_call``, of many whose calls will be exchanged again soon: None is left standing in the place, where
+    Module's own None is."""
     for module, call in calls:
-        if call is None:
-            module.__dict__.pop(_CALL, None)
-        else:
-            module.__dict__[_CALL] = call
+        module.__dict__[_CALL] = call
 
 
 def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:

@@ -58,7 +58,8 @@ class Agreement:
         """Writes were found that no version shows: from now on every look compares values."""
         for state in states:
             if state.ahead:  # of a copy, which was made before the weight had followed
-                state.write_back()
+                with torch.no_grad():
+                    state.write_back()
                 state.ahead = False
             state.agreement = self
         self.remember(places=True)
