@@ -59,6 +59,7 @@ __all__ = [
     "plain_call",
     "region_inputs",
     "runs_uncompiled",
+    "untraced",
     "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
@@ -349,6 +350,13 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def is_exporting() -> bool:
     """Whether torch.export (strict or not), torch.onnx or torch.jit is tracing: what is made has no training in it."""
     return torch.compiler.is_exporting() or is_jit_tracing()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Context in the midst of an export: real tensors are written for good, and nothing of it shows in the program."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
 
 
 def is_jit_tracing() -> bool:

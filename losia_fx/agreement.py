@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from ._compat import untraced
 from .errors import StateError, listed
 from .refusals import refuse_spread
+from .subnet import scatter
 
 if TYPE_CHECKING:
     from .state import SubnetState
@@ -48,6 +50,8 @@ class Agreement:
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
         self._witnesses: dict[SubnetState, _Witness | None] = {}
+        self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """rows and picked cols, by number of the subnet."""
         self._samples = _Samples(())
         self._lines = _Samples(())
         self.averaged = False
@@ -87,6 +91,7 @@ class Agreement:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
             self._witnesses.update((state, _Witness.of(state)) for state in chosen)
+            self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
     @property
@@ -207,15 +212,16 @@ class Agreement:
                 self._witnesses[state] = _Witness.of(state)
                 self._lines.renew(self._line, [number])
 
-    def refuse_unwritten(self) -> None:
-        """Raises StateError where an S was written that its W has yet to follow; stand-ins may be in their place."""
-        first = len(self.states)
-        versions, _ = _marks(self._seen[first:])
-        if versions != self._versions[first:]:
-            raise StateError(
-                "the subnets were written since the model was last used, and what is exported are the weights "
-                "without that: call model.state_dict(), or the model once under torch.no_grad(), and export it then"
-            )
+    def follow_beneath(self) -> None:
+        """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""
+        now, _ = _marks(self._seen)
+        moved = [[now[at] != self._versions[at] for at in self._slots(state)] for state in self.states]
+        _refuse_torn([state for state, (w, s) in zip(self.states, moved, strict=True) if w and s])
+        for number, (_, s) in enumerate(moved):
+            weight, values = (self._seen[at] for at in self._slots(self.states[number]))
+            if s and weight is not None and values is not None:
+                with untraced():
+                    scatter(weight.detach(), *self._indices[number], values.detach().to(weight.dtype))
 
     def shows_a_write(self) -> bool:
         """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of those on

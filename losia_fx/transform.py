@@ -211,7 +211,7 @@ class CompiledCall:
         if is_exporting():
             controller = controller_of(self.root)
             if controller is not None and not is_jit_tracing():
-                controller.agreement.refuse_unwritten()
+                controller.agreement.follow_beneath()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)
 
