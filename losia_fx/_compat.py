@@ -39,6 +39,7 @@ __all__ = [
     "compile_own_code",
     "compiled_apart",
     "compiled_call",
+    "current_node",
     "ddp_group",
     "ddp_ignores",
     "fake_inputs",
@@ -78,6 +79,14 @@ def graph_task_id() -> int:
     the first of a pass may start the full gradient anew.
     """
     return int(torch._C._current_graph_task_id())
+
+
+def current_node() -> Any:
+    """The node of autograd's graph whose backward, or hook before it, is running.
+
+    A hook that held its own node would keep it, and what it has saved, for ever.
+    """
+    return torch._C._current_autograd_node()
 
 
 def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:

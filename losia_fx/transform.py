@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from . import notices
 from ._compat import (
@@ -30,6 +31,7 @@ from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import Controller, Role, controller_of, find_controller
 from .errors import LosiaError, LosiaWarning, TransformError, listed
+from .first_order import watch_functions
 from .functional import call_with_others
 from .plan_model import ADAPTER, WeightPlan, plan_model
 from .ranks import forget_indices, keep_indices_at_home
@@ -246,6 +248,7 @@ class CompiledCall:
                 raise inner from None
             raise
         notices.warn_outside(controller)
+        watch_functions(tree_leaves(result), tree_leaves((args, kwargs)))
         return result
 
 
