@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 WITNESSES = 256
 """Elements of W outside of a subnet, at most, that tell whether all of W was written or S alone."""
 
+VIGILANT = 64
+"""Comparisons in a row that find nothing, after which values are no longer compared at every look."""
+
 _version = attrgetter("_version")
 
 
@@ -58,8 +61,7 @@ class Agreement:
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
         self.waiting: set[SubnetState] = set()
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
-        self.vigilant = False
-        """Writes were found that no version shows: from now on every look compares values."""
+        self._vigilant = 0
         for state in states:
             if state.ahead:  # of a copy, which was made before the weight had followed
                 state.write_back()
@@ -191,11 +193,16 @@ class Agreement:
             else:
                 state.write_back()
                 written.append(state)
-        self.vigilant = self.vigilant or bool(stale)
+        self._vigilant = VIGILANT if stale else max(0, self._vigilant - (states is None))
         self.remember([state for state in stale if state not in torn])
         self._let_be([state for state in chosen if state not in stale])
         _refuse_torn(torn)
         return written
+
+    @property
+    def vigilant(self) -> bool:
+        """Writes were found lately that no version shows: every look compares values."""
+        return self._vigilant > 0
 
     def _let_be(self, states: Sequence[SubnetState]) -> None:
         """What was written to these W was not written to their subnets: nothing is to follow it."""
