@@ -26,6 +26,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -54,6 +55,7 @@ __all__ = [
     "is_flattened",
     "is_jit_tracing",
     "keep_saved_tensors",
+    "leaves",
     "not_installed",
     "on_joint_graph",
     "own_code",
@@ -176,6 +178,13 @@ def grouped_products() -> frozenset[Any]:
         packet = torch.ops.transformers.grouped_mm_fallback
         found |= {packet, packet.default}
     return frozenset(found)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What stands in ``value``, a nest of containers: of lists, dictionaries, and what else (transformers' outputs) is
+    registered as one."""
+    found: list[Any] = tree_leaves(value)
+    return found
 
 
 def no_view(y: torch.Tensor) -> torch.Tensor:

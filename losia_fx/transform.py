@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from . import notices
 from ._compat import (
@@ -21,6 +20,7 @@ from ._compat import (
     install_call,
     is_exporting,
     is_jit_tracing,
+    leaves,
     plain_call,
     whole_graphs,
 )
@@ -248,7 +248,7 @@ class CompiledCall:
                 raise inner from None
             raise
         notices.warn_outside(controller)
-        watch_functions(tree_leaves(result), tree_leaves((args, kwargs)))
+        watch_functions(leaves(result), leaves((args, kwargs)))
         return result
 
 
