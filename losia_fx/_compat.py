@@ -26,6 +26,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -39,6 +40,7 @@ __all__ = [
     "compile_own_code",
     "compiled_apart",
     "compiled_call",
+    "current_node",
     "ddp_group",
     "ddp_ignores",
     "exchange_calls",
@@ -53,12 +55,14 @@ __all__ = [
     "is_flattened",
     "is_jit_tracing",
     "keep_saved_tensors",
+    "leaves",
     "not_installed",
     "on_joint_graph",
     "own_code",
     "plain_call",
     "region_inputs",
     "runs_uncompiled",
+    "untraced",
     "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
@@ -77,6 +81,14 @@ def graph_task_id() -> int:
     the first of a pass may start the full gradient anew.
     """
     return int(torch._C._current_graph_task_id())
+
+
+def current_node() -> Any:
+    """The node of autograd's graph whose backward, or hook before it, is running.
+
+    A hook that held its own node would keep it, and what it has saved, for ever.
+    """
+    return torch._C._current_autograd_node()
 
 
 def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -166,6 +178,13 @@ def grouped_products() -> frozenset[Any]:
         packet = torch.ops.transformers.grouped_mm_fallback
         found |= {packet, packet.default}
     return frozenset(found)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What stands in ``value``, a nest of containers: of lists, dictionaries, and what else (transformers' outputs) is
+    registered as one."""
+    found: list[Any] = tree_leaves(value)
+    return found
 
 
 def no_view(y: torch.Tensor) -> torch.Tensor:
@@ -350,6 +369,13 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def is_exporting() -> bool:
     """Whether torch.export (strict or not), torch.onnx or torch.jit is tracing: what is made has no training in it."""
     return torch.compiler.is_exporting() or is_jit_tracing()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Context in the midst of an export: real tensors are written for good, and nothing of it shows in the program."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
 
 
 def is_jit_tracing() -> bool:

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from ._compat import untraced
 from .errors import StateError, listed
 from .refusals import refuse_spread
+from .subnet import scatter
 
 if TYPE_CHECKING:
     from .state import SubnetState
 
 WITNESSES = 256
 """Elements of W outside of a subnet, at most, that tell whether all of W was written or S alone."""
+
+VIGILANT = 64
+"""Comparisons in a row that find nothing, after which values are no longer compared at every look."""
 
 _version = attrgetter("_version")
 
@@ -48,14 +53,15 @@ class Agreement:
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
         self._witnesses: dict[SubnetState, _Witness | None] = {}
+        self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """rows and picked cols, by number of the subnet."""
         self._samples = _Samples(())
         self._lines = _Samples(())
         self.averaged = False
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
         self.waiting: set[SubnetState] = set()
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
-        self.vigilant = False
-        """Writes were found that no version shows: from now on every look compares values."""
+        self._vigilant = 0
         for state in states:
             if state.ahead:  # of a copy, which was made before the weight had followed
                 with torch.no_grad():
@@ -88,6 +94,7 @@ class Agreement:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
             self._witnesses.update((state, _Witness.of(state)) for state in chosen)
+            self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
     @property
@@ -187,11 +194,16 @@ class Agreement:
             else:
                 state.write_back()
                 written.append(state)
-        self.vigilant = self.vigilant or bool(stale)
+        self._vigilant = VIGILANT if stale else max(0, self._vigilant - (states is None))
         self.remember([state for state in stale if state not in torn])
         self._let_be([state for state in chosen if state not in stale])
         _refuse_torn(torn)
         return written
+
+    @property
+    def vigilant(self) -> bool:
+        """Writes were found lately that no version shows: every look compares values."""
+        return self._vigilant > 0
 
     def _let_be(self, states: Sequence[SubnetState]) -> None:
         """What was written to these W was not written to their subnets: nothing is to follow it."""
@@ -208,15 +220,16 @@ class Agreement:
                 self._witnesses[state] = _Witness.of(state)
                 self._lines.renew(self._line, [number])
 
-    def refuse_unwritten(self) -> None:
-        """Raises StateError where an S was written that its W has yet to follow; stand-ins may be in their place."""
-        first = len(self.states)
-        versions, _ = _marks(self._seen[first:])
-        if versions != self._versions[first:]:
-            raise StateError(
-                "the subnets were written since the model was last used, and what is exported are the weights "
-                "without that: call model.state_dict(), or the model once under torch.no_grad(), and export it then"
-            )
+    def follow_beneath(self) -> None:
+        """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""
+        now, _ = _marks(self._seen)
+        moved = [[now[at] != self._versions[at] for at in self._slots(state)] for state in self.states]
+        _refuse_torn([state for state, (w, s) in zip(self.states, moved, strict=True) if w and s])
+        for number, (_, s) in enumerate(moved):
+            weight, values = (self._seen[at] for at in self._slots(self.states[number]))
+            if s and weight is not None and values is not None:
+                with untraced():
+                    scatter(weight.detach(), *self._indices[number], values.detach().to(weight.dtype))
 
     def shows_a_write(self) -> bool:
         """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of those on
