@@ -20,6 +20,7 @@ from .size_rules import (
     LAYER_NUMBERS,
     LAYERS,
     MOST_LAYERS,
+    MOST_PIXELS,
     OFF,
     ORDINARY_TOKENS,
     SIZES,
@@ -142,7 +143,9 @@ class _Shrinking:
 
     def size(self, name: str, value: int) -> int:
         size = rule(name)
-        if size is None or (self.ratio and isinstance(size, Unit)):
+        if self.ratio and isinstance(size, Unit):
+            return min(value, MOST_PIXELS) if size is IMAGE else value
+        if size is None:
             return value
         if self.ratio and isinstance(size, Width):
             return value if value % self.ratio else value // self.ratio
@@ -224,6 +227,8 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
         config.backbone_feature_sizes = [
             [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]
         ]
+    if type(values.get("image_embedding_size")) is int and "patch_size" in values:
+        config.image_embedding_size = values["image_size"] // values["patch_size"]
     if "embed_dim_per_stage" in values:
         config.hidden_size = values["embed_dim_per_stage"][0]
     if "qk_rope_head_dim" in values:

@@ -16,6 +16,7 @@ class Unit(int):
 WIDTH, INNER, HEADS, KEY_HEADS, HEAD_DIM = Width(64), Width(96), Width(4), Width(2), Unit(16)
 VOCABULARY = 99
 IMAGE, PATCH, WINDOW = Unit(64), Unit(16), Unit(2)
+MOST_PIXELS = 256  # of a side, where patches and windows keep their sizes
 LAYERS, MOST_LAYERS = 2, 6
 
 # The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
@@ -85,6 +86,9 @@ DEFAULTS = {
     "top_k_experts": 2,
     "prediction_length": 8,
     "context_length": 16,
+    "index_n_heads": HEADS,
+    "index_kv_heads": KEY_HEADS,
+    "index_head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
 }
 FITTED_DEFAULTS = ("head_dim", "moe_intermediate_size", "num_key_value_heads")

@@ -112,7 +112,8 @@ def _spectrum(facts: Facts) -> list[Batch]:
     )
     frames = 2 * facts.size("max_source_positions", default=FRAMES // 2)
     options = []
-    for shape, length in (((bins, frames), frames), ((frames, bins), frames), ((FRAMES, bins), FRAMES)):
+    for shape in ((bins, frames), (frames, bins), (FRAMES, bins), (FRAMES // 2, bins)):
+        length = shape[1] if shape[0] == bins else shape[0]
         mask = torch.ones(SIZE, length, dtype=torch.long)
         options.append({"input_features": torch.randn(SIZE, *shape), "input_features_mask": mask})
     options.append({"input_features": torch.randn(SIZE, 1, frames, bins)})
@@ -181,6 +182,12 @@ def _questions(facts: Facts) -> list[Batch]:
     ]
 
 
+def _latents(facts: Facts) -> list[Batch]:
+    """What an encoder of sounds makes of them, channels first or last."""
+    width = facts.size("latent_dim", "hidden_size", default=64)
+    return [{"latents": torch.randn(SIZE, width, LENGTH)}, {"latents": torch.randn(SIZE, LENGTH, width)}]
+
+
 def _boxes(facts: Facts) -> list[Batch]:
     corners = torch.randint(0, 40, (SIZE, LENGTH, 4))
     return [{"bbox": torch.cat((corners[..., :2], corners[..., :2] + 5), -1)}]
@@ -206,6 +213,7 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "input_values": _wave,
     "past_values": _series,
     "states": _games,
+    "latents": _latents,
     "bbox": _boxes,
     "visual_feats": _regions,
     "decoder_input_ids": _decoder_ids,
