@@ -176,17 +176,17 @@ def _fitting(small: list[_Attempt]) -> Iterator[_Attempt]:
 
 
 def _parts(small: list[_Attempt]) -> Iterator[_Attempt]:
-    """Models inside one that does not run by itself (a pipeline of several, or one that wants a session), the largest
-    first."""
+    """Models inside one that does not run by itself (a pipeline of several, or one that wants a session), the one with
+    the largest linears first."""
     for attempt in small:
         with suppress(Exception):  # it cannot even be made
             model = attempt.model()
             sizes = {
-                path: sum(p.numel() for p in part.parameters())
+                path: sum(inner.weight.numel() for inner in part.modules() if isinstance(inner, nn.Linear))
                 for path, part in model.named_modules()
                 if path and isinstance(part, PreTrainedModel)
             }
-            for path in sorted(sizes, key=sizes.__getitem__, reverse=True)[:MOST_PARTS]:
+            for path in sorted(filter(sizes.get, sizes), key=sizes.__getitem__, reverse=True)[:MOST_PARTS]:
                 yield replace(attempt, part=path, head="BASE")
 
 

@@ -112,6 +112,9 @@ class _Shrinking:
                 setattr(self.config, name, new)
         if isinstance(vars(self.config).get("stage_names"), list):
             _repair_stages(self.config)
+        if sizes := vars(self.config).get("backbone_feature_sizes"):  # of an image of 1024 pixels
+            pixels = MOST_PIXELS if self.ratio else IMAGE
+            self.config.backbone_feature_sizes = [[pixels * side // 1024 for side in size] for size in sizes]
         if not self.ratio:
             _repair(self.config, before)
 
@@ -223,10 +226,6 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
     for inner, heads, head_dim in SSM:
         if {inner, heads, head_dim} <= values.keys() and "hidden_size" in values:
             setattr(config, head_dim, values[inner] * values["hidden_size"] // values[heads])
-    if "backbone_feature_sizes" in values:  # of an image of 1024 pixels
-        config.backbone_feature_sizes = [
-            [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]
-        ]
     if type(values.get("image_embedding_size")) is int and "patch_size" in values:
         config.image_embedding_size = values["image_size"] // values["patch_size"]
     if "embed_dim_per_stage" in values:

@@ -56,7 +56,8 @@ def words(*shape: int) -> Tensor:
 def _ids(facts: Facts) -> list[Batch]:
     codebooks = facts.size("num_codebooks", default=0)
     shapes = ((), (codebooks + 1,), (codebooks,)) if codebooks else ((),)
-    return [{"input_ids": words(LENGTH, *shape)} for shape in shapes]
+    short = {"input_ids": words(TARGET_LENGTH)}  # where there are few positions
+    return [*({"input_ids": words(LENGTH, *shape)} for shape in shapes), short]
 
 
 def _decoder_ids(facts: Facts) -> list[Batch]:
@@ -112,7 +113,8 @@ def _spectrum(facts: Facts) -> list[Batch]:
     )
     frames = 2 * facts.size("max_source_positions", default=FRAMES // 2)
     options = []
-    for shape in ((bins, frames), (frames, bins), (FRAMES, bins), (FRAMES // 2, bins)):
+    window = 2 * facts.size("n_window", default=FRAMES // 4)
+    for shape in ((bins, frames), (frames, bins), (FRAMES, bins), (FRAMES // 2, bins), (bins, window)):
         length = shape[1] if shape[0] == bins else shape[0]
         mask = torch.ones(SIZE, length, dtype=torch.long)
         options.append({"input_features": torch.randn(SIZE, *shape), "input_features_mask": mask})
@@ -182,6 +184,11 @@ def _questions(facts: Facts) -> list[Batch]:
     ]
 
 
+def _prompts(facts: Facts) -> list[Batch]:
+    """An image that is done already, and what was to be done with it."""
+    return [{name: torch.randn(SIZE, *facts.image()) for name in ("prompt_pixel_values", "prompt_masks")}]
+
+
 def _latents(facts: Facts) -> list[Batch]:
     """What an encoder of sounds makes of them, channels first or last."""
     width = facts.size("latent_dim", "hidden_size", default=64)
@@ -220,6 +227,7 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "qformer_input_ids": lambda facts: [{"qformer_input_ids": words(LENGTH)}],
     "spectrogram_labels": _speech_labels,
     "marks": _questions,
+    "prompt_pixel_values": _prompts,
     "image_attention_mask": lambda facts: [{"image_attention_mask": torch.ones(SIZE, LENGTH, 1, dtype=torch.long)}],
     "image_embeds_position_mask": _image_positions,
     "return_loss": lambda facts: [{"return_loss": True}],
@@ -231,6 +239,7 @@ HELPERS = (
     "qformer_input_ids",
     "spectrogram_labels",
     "marks",
+    "prompt_pixel_values",
     "bbox",
     "visual_feats",
     "image_attention_mask",
