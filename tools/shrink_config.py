@@ -150,6 +150,8 @@ class _Shrinking:
             return min(value, MOST_PIXELS) if size is IMAGE else value
         if size is None:
             return value
+        if name == "vocab_size":  # a smaller one would not have the tokens that batches are made of
+            return VOCABULARY
         if self.ratio and isinstance(size, Width):
             return value if value % self.ratio else value // self.ratio
         return int(min(value, size))

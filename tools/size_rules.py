@@ -45,7 +45,6 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r".*(layer_period|layer_frequency|layer_interval|sliding_window_pattern|cross_attention_frequency)", 2),
     (r"(image|crop|input|pretrain_image)_size", IMAGE),
     (r"patch_size|.*_patch_size", PATCH),
-    (r"window_size_per_stage", None),
     (r"\w*window_size\w*", WINDOW),
     (r"sliding_window.*|local_attention|attention_chunk_size|block_size|attention_window", 8),
     (r"chunk_size|\w*_chunk_size|index_topk|mm_tokens_per_image", 8),
@@ -56,6 +55,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"num_mel_bins", 16),
     (r"upsample_groups", WIDTH),
     (r"train_num_points", 32),
+    (r"n_filters|num_filters", 8),
     (r"context_size", 32),
 )
 LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
@@ -88,7 +88,7 @@ DEFAULTS = {
     "prediction_length": 8,
     "context_length": 16,
     "indexer_n_heads": HEADS,
-    "indexer_kv_heads": KEY_HEADS,
+    "indexer_kv_heads": 1,
     "indexer_head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
 }

@@ -132,7 +132,12 @@ def _series(facts: Facts) -> list[Batch]:
     """What was measured; for models of dated series, with what is known of the time that follows."""
     length, channels = facts.size("context_length", default=32), facts.size("num_input_channels", default=1)
     if "past_time_features" not in facts.parameters:
-        return [{"past_values": torch.randn(SIZE, length, channels)}]
+        alone = {"past_values": torch.randn(SIZE, length)}
+        padding, kind = torch.zeros(SIZE, length, dtype=torch.long), torch.zeros(SIZE, 1, dtype=torch.long)
+        return [
+            {"past_values": torch.randn(SIZE, length, channels)},
+            {**alone, "past_values_padding": padding, "freq": kind},
+        ]
     config = facts.configs[0]
     past, ahead = length + max(config.lags_sequence), config.prediction_length
     return [
@@ -191,8 +196,9 @@ def _prompts(facts: Facts) -> list[Batch]:
 
 def _latents(facts: Facts) -> list[Batch]:
     """What an encoder of sounds makes of them, channels first or last."""
-    width = facts.size("latent_dim", "hidden_size", default=64)
-    return [{"latents": torch.randn(SIZE, width, LENGTH)}, {"latents": torch.randn(SIZE, LENGTH, width)}]
+    widths = {facts.size("latent_dim", "hidden_size", default=64): None, facts.size("hidden_size", default=64): None}
+    shapes = [shape for width in widths for shape in ((width, LENGTH), (LENGTH, width))]
+    return [{"latents": torch.randn(SIZE, *shape)} for shape in shapes]
 
 
 def _boxes(facts: Facts) -> list[Batch]:
