@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import Controller, controller_of
 from .errors import TransformError
+from .living import living
 from .optimizers import adopt_subnets, live_optimizers
 from .plan_model import judge_weights, refuse_float8
 from .registry import CONTROLLERS, DENSE, resolve
@@ -106,8 +106,7 @@ class _ModuleTree:
     the whole. One pass over gc's objects, at the first sight of a model."""
 
     def __init__(self) -> None:
-        # issubclass of the type: isinstance would wake dead weak proxies
-        self._modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+        self._modules: list[nn.Module] = living(nn.Module)
         self._parents: dict[int, list[nn.Module]] = {}
         for module in self._modules:
             for child in module.__dict__.get("_modules", {}).values():

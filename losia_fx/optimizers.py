@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import registry
+from .living import living
 from .state import SubnetState
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def owned_states(optimizer: Optimizer, controller: Controller) -> list[SubnetSta
 
 
 def live_optimizers() -> list[Optimizer]:
-    """Every optimizer of the process. issubclass of the type: isinstance would wake dead weak proxies."""
-    return [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    """Every optimizer of the process."""
+    return living(Optimizer)
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import TransformError
+from .living import living
 from .state import states_of
 
 
@@ -21,9 +21,9 @@ def refuse_wrappers(root: nn.Module) -> None:
     if not kinds:
         return
     inside = set(root.modules())
-    for found in gc.get_objects():
-        name = next((kinds[kind] for kind in type(found).__mro__ if kind in kinds), None)
-        if name is not None and (found in inside or _CONCERNS[name](found, root)):
+    for found in living(*kinds):
+        name = next(kinds[kind] for kind in type(found).__mro__ if kind in kinds)
+        if found in inside or _CONCERNS[name](found, root):
             raise TransformError(f"{name} and a transformed model: {_REASONS[name]}")
 
 

@@ -80,7 +80,7 @@ case $what in
       "$python" -m mypy
     fi
     # two processes of one thread each: two that both want two threads would wait for each other
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-1}
     exec "$python" -m pytest -n 2 --dist worksteal "$@"
     ;;
   gpu) # with the python that has a torch for the GPU; nothing is installed, as such machines may have no network

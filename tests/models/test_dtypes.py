@@ -96,8 +96,16 @@ def autocast() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "compiler"),
+    [
+        (torch.float32, "aot_eager"),
+        (torch.float64, "eager"),
+        pytest.param(torch.float32, "eager", marks=pytest.mark.slow),
+        pytest.param(torch.float64, "aot_eager", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_autocast_with_every_form(dtype: torch.dtype, compiler: str) -> None:
     """Autocast lets float64 be: so do we."""
     forms = [form for form in FORMS if torch.float64 in form.dtypes]

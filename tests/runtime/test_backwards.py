@@ -23,7 +23,7 @@ from tests import toys
 from tests.reference import Reference
 
 PERIOD = 2
-COMPILERS = ("eager", "aot_eager", "inductor")
+slow = pytest.mark.slow
 Pattern = Callable[[nn.Module, list[Tensor]], None]
 
 
@@ -183,20 +183,22 @@ def follow(model: nn.Module, compiler: str, patterns: Iterator[Pattern] | tuple[
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.__name__)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=slow)])
 def test_pattern(compiler: str, pattern: Pattern) -> None:
     follow(toys.Toy(bias=True), compiler, (pattern,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.__name__)
 def test_pattern_checkpointed(pattern: Pattern) -> None:
     follow(toys.Toy(bias=True, checkpointed=True), "aot_eager", (pattern,), rounds=1)
 
 
-@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_patterns_under_inductor(checkpointed: bool) -> None:
-    """All patterns, one after another, in one compiled model."""
-    follow(toys.Toy(checkpointed=checkpointed), "inductor", PATTERNS, rounds=1)
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
+def test_patterns_one_after_another(compiler: str, checkpointed: bool) -> None:
+    """In one compiled model."""
+    follow(toys.Toy(bias=True, checkpointed=checkpointed), compiler, PATTERNS, rounds=1)
 
 
 class Twice(nn.Module):

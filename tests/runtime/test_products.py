@@ -156,7 +156,9 @@ def test_exact_where_the_graph_breaks(form: Form) -> None:
     assert_all_exact(model, inputs, loss, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_all_in_one_graph(compiler: str, dtype: torch.dtype) -> None:
     forms = [form for form in FORMS if dtype in form.dtypes]

@@ -19,6 +19,8 @@ from losia_fx.tools import load_model as load_module
 
 MODELS = ("embedded", "llama", "bert", "mixtral")
 """The model that ships with the package, a decoder, an encoder, a mixture of experts."""
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name == "embedded" else []) for name in MODELS]
+"""For parametrize: the first is a larger decoder."""
 CLASSES = {"bert": "BertForMaskedLM", "llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}
 CONFIG = LosiaConfig(rank_factor=0.25, compiler="aot_eager")
 OPTIONS = ["--rank-factor", "0.25", "--compiler", "aot_eager"]

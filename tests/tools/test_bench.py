@@ -141,7 +141,7 @@ def drained() -> Iterator[list[Tensor]]:
     [
         (EAGER, "floor"),
         (EAGER, "floor, checkpointed"),
-        (COMPILED, "floor"),
+        pytest.param(COMPILED, "floor", marks=pytest.mark.slow),
         pytest.param(COMPILED, "floor, checkpointed", marks=pytest.mark.slow),
     ],
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from losia_fx import LosiaConfig
 from losia_fx.ops import subnet_linear
 from losia_fx.tools import diff as diff_module
-from tests.tools.shown import CONFIG, MODELS, OPTIONS, argument, captured, captured_once, linears
+from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import Toy, batch
 
 __all__ = ["captured_once"]
@@ -114,7 +114,7 @@ def test_layers_that_share_a_graph_are_told() -> None:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert diff_module.main([*argument(name), *OPTIONS, "--format", "json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -149,7 +149,7 @@ def check_layer(layer: dict[str, Any]) -> None:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "diff.txt"
     assert diff_module.main([*argument(name), *OPTIONS, "--nodes", "--out", str(out)]) == 0

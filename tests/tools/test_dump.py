@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from losia_fx import LosiaError
 from losia_fx.cli import main
 from losia_fx.tools import dump
-from tests.tools.shown import CONFIG, MODELS, OPTIONS, argument, captured, captured_once, linears
+from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import VOCABULARY, Toy, batch
 
 __all__ = ["captured_once"]
@@ -34,7 +34,7 @@ def run(name: str, *arguments: str) -> int:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name) == 0
     text = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_json(name: str, tmp_path: Path) -> None:
     out = tmp_path / "dump.json"
     assert run(name, "--format", "json", "--out", str(out)) == 0
@@ -74,7 +74,7 @@ def test_json(name: str, tmp_path: Path) -> None:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_graphml_and_gexf(name: str, tmp_path: Path) -> None:
     for format, read in (("graphml", nx.read_graphml), ("gexf", nx.read_gexf)):
         assert run(name, "--format", format, "--out", str(tmp_path / format)) == 0
@@ -97,7 +97,7 @@ def assert_same_graph(back: Any, graph: Any) -> None:
 
 
 @SHARED
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_dot(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--format", "dot", "--stage", "insert-localization") == 0
     text = capsys.readouterr().out

@@ -26,7 +26,7 @@ def explained(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("model", [*MODELS, None])
+@pytest.mark.parametrize("model", [*MODELS, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [model, "--measure"] if model else ["--measure", "--batch-size", "3", "--seq-length", "24"]
     found = explained(capsys, *argv)

@@ -18,7 +18,7 @@ from losia_fx.tools.graph import (
 from torch import Tensor, fx, nn
 
 from losia_fx import LosiaConfig, LosiaError
-from tests.tools.shown import CONFIG, MODELS, captured
+from tests.tools.shown import CONFIG, EACH, captured
 from tests.toys import Toy, batch
 
 
@@ -103,7 +103,7 @@ def test_group(toy: fx.GraphModule) -> None:
         group_subgraph(graph, 7)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_model(name: str) -> None:
     found = captured(name)
     graph = to_networkx(found.graphs[0].stages["insert-localization"])

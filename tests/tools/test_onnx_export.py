@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.tools import dump
-from tests.tools.shown import MODELS, argument, linears, loaded
+from tests.tools.shown import EACH, argument, linears, loaded
 from tests.toys import Toy, batch
 
 CONFIG = LosiaConfig(rank_factor=0.25)
@@ -46,7 +46,7 @@ def subnet_nodes(model: Any) -> list[Any]:
     return [node for node in model.graph.node if node.domain == "losia"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.onnx"
     arguments = [*argument(name), "--rank-factor", "0.25", "--format", "onnx", "--out", str(path)]
