@@ -26,6 +26,16 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def apart() -> None:
+    """Puts what is there by now, imports above all, out of gc's sight.
+
+    It would come to a million objects, to be searched with every new model for optimizers and wrappers: half of the
+    time that these tests take."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips slow tests unless ``-m`` is given, and gpu tests where there is no CUDA device and none stands for it."""
     skips = {}
@@ -37,10 +47,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, skip in skips.items():
             if item.get_closest_marker(name):
                 item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    """Leaves what was imported out of gc's sight: half a million objects, which losia_fx looks through for optimizers
-    and wrappers with every new model."""
-    gc.collect()
-    gc.freeze()

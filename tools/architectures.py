@@ -92,6 +92,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "num_buckets": 2,
     },
+    "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},  # a tuple by default, which it cannot take
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {
