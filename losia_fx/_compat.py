@@ -26,6 +26,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -39,8 +40,10 @@ __all__ = [
     "compile_own_code",
     "compiled_apart",
     "compiled_call",
+    "current_node",
     "ddp_group",
     "ddp_ignores",
+    "exchange_calls",
     "fake_inputs",
     "graph_counts",
     "graph_task_id",
@@ -48,17 +51,18 @@ __all__ = [
     "inner_compiler",
     "input_index",
     "install_call",
-    "install_calls",
     "is_exporting",
     "is_flattened",
     "is_jit_tracing",
     "keep_saved_tensors",
+    "leaves",
     "not_installed",
     "on_joint_graph",
     "own_code",
     "plain_call",
     "region_inputs",
     "runs_uncompiled",
+    "untraced",
     "whole_graphs",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
@@ -77,6 +81,14 @@ def graph_task_id() -> int:
     the first of a pass may start the full gradient anew.
     """
     return int(torch._C._current_graph_task_id())
+
+
+def current_node() -> Any:
+    """The node of autograd's graph whose backward, or hook before it, is running.
+
+    A hook that held its own node would keep it, and what it has saved, for ever.
+    """
+    return torch._C._current_autograd_node()
 
 
 def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -168,6 +180,13 @@ def grouped_products() -> frozenset[Any]:
     return frozenset(found)
 
 
+def leaves(value: Any) -> list[Any]:
+    """What stands in ``value``, a nest of containers: of lists, dictionaries, and what else (transformers' outputs) is
+    registered as one."""
+    found: list[Any] = tree_leaves(value)
+    return found
+
+
 def no_view(y: torch.Tensor) -> torch.Tensor:
     """``y``, of which nobody else knows, in a form that an autograd.Function may return and its user change in place.
 
@@ -242,16 +261,17 @@ _CALL = "_compiled_call_impl"
 
 def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
-    install_calls([(module, call)])
+    if call is None:
+        module.__dict__.pop(_CALL, None)
+    else:
+        module.__dict__[_CALL] = call
 
 
-def install_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
-    """As ``install_call``, of many at once; past Module.__setattr__, which would take ten times as long."""
+def exchange_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
+    """As ``install_call``, of many whose calls will be exchanged again soon: None is left standing in the place, where
+    Module's own None is."""
     for module, call in calls:
-        if call is None:
-            module.__dict__.pop(_CALL, None)
-        else:
-            module.__dict__[_CALL] = call
+        module.__dict__[_CALL] = call
 
 
 def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:
@@ -352,6 +372,13 @@ def is_exporting() -> bool:
     By the flag itself: below 2.13 Dynamo takes torch.compiler.is_exporting() for true in every torch.compile.
     """
     return torch.compiler._is_exporting_flag or is_jit_tracing()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Context in the midst of an export: real tensors are written for good, and nothing of it shows in the program."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
 
 
 def is_jit_tracing() -> bool:

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from ._compat import untraced
 from .errors import StateError, listed
 from .refusals import refuse_spread
+from .subnet import scatter
 
 if TYPE_CHECKING:
     from .state import SubnetState
 
 WITNESSES = 256
 """Elements of W outside of a subnet, at most, that tell whether all of W was written or S alone."""
+
+VIGILANT = 64
+"""Comparisons in a row that find nothing, after which values are no longer compared at every look."""
 
 _version = attrgetter("_version")
 
@@ -48,17 +53,20 @@ class Agreement:
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
         self._witnesses: dict[SubnetState, _Witness | None] = {}
+        self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """rows and picked cols, by number of the subnet."""
         self._samples = _Samples(())
         self._lines = _Samples(())
+        self._turn = False
         self.averaged = False
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
         self.waiting: set[SubnetState] = set()
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
-        self.vigilant = False
-        """Writes were found that no version shows: from now on every look compares values."""
+        self._vigilant = 0
         for state in states:
             if state.ahead:  # of a copy, which was made before the weight had followed
-                state.write_back()
+                with torch.no_grad():
+                    state.write_back()
                 state.ahead = False
             state.agreement = self
         self.remember(places=True)
@@ -87,6 +95,7 @@ class Agreement:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
             self._witnesses.update((state, _Witness.of(state)) for state in chosen)
+            self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
     @property
@@ -94,15 +103,16 @@ class Agreement:
         return self._lines.places == self._places[: len(self.states)]
 
     def _remember_lines(self, chosen: Sequence[SubnetState], whole: bool, moved: bool) -> None:
+        most = sampled(len(self.states))
         if whole and (moved or not self._has_lines):
-            self._lines = _Samples([_line_of(state) for state in self.states], self._places[: len(self.states)])
+            self._lines = _Samples([_line_of(state, most) for state in self.states], self._places[: len(self.states)])
             self._line = self._lines.take()
         elif whole:
             self._line = self._lines.take()
         elif self._has_lines:  # else W by W is going somewhere else: the next look compares values
             numbers = [self._index[state] for state in chosen]
             if moved:
-                self._lines.look_at({number: _line_of(self.states[number]) for number in numbers})
+                self._lines.look_at({number: _line_of(self.states[number], most) for number in numbers})
             self._lines.renew(self._line, numbers)
 
     def _slots(self, state: SubnetState) -> tuple[int, int]:
@@ -186,11 +196,16 @@ class Agreement:
             else:
                 state.write_back()
                 written.append(state)
-        self.vigilant = self.vigilant or bool(stale)
+        self._vigilant = VIGILANT if stale else max(0, self._vigilant - (states is None))
         self.remember([state for state in stale if state not in torn])
         self._let_be([state for state in chosen if state not in stale])
         _refuse_torn(torn)
         return written
+
+    @property
+    def vigilant(self) -> bool:
+        """Writes were found lately that no version shows: every look compares values."""
+        return self._vigilant > 0
 
     def _let_be(self, states: Sequence[SubnetState]) -> None:
         """What was written to these W was not written to their subnets: nothing is to follow it."""
@@ -207,20 +222,27 @@ class Agreement:
                 self._witnesses[state] = _Witness.of(state)
                 self._lines.renew(self._line, [number])
 
-    def refuse_unwritten(self) -> None:
-        """Raises StateError where an S was written that its W has yet to follow; stand-ins may be in their place."""
-        first = len(self.states)
-        versions, _ = _marks(self._seen[first:])
-        if versions != self._versions[first:]:
-            raise StateError(
-                "the subnets were written since the model was last used, and what is exported are the weights "
-                "without that: call model.state_dict(), or the model once under torch.no_grad(), and export it then"
-            )
+    def follow_beneath(self) -> None:
+        """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""
+        now, _ = _marks(self._seen)
+        moved = [[now[at] != self._versions[at] for at in self._slots(state)] for state in self.states]
+        _refuse_torn([state for state, (w, s) in zip(self.states, moved, strict=True) if w and s])
+        for number, (_, s) in enumerate(moved):
+            weight, values = (self._seen[at] for at in self._slots(self.states[number]))
+            if s and weight is not None and values is not None:
+                with untraced():
+                    scatter(weight.detach(), *self._indices[number], values.detach().to(weight.dtype))
 
     def shows_a_write(self) -> bool:
-        """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of those on
-        a device nothing is asked, for which the host would wait."""
-        return not self._has_lines or self._samples.differ(self._sample) or self._lines.differ(self._line)
+        """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of many
+        subnets, those of S and of W by turns. Of those on a device nothing is asked, for which the host would wait."""
+        if not self._has_lines:
+            return True
+        looks = [(self._samples, self._sample), (self._lines, self._line)]
+        if 2 * len(self.states) > READ_AT_ONCE:
+            self._turn = not self._turn
+            looks = [looks[self._turn]]
+        return any(samples.differ(sample) for samples, sample in looks)
 
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
@@ -306,7 +328,8 @@ class _Samples:
     def __init__(self, values: Sequence[Tensor], places: Sequence[int] = ()) -> None:
         """places: of the values in memory, for which the samples hold."""
         self.places = list(places)
-        self.strides = [max(1, -(-tensor.numel() // SAMPLED)) for tensor in values]
+        most = sampled(len(values))
+        self.strides = [max(1, -(-tensor.numel() // most)) for tensor in values]
         self._views = [t.detach().view(-1)[::stride] for t, stride in zip(values, self.strides, strict=True)]
         self._kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         self._at: list[tuple[tuple[torch.device, torch.dtype], slice]] = []
@@ -346,19 +369,27 @@ class _Samples:
 
 Sample = dict[tuple[torch.device, torch.dtype], Tensor]
 
-SAMPLED = 128
-"""Elements of an S that are kept to tell whether it was written, at most."""
-LINE = 64
-"""Elements of a W on the CPU that are kept for the same, side by side: so they cost a third of as many of an S."""
+SAMPLED = 2**12
+"""Elements of all S together that are kept to tell whether they were written, about, and as many of all W."""
+MOST_SAMPLED = 128
+"""Of one S or W, at most."""
+READ_AT_ONCE = 256
+"""Tensors, S and W, of which elements are read at every look: a read of one takes a sixth of a microsecond."""
 
 
-def _line_of(state: SubnetState) -> Tensor:
-    """The beginning of a row of W, (n,), in the midst of its subnet; nothing where the host would wait for it."""
+def sampled(count: int) -> int:
+    """Elements that are kept of each of ``count`` tensors."""
+    return min(MOST_SAMPLED, max(1, SAMPLED // max(1, count)))
+
+
+def _line_of(state: SubnetState, most: int) -> Tensor:
+    """The beginning of a row of W, (n,), in the midst of its subnet: elements side by side cost a third of as many that
+    are apart. Nothing where the host would wait for it."""
     weight = state.weight.detach()
     if weight.device.type != "cpu":
         return torch.empty(0, dtype=weight.dtype, device="cpu")
     row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])
-    return (weight[0] if weight.dim() == 3 else weight)[row, :LINE]
+    return (weight[0] if weight.dim() == 3 else weight)[row, :most]
 
 
 @dataclass(frozen=True)

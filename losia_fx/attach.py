@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from . import registry
-from ._compat import compiled_call, install_call, install_calls, is_jit_tracing, plain_call, runs_uncompiled
+from ._compat import compiled_call, exchange_calls, install_call, is_jit_tracing, plain_call, runs_uncompiled
 from .errors import StateError, listed
 from .first_order import refuse_second
 from .ops import subnet_linear, subnet_weight
@@ -339,12 +339,12 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
 def plain_forward(watches: Iterable[Watch]) -> Iterator[None]:
     """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns, so
     its modules are called as they were before."""
-    calls = [(watching.module, watching.before, watching) for watching in watches]
+    watching = list(watches)
     try:
-        install_calls((module, before) for module, before, _ in calls)
+        exchange_calls([(each.module, each.before) for each in watching])
         yield
     finally:
-        install_calls((module, watching) for module, _, watching in calls)
+        exchange_calls([(each.module, each) for each in watching])
 
 
 @contextmanager

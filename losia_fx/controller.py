@@ -630,10 +630,14 @@ class Controller:
 
     @torch.no_grad()
     def _write_back(self, states: Sequence[SubnetState]) -> None:
-        """S into W, a block at a time: blocks of one kind share their compiled form."""
+        """S into W, a block at a time: large blocks of one kind share their compiled form."""
+        if not self._compiles:
+            for state in states:
+                state.write_back()
+            return
         for _, block in itertools.groupby(states, key=lambda state: (state.group, state.whole_cols)):
             weights, rows, cols, values = zip(*(state.written() for state in block), strict=True)
-            write_back(weights, rows, cols, values, self._compiles)
+            write_back(weights, rows, cols, values, compiled=True)
 
     def _rewarm_share(self, state: SubnetState) -> float:
         if state.rewarm_from is None:

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from . import registry
+from ._compat import current_node
 from .errors import GradientError
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -34,10 +37,52 @@ def only_once(results: Iterable[Any]) -> None:
 
     torch's own error comes in the second backward, and not always.
     """
-    nodes = {result.grad_fn for result in results if isinstance(result, Tensor)}
-    for node in nodes:
-        if node is not None:
-            node.register_prehook(refuse_second)
+    for node in _nodes(results):
+        node.register_prehook(refuse_second)
+
+
+def _nodes(values: Iterable[Any]) -> set[Node]:
+    return {value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None}
+
+
+def watch_functions(results: Iterable[Any], given: Iterable[Any]) -> None:
+    """The same for all that a model has computed, where something that no graph of ours covers has saved a weight.
+
+    That weight no longer asks for a gradient when a first backward takes it out again, so that the second would lack a
+    part unsaid. A torch.autograd.Function is what may do so.
+    given: what has gone in; an output that is one of these is somebody else's.
+    """
+    for node in _nodes(results) - _nodes(given):
+        node.register_prehook(_refuse_functions)
+
+
+def _refuse_functions(*grads: Any) -> None:
+    if not torch.is_grad_enabled():
+        return
+    front = [current_node()]
+    seen = set(front)
+    while front:
+        node = front.pop()
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                front.append(child)
+            weight = getattr(child, "variable", None)
+            if weight is not None and registry.find(weight) is not None and not _sees_to_itself(node):
+                _refuse_saved(node, weight)
+
+
+def _refuse_saved(node: Any, weight: Tensor) -> None:
+    kept = [*getattr(node, "saved_tensors", ())]
+    kept += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    if any(value is weight for value in kept):
+        refuse_second()
+
+
+def _sees_to_itself(node: Node) -> bool:
+    """Whether the backward of ``node`` is one of ours, or of a compiled graph, which is refused where it runs."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in ("losia_fx", "torch")
 
 
 def refuse_second(*grads: Any) -> None:

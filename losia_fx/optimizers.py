@@ -233,11 +233,14 @@ def _is_copy(one: Any, parameter: Tensor) -> bool:
 
 
 def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:
-    """Whether the optimizer's state of a subnet comes from a step, and not from its constructor."""
+    """Whether the optimizer's state of a subnet comes from a step, and not from its constructor, or from a step that
+    was only to make it and has left every moment at zero."""
     there = optimizer.state.get(state.values) or {}
-    if "step" in there:
-        return float(there["step"]) > 0
-    return any(key not in _made(optimizer).get(state, {}) for key in there)
+    moments = [value for key, value in there.items() if key != "step" and key not in _made(optimizer).get(state, {})]
+    if "step" not in there:
+        return bool(moments)
+    moved = not moments or any(not isinstance(value, Tensor) or bool(value.any()) for value in moments)
+    return moved and float(there["step"]) > 0
 
 
 def adopt_subnets(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:

@@ -22,7 +22,7 @@ from .errors import StateError
 from .localize import Selection
 from .pieces import BaseHistory
 from .plan import SubnetFacts
-from .subnet import draw, gather, scatter
+from .subnet import draw, flat_index, gather, scatter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,6 +75,37 @@ class Profile:
         self.grad = grad.div_(dist.get_world_size(ranks))
 
 
+SMALL = 2**12
+"""Elements of an S up to which its place in W is kept as one index: beyond, that would cost twice the memory of S."""
+
+
+class _Place:
+    """Where a small S goes in W, ready to be written: of many small weights, the calls are what takes the time."""
+
+    def __init__(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
+        self._tensors = (weight, rows, cols, values)
+        self._marks = self._read()
+        self._target, self._source = weight.detach().view(-1), values.detach().view(-1)
+        self._index = flat_index(weight, rows, cols)
+
+    def _read(self) -> tuple[int, ...]:
+        weight, rows, cols, values = self._tensors
+        return weight.data_ptr(), rows._version, cols._version, values.data_ptr()
+
+    def holds(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> bool:
+        """Whether these are the same tensors, where they were, and rows and cols say what they said."""
+        mine = self._tensors
+        same = weight is mine[0] and rows is mine[1] and cols is mine[2] and values is mine[3]
+        return same and self._read() == self._marks
+
+    def write(self) -> None:
+        """W[rows, cols] = S."""
+        source = self._source
+        if source.dtype != self._target.dtype:
+            source = source.to(self._target.dtype)
+        self._target.index_copy_(0, self._index, source)
+
+
 class SubnetState:
     """One weight's subnet. Made and removed by transform, changed by the controller alone."""
 
@@ -101,6 +132,7 @@ class SubnetState:
         """Of the controller that follows this subnet."""
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
+        self._place: _Place | None = None
         self.hooks: list[RemovableHandle] = []
         self.base = BaseHistory()
         self.shape = tuple(self.weight.shape)
@@ -217,16 +249,17 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
+        self._place = None
         registry.leave(self, int(self.handle))
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_place")}
         return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.agreement = None
+        self.agreement = self._place = None
         self._enlist()
         registry.COPIES.add(self)
 
@@ -277,10 +310,15 @@ class SubnetState:
 
     # -- the subnet moves -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def write_back(self) -> None:
-        """W[rows, cols] = S."""
-        scatter(self.weight, self.rows, self.picked_cols, self.values.detach().to(self.weight.dtype))
+        """W[rows, cols] = S. To be called with gradients off."""
+        weight, rows, cols, values = self.written()
+        if self._place is not None and cols is not None and self._place.holds(weight, rows, cols, values):
+            self._place.write()
+            return
+        scatter(weight, rows, cols, values.detach().to(weight.dtype))
+        flat = weight.dim() == 2 and weight.is_contiguous() and values.is_contiguous() and values.numel() <= SMALL
+        self._place = None if cols is None or not flat else _Place(weight, rows, cols, values)
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:

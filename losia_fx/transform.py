@@ -20,6 +20,7 @@ from ._compat import (
     install_call,
     is_exporting,
     is_jit_tracing,
+    leaves,
     plain_call,
     whole_graphs,
 )
@@ -30,6 +31,7 @@ from .blocks import find_blocks, group_names
 from .config import LosiaConfig
 from .controller import Controller, Role, controller_of, find_controller
 from .errors import LosiaError, LosiaWarning, TransformError, listed
+from .first_order import watch_functions
 from .functional import call_with_others
 from .plan_model import ADAPTER, WeightPlan, plan_model
 from .ranks import forget_indices, keep_indices_at_home
@@ -211,7 +213,7 @@ class CompiledCall:
         if is_exporting():
             controller = controller_of(self.root)
             if controller is not None and not is_jit_tracing():
-                controller.agreement.refuse_unwritten()
+                controller.agreement.follow_beneath()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -246,6 +248,7 @@ class CompiledCall:
                 raise inner from None
             raise
         notices.warn_outside(controller)
+        watch_functions(leaves(result), leaves((args, kwargs)))
         return result
 
 

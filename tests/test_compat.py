@@ -552,6 +552,41 @@ def test_2_14_writes_the_attributes_that_transpose_as_operators() -> None:
     assert release(TORCH.lowest) < (2, 14), "products need not know these as attributes any longer"
 
 
+def test_current_node_is_that_of_the_hook_that_runs() -> None:
+    """And holds on to nothing: the graph goes with its last tensor."""
+    seen: list[Any] = []
+    leaf = torch.ones(2, requires_grad=True)
+    result = leaf.square()
+    assert result.grad_fn is not None
+    result.grad_fn.register_prehook(lambda grads: seen.append(_compat.current_node()))
+    result.sum().backward()
+    assert seen == [result.grad_fn]
+    assert _compat.current_node() is None
+
+
+def test_leaves_are_found_in_a_models_output() -> None:
+    from transformers.modeling_outputs import CausalLMOutput
+
+    one, other = torch.ones(1), torch.zeros(1)
+    nest = (CausalLMOutput(logits=one, hidden_states=(other,)), {"text": "x", "none": [None]})
+    assert [leaf for leaf in _compat.leaves(nest) if isinstance(leaf, Tensor)] == [one, other]
+
+
+def test_untraced_writes_real_tensors_in_the_midst_of_an_export() -> None:
+    real = torch.zeros(3)
+
+    class Writing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with _compat.untraced():
+                real.index_copy_(0, torch.tensor([1]), torch.ones(1))
+            return x + 1
+
+    program = torch.export.export(Writing(), (torch.zeros(2),), strict=False)
+    assert torch.equal(real, torch.tensor([0.0, 1.0, 0.0]))
+    assert "index_copy" not in str(program.graph)
+    assert torch.equal(program.module()(torch.zeros(2)), torch.ones(2))
+
+
 def test_every_name_of_it_is_tested() -> None:
     public = {
         node.name for node in ast.parse(Path(_compat.__file__).read_text()).body if isinstance(node, ast.FunctionDef)

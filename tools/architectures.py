@@ -22,6 +22,7 @@ from transformers.models.auto import modeling_auto
 from losia_fx.errors import LosiaError
 
 from .shrink_config import common_ratio, nested, shrink
+from .size_rules import WIDTH
 from .tiny_batch import candidates
 from .tiny_model import SEED, TinyModel, in_dtype, prepared, step
 
@@ -63,6 +64,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "emu3": {"vocabulary_map": {"<image>": 98, "<|extra_200|>": 97}},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [],
+        "qformer_config.encoder_hidden_size": 64,
+    },
     "instructblip": {"image_token_index": 98},
     "instructblipvideo": {"video_token_index": 98},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
@@ -71,6 +78,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {"vision_config.intermediate_size": 256},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "omdet-turbo": {"timm_kwargs": {}},
+    "perception_lm": {"vision_config.model_args": {"embed_dim": 64}},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 96},
     "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2},
     "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
@@ -83,6 +92,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "num_buckets": 2,
     },
+    "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},  # a tuple by default, which it cannot take
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {
@@ -167,17 +177,17 @@ def _fitting(small: list[_Attempt]) -> Iterator[_Attempt]:
 
 
 def _parts(small: list[_Attempt]) -> Iterator[_Attempt]:
-    """Models inside one that does not run by itself (a pipeline of several, or one that wants a session), the largest
-    first."""
+    """Models inside one that does not run by itself (a pipeline of several, or one that wants a session), the one with
+    the largest linears first."""
     for attempt in small:
         with suppress(Exception):  # it cannot even be made
             model = attempt.model()
             sizes = {
-                path: sum(p.numel() for p in part.parameters())
+                path: sum(inner.weight.numel() for inner in part.modules() if isinstance(inner, nn.Linear))
                 for path, part in model.named_modules()
                 if path and isinstance(part, PreTrainedModel)
             }
-            for path in sorted(sizes, key=sizes.__getitem__, reverse=True)[:MOST_PARTS]:
+            for path in sorted(filter(sizes.get, sizes), key=sizes.__getitem__, reverse=True)[:MOST_PARTS]:
                 yield replace(attempt, part=path, head="BASE")
 
 
@@ -204,15 +214,23 @@ def _config(model_type: str, ratio: int) -> PretrainedConfig:
     config: PretrainedConfig = CONFIG_MAPPING[model_type]()
     for part in nested(config):
         for name, value in list(vars(part).items()):
-            if isinstance(value, TimmBackboneConfig) or hasattr(value, "do_pooling"):  # timm's; a ResNet does as well
-                stages = list(range(5 - len(getattr(value, "out_indices", None) or (0,)), 5))
-                options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages, "hidden_size": 512}
-                given = {key: item for key, item in vars(value).items() if not hasattr(ResNetConfig(), key)}
-                vars(part)[name] = ResNetConfig(**given, **options)  # past the check of its type
+            if isinstance(value, TimmBackboneConfig) or hasattr(value, "do_pooling"):
+                vars(part)[name] = _resnet(value)  # past the check of its type
     shrink(config, ratio)
     for path, value in OVERRIDES.get(model_type, {}).items() if not ratio else ():
         *parts, name = path.split(".")
         setattr(reduce(getattr, parts, config), name, value)
+    return config
+
+
+def _resnet(timm: PretrainedConfig) -> PretrainedConfig:
+    """What does as well as a model of timm, which is another package."""
+    stages = list(range(5 - len(getattr(timm, "out_indices", None) or (0,)), 5))
+    options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages}
+    config = ResNetConfig(**options)
+    for name, value in {"hidden_size": WIDTH, **vars(timm)}.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
     return config
 
 

@@ -20,6 +20,7 @@ from .size_rules import (
     LAYER_NUMBERS,
     LAYERS,
     MOST_LAYERS,
+    MOST_PIXELS,
     OFF,
     ORDINARY_TOKENS,
     SIZES,
@@ -111,6 +112,9 @@ class _Shrinking:
                 setattr(self.config, name, new)
         if isinstance(vars(self.config).get("stage_names"), list):
             _repair_stages(self.config)
+        if sizes := vars(self.config).get("backbone_feature_sizes"):  # of an image of 1024 pixels
+            pixels = MOST_PIXELS if self.ratio else IMAGE
+            self.config.backbone_feature_sizes = [[pixels * side // 1024 for side in size] for size in sizes]
         if not self.ratio:
             _repair(self.config, before)
 
@@ -142,8 +146,12 @@ class _Shrinking:
 
     def size(self, name: str, value: int) -> int:
         size = rule(name)
-        if size is None or (self.ratio and isinstance(size, Unit)):
+        if self.ratio and isinstance(size, Unit):
+            return min(value, MOST_PIXELS) if size is IMAGE else value
+        if size is None:
             return value
+        if name == "vocab_size":  # a smaller one would not have the tokens that batches are made of
+            return VOCABULARY
         if self.ratio and isinstance(size, Width):
             return value if value % self.ratio else value // self.ratio
         return int(min(value, size))
@@ -220,10 +228,8 @@ def _repair(config: PretrainedConfig, before: dict[str, Any]) -> None:
     for inner, heads, head_dim in SSM:
         if {inner, heads, head_dim} <= values.keys() and "hidden_size" in values:
             setattr(config, head_dim, values[inner] * values["hidden_size"] // values[heads])
-    if "backbone_feature_sizes" in values:  # of an image of 1024 pixels
-        config.backbone_feature_sizes = [
-            [IMAGE * side // 1024 for side in size] for size in values["backbone_feature_sizes"]
-        ]
+    if type(values.get("image_embedding_size")) is int and "patch_size" in values:
+        config.image_embedding_size = values["image_size"] // values["patch_size"]
     if "embed_dim_per_stage" in values:
         config.hidden_size = values["embed_dim_per_stage"][0]
     if "qk_rope_head_dim" in values:

@@ -16,6 +16,7 @@ class Unit(int):
 WIDTH, INNER, HEADS, KEY_HEADS, HEAD_DIM = Width(64), Width(96), Width(4), Width(2), Unit(16)
 VOCABULARY = 99
 IMAGE, PATCH, WINDOW = Unit(64), Unit(16), Unit(2)
+MOST_PIXELS = 256  # of a side, where patches and windows keep their sizes
 LAYERS, MOST_LAYERS = 2, 6
 
 # The first pattern that matches the whole name of an attribute gives its size. None: the value stays.
@@ -29,7 +30,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"type_vocab_size", 3),
     (r".*codebook_size", 64),
     (r".*(vocab_size|group_vocab).*|num_embeddings|vocab_offset", VOCABULARY),
-    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)", KEY_HEADS),
+    (r".*(key_value_heads|kv_heads|head_kv|key_heads|multi_query_group_num)(_per_layer)?", KEY_HEADS),
     (r"(?!.*dim).*(heads|n_head|num_head)", HEADS),
     (r"rotary_dim|.*(head_dim|dim_head|d_head|d_kv|head_size|kv_channels|headdim)|query_pre_attn_scalar", HEAD_DIM),
     (r".*(lora_rank|low_rank_dim|low_rank|rank_dim)", 16),
@@ -54,6 +55,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"num_mel_bins", 16),
     (r"upsample_groups", WIDTH),
     (r"train_num_points", 32),
+    (r"n_filters|num_filters", 8),
     (r"context_size", 32),
 )
 LAYER_COUNTS = re.compile(r"(?!.*(feature|adapter|nextn|shared)).*(_layers|n_layer|num_blocks|depth|num_stages_layers)")
@@ -85,6 +87,9 @@ DEFAULTS = {
     "top_k_experts": 2,
     "prediction_length": 8,
     "context_length": 16,
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
 }
 FITTED_DEFAULTS = ("head_dim", "moe_intermediate_size", "num_key_value_heads")

@@ -56,7 +56,8 @@ def words(*shape: int) -> Tensor:
 def _ids(facts: Facts) -> list[Batch]:
     codebooks = facts.size("num_codebooks", default=0)
     shapes = ((), (codebooks + 1,), (codebooks,)) if codebooks else ((),)
-    return [{"input_ids": words(LENGTH, *shape)} for shape in shapes]
+    short = {"input_ids": words(TARGET_LENGTH)}  # where there are few positions
+    return [*({"input_ids": words(LENGTH, *shape)} for shape in shapes), short]
 
 
 def _decoder_ids(facts: Facts) -> list[Batch]:
@@ -112,7 +113,9 @@ def _spectrum(facts: Facts) -> list[Batch]:
     )
     frames = 2 * facts.size("max_source_positions", default=FRAMES // 2)
     options = []
-    for shape, length in (((bins, frames), frames), ((frames, bins), frames), ((FRAMES, bins), FRAMES)):
+    window = 2 * facts.size("n_window", default=FRAMES // 4)
+    for shape in ((bins, frames), (frames, bins), (FRAMES, bins), (FRAMES // 2, bins), (bins, window)):
+        length = shape[1] if shape[0] == bins else shape[0]
         mask = torch.ones(SIZE, length, dtype=torch.long)
         options.append({"input_features": torch.randn(SIZE, *shape), "input_features_mask": mask})
     options.append({"input_features": torch.randn(SIZE, 1, frames, bins)})
@@ -129,7 +132,12 @@ def _series(facts: Facts) -> list[Batch]:
     """What was measured; for models of dated series, with what is known of the time that follows."""
     length, channels = facts.size("context_length", default=32), facts.size("num_input_channels", default=1)
     if "past_time_features" not in facts.parameters:
-        return [{"past_values": torch.randn(SIZE, length, channels)}]
+        alone = {"past_values": torch.randn(SIZE, length)}
+        padding, kind = torch.zeros(SIZE, length, dtype=torch.long), torch.zeros(SIZE, 1, dtype=torch.long)
+        return [
+            {"past_values": torch.randn(SIZE, length, channels)},
+            {**alone, "past_values_padding": padding, "freq": kind},
+        ]
     config = facts.configs[0]
     past, ahead = length + max(config.lags_sequence), config.prediction_length
     return [
@@ -181,6 +189,18 @@ def _questions(facts: Facts) -> list[Batch]:
     ]
 
 
+def _prompts(facts: Facts) -> list[Batch]:
+    """An image that is done already, and what was to be done with it."""
+    return [{name: torch.randn(SIZE, *facts.image()) for name in ("prompt_pixel_values", "prompt_masks")}]
+
+
+def _latents(facts: Facts) -> list[Batch]:
+    """What an encoder of sounds makes of them, channels first or last."""
+    widths = {facts.size("latent_dim", "hidden_size", default=64): None, facts.size("hidden_size", default=64): None}
+    shapes = [shape for width in widths for shape in ((width, LENGTH), (LENGTH, width))]
+    return [{"latents": torch.randn(SIZE, *shape)} for shape in shapes]
+
+
 def _boxes(facts: Facts) -> list[Batch]:
     corners = torch.randint(0, 40, (SIZE, LENGTH, 4))
     return [{"bbox": torch.cat((corners[..., :2], corners[..., :2] + 5), -1)}]
@@ -206,12 +226,14 @@ OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
     "input_values": _wave,
     "past_values": _series,
     "states": _games,
+    "latents": _latents,
     "bbox": _boxes,
     "visual_feats": _regions,
     "decoder_input_ids": _decoder_ids,
     "qformer_input_ids": lambda facts: [{"qformer_input_ids": words(LENGTH)}],
     "spectrogram_labels": _speech_labels,
     "marks": _questions,
+    "prompt_pixel_values": _prompts,
     "image_attention_mask": lambda facts: [{"image_attention_mask": torch.ones(SIZE, LENGTH, 1, dtype=torch.long)}],
     "image_embeds_position_mask": _image_positions,
     "return_loss": lambda facts: [{"return_loss": True}],
@@ -223,6 +245,7 @@ HELPERS = (
     "qformer_input_ids",
     "spectrogram_labels",
     "marks",
+    "prompt_pixel_values",
     "bbox",
     "visual_feats",
     "image_attention_mask",

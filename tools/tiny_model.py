@@ -80,7 +80,7 @@ def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
 def step(tiny: TinyModel) -> None:
     """A plain step, after which no gradient is left.
 
-    Raises what the model raises, and LosiaError where the loss is not finite or nothing has a gradient.
+    Raises what the model raises, and LosiaError where the loss or a gradient is not finite or nothing has a gradient.
     """
     tiny.model.zero_grad()
     torch.manual_seed(SEED)
@@ -90,6 +90,8 @@ def step(tiny: TinyModel) -> None:
     tiny.model.zero_grad()
     if not math.isfinite(loss.item()):
         raise LosiaError(f"loss is {loss.item()}")
+    if not all(grad.isfinite().all() for grad in grads):
+        raise LosiaError("a gradient is not finite")
     if not any(grad.any() for grad in grads):
         raise LosiaError("no gradient")
 

@@ -39,7 +39,7 @@ def names_of(library: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(("library", "name"), CORE)
 def test_core(library: str, name: str) -> None:
     assert name in names_of(library)
-    result = check(name, "aot_eager" if library == "torch" else "eager", "float64", library)
+    result = check(name, "aot_eager", "float64", library)
     assert result.verdict == EXACT, result
     assert (result.subnets > 0, result.share, result.why) == (True, 1.0, "")
 

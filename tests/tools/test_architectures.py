@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from losia_fx.tools.architectures import build, names
-from losia_fx.tools.size_rules import LAYERS
+from losia_fx.tools.shrink_config import common_ratio, shrink
+from losia_fx.tools.size_rules import LAYERS, VOCABULARY, WIDTH
+from transformers import CONFIG_MAPPING
 
 from losia_fx.errors import LosiaError
 
@@ -74,3 +76,29 @@ def test_list() -> None:
 def test_unknown_type() -> None:
     with pytest.raises(LosiaError, match="'lama': transformers has no such model type"):
         build("lama")
+
+
+def test_widths_that_have_to_fit_are_divided_by_one_number() -> None:
+    config = CONFIG_MAPPING["clvp"]()
+    before = (config.text_config.hidden_size, config.text_config.num_attention_heads, config.text_config.projection_dim)
+    assert common_ratio(config) == 4  # 12 heads
+    shrink(config, common_ratio(config))
+    text = config.text_config
+    assert (text.hidden_size, text.num_attention_heads, text.projection_dim) == tuple(size // 4 for size in before)
+    assert (text.num_hidden_layers, text.vocab_size) == (LAYERS, VOCABULARY)
+    tiny = build("clvp")
+    assert tiny.model.config.text_config.hidden_size == text.hidden_size
+    assert tiny.note == ""
+
+
+def test_a_part_stands_for_what_does_not_run_whole() -> None:
+    tiny = build("bark")
+    assert tiny.note == "its semantic alone"
+    assert type(tiny.model).__name__ == "BarkSemanticModel"
+    tiny.loss(tiny.model(**tiny.batch)).backward()
+
+
+def test_float32_rather_than_other_sizes() -> None:
+    with pytest.raises(LosiaError, match=r"mixtral: cannot be built: .*Double"):
+        build("mixtral", torch.float64)
+    assert build("mixtral").model.config.hidden_size == WIDTH

@@ -18,6 +18,7 @@ from tests.toys import Toy, batch, fingerprint, tiny_llama
 from tests.truth.twin import (
     Twin,
     assert_one,
+    assert_subnets,
     backward,
     close,
     logits,
@@ -198,13 +199,23 @@ def test_what_was_just_written_is_exported(make: Any) -> None:
     trains(model, twin)
     changed(model, twin, seen=False)
     ids = batch()
-    if make is exported:  # where stand-ins are traced, nothing can be written any more
-        with pytest.raises(losia_fx.StateError, match="state_dict"):
-            make(model, ids)
-        model.state_dict()
     program = make(model, ids)
+    assert make is fx_traced or "index_copy" not in str(program.graph)
     with torch.no_grad():
         close(program(ids), twin(ids), 1e-9, "logits")
+    assert_subnets(model, twin)
+    trains(model, twin)
+
+
+def test_export_of_what_was_written_twice() -> None:
+    """S and W, to different numbers: no program is made of either."""
+    model, twin = twins()
+    trains(model, twin)
+    changed(model, twin, seen=False)
+    with torch.no_grad():
+        for name in subnets_of(model):
+            model.get_parameter(name).mul_(2)
+    refused(lambda: exported(model, batch()), model, "head.weight", "both", error=losia_fx.StateError)
 
 
 @pytest.mark.slow

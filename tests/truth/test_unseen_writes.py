@@ -230,3 +230,18 @@ def test_a_weight_that_is_all_subnet() -> None:
         with torch.no_grad(), warned():
             assert_one(model, twin)
         assert losia_fx.controller(model).step == 1
+
+
+def test_values_are_compared_at_every_look_for_as_long_as_it_pays() -> None:
+    """A weight that was once written through .data, to initialise it, say, costs no comparison ever after."""
+    model, twin, mine, expected = deep(steps=0)
+    agreement = losia_fx.controller(model).agreement
+    clamped(model, twin)
+    go_on(model, twin, mine, expected)
+    assert agreement.vigilant
+    for _ in range(40):
+        go_on(model, twin, mine, expected)
+    assert not agreement.vigilant
+    clamped(model, twin)
+    go_on(model, twin, mine, expected)
+    assert agreement.vigilant

@@ -1,0 +1,106 @@
+"""Weights used by hand in a torch.autograd.Function that no graph sees: first derivatives, no second ones unsaid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import losia_fx
+from losia_fx import GradientError
+from tests.toys import Toy, batch
+from tests.truth.twin import assert_one, close, loss_of, subnets_of, twins, values_of, zero
+
+
+class Product(torch.autograd.Function):
+    """x W^T, as a fused kernel has it; differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+@torch.compiler.disable
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return Product.apply(x, weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Head(nn.Module):
+    """One linear is run by hand, and no other stands between the input and what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"beside": self.first(x.detach()), "given": x, "found": (product(x, self.second.weight),)}
+
+
+@torch.compiler.disable
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """torch's own products save their factors too."""
+    return (x * weight).square()
+
+
+class Scaled(Head):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"beside": self.first(x.detach()), "given": x, "found": (scaled(x[:1], self.second.weight),)}
+
+
+class WithHead(Toy):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return product(self.norm(x), self.head.weight)
+
+
+def penalty(call: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(call(x)["found"][0].square().sum(), x, create_graph=True)
+    return found.square().sum()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_first_derivatives(compiler: str) -> None:
+    model, twin = twins(WithHead(layers=1).double(), compiler=compiler)
+    ids = batch()
+    for _ in range(2):
+        zero(model, twin)
+        loss_of(model, ids).backward()
+        loss_of(twin, ids).backward()
+        for name, value in twin.values.items():
+            close(subnets_of(model)[name].values.grad, value.grad, 1e-9, name)
+    assert_one(model, twin)
+
+
+@pytest.mark.parametrize("kind", [Head, Scaled])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_second_derivatives_are_refused(kind: Any, compiler: str) -> None:
+    """Also where the first backward asks for none of the weight's gradient, and so makes none."""
+    model, twin = twins(kind().double(), compiler=compiler, target=("first", "second"))
+    x = torch.randn(4, 12, dtype=torch.float64)
+    penalty(twin, x).backward()
+    assert twin.values["second.weight"].grad is not None
+    with pytest.raises(GradientError, match="create_graph"):
+        penalty(model, x).backward()
+    assert all(value.grad is None for value in values_of(model))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_what_the_model_is_given_keeps_its_own_derivatives(compiler: str) -> None:
+    """An output that is an input is somebody else's, and so is whatever came before it."""
+    model = losia_fx.transform(Head().double(), compiler=compiler, target=("first", "second"), rank_factor=0.5)
+    leaf = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    results = model(leaf.square())
+    (first,) = torch.autograd.grad(results["given"].sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    torch.testing.assert_close(second, torch.full_like(leaf, 2.0))
