@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,18 @@ import losia_fx
 from losia_fx.backend import losia_backend
 
 VOCABULARY = 40
+
+
+def needs_traced_experts() -> None:
+    """Skips a test of a float32 mixture whose every weight learns in one graph.
+
+    transformers 5.17's product of experts has a backward that reads the offsets, and torch.compile breaks the graph of
+    a plain model at each; later ones hide it in an op. Under losia_fx it is one of ours, with any transformers.
+    """
+    import transformers.integrations.moe  # noqa: F401
+
+    if not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("this transformers' product of experts has a backward that no compiler traces")
 
 
 class Mlp(nn.Module):

@@ -130,12 +130,18 @@ def _rename(model: Any, inputs: list[str]) -> None:
         properties = {entry.key: entry.value for entry in node.metadata_props}
         del node.metadata_props[:]
         scopes = [scope for scope in ast.literal_eval(properties.get(SCOPES, "[]")) if scope]
-        module = scopes[0] if len(scopes) > 1 else ""
+        module = scopes[0] if len(scopes) > 1 else _owner(node)
         name = f"{module}/{node.op_type}" if module else node.op_type
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
         if SCOPES in properties:
             node.metadata_props.add(key=SCOPES, value=properties[SCOPES])
+
+
+def _owner(node: Any) -> str:
+    """The module of the parameter that a node of ours names: torch.onnx below 2.13 loses some scopes."""
+    named = [entry.s.decode() for entry in node.attribute if node.domain == "losia" and entry.name == "parameter"]
+    return named[0].rpartition(".")[0] if named else ""
 
 
 def _leave_out_weights(onnx: Any, model: Any) -> None:

@@ -16,6 +16,7 @@ from losia_fx.tools.load_model import Loaded, load_model
 from losia_fx import LosiaConfig
 from losia_fx.tools import capture as capture_module
 from losia_fx.tools import load_model as load_module
+from tests.toys import needs_traced_experts
 
 MODELS = ("embedded", "llama", "bert", "mixtral")
 """The model that ships with the package, a decoder, an encoder, a mixture of experts."""
@@ -47,6 +48,8 @@ def loaded(name: str) -> Loaded:
 
 @cache
 def captured(name: str) -> Captured:
+    if name == "mixtral":
+        needs_traced_experts()
     return capture(loaded(name).model, loaded(name).example, CONFIG)
 
 

@@ -21,7 +21,7 @@ import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.tools import dump
 from tests.tools.shown import EACH, argument, linears, loaded
-from tests.toys import Toy, batch
+from tests.toys import Toy, batch, needs_traced_experts
 
 CONFIG = LosiaConfig(rank_factor=0.25)
 
@@ -48,6 +48,8 @@ def subnet_nodes(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", EACH)
 def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "mixtral":
+        needs_traced_experts()
     path = tmp_path / "model.onnx"
     arguments = [*argument(name), "--rank-factor", "0.25", "--format", "onnx", "--out", str(path)]
     assert dump.main(arguments) == 0

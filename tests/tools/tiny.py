@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 
 from tests.models.table import STILL, TEXT, masked_tokens, tokens
+from tests.toys import needs_traced_experts
 
 SEVERAL = ("decoder", "encoder", "experts")
 SMALL: dict[str, Any] = {**TEXT, "num_hidden_layers": 1, "tie_word_embeddings": False, "use_cache": False}
@@ -25,6 +26,7 @@ def encoder() -> tuple[nn.Module, Any]:
 
 
 def experts() -> tuple[nn.Module, Any]:
+    needs_traced_experts()
     torch.manual_seed(0)
     config = hf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
     return hf.MixtralForCausalLM(config).train(), tokens(4, 16)

@@ -413,10 +413,12 @@ def test_an_interrupt_while_the_first_graph_is_compiled() -> None:
         except Exception as error:  # torch wraps what a backend raises
             wrapped = error
         assert cut.where or wrapped is None
-        assert_nothing_leaks(model, cut.where)
+        if "stop_asking" not in cut.where:  # cut while it switched off what was left on
+            assert_nothing_leaks(model, cut.where)
         with warned():
             backward(model, twin)
             zero(model, twin)
             assert_one(model, twin)
+        assert_nothing_leaks(model, cut.where)
         if not cut.where:
             return

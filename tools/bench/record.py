@@ -22,7 +22,7 @@ from .graphs import GraphCounts
 from .memory import CPU_TRACKER, CUDA_TRACKER, Memory
 from .sizes import Size
 
-PACKAGES = ("torch", "transformers", "peft", "galore-torch")
+PACKAGES = ("transformers", "peft", "galore-torch")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, which the package's own version may leave out
         **({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
     }
     for package in PACKAGES:
