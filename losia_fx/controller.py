@@ -48,6 +48,7 @@ from .optimizers import (
     found_inf,
     grad_scale,
     has_stepped,
+    inner_optimizers,
     live_optimizers,
     note_made_state,
     outermost,
@@ -162,6 +163,9 @@ class Controller:
         """The most of them that a followed step has ended."""
         self._unseen_moves = 0
         self._modes: list[bool] = []
+        """Of the optimizers, at the last step."""
+        self._modes_of: dict[SubnetState, list[bool]] = {}
+        """Those in which a subnet was found moved since then."""
         self._open: set[SubnetState] = set()
         """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
         self._moving = False
@@ -268,6 +272,7 @@ class Controller:
             self._agreement.averaged = self.copied_from is not None
         return self._agreement
 
+    @torch.compiler.disable  # what an outer torch.compile breaks its graph for, it would compile frame by frame
     def look(self, learns: bool | None = None, shown: bool = False) -> None:
         """Before any use of the model: whatever moved S or W since the last one, they agree afterwards.
 
@@ -312,19 +317,22 @@ class Controller:
         """``written``: subnets whose S somebody moved outside of a followed step."""
         if not written or step_hooks.under_way(self):
             return
+        modes = self._read_modes()
+        still = [state for state in written if self._modes_of.get(state, self._modes) == modes]
+        self._modes_of.update(dict.fromkeys(written, modes))
         if learns:
             self._idle = False
             self._unseen_moves += 1
             if self._unseen_moves == min(UNSEEN_MOVES, self.config.period):
                 notices.warn_standing(self, written)
-        elif shown and self._read_modes() == self._modes:
-            notices.warn_averaged(self, written)
+        elif shown and still:
+            notices.warn_averaged(self, still)
 
     def _read_modes(self) -> list[bool]:
         """Of optimizers that have one, the mode for training or evaluation (schedule-free): going from one into the
         other it is they that move S, as they should."""
-        groups = (group for each in self._known for group in each.param_groups)
-        return [group["train_mode"] for group in groups if "train_mode" in group]
+        holders = (holder for each in self._known for holder in (each.__dict__, *each.param_groups))
+        return [holder["train_mode"] for holder in holders if "train_mode" in holder]
 
     def mend(self) -> None:
         """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
@@ -444,7 +452,9 @@ class Controller:
         for each in fresh:
             note_made_state(each, owned_states(each, self))
         resumed = self._resumed or self.step > 0 or self.by_string  # by string, moments of W come along
-        if not resumed and any(has_stepped(each, s) for each in fresh for s in owned_states(each, self)):
+        # What one around others keeps (slow copies, a gradient of SAM's first half) may come from before any step.
+        steppers = [each for each in fresh if not inner_optimizers(each)]
+        if not resumed and any(has_stepped(each, s) for each in steppers for s in owned_states(each, self)):
             notices.warn_resumed()
         if self.by_string and not self._known:
             notices.warn_lists(self.states)
@@ -526,6 +536,7 @@ class Controller:
         self._stepped.update(mine)
         self._idle = self.agreement.averaged = False
         self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
+        self._modes_of.clear()
         self._usual_waits, self._waits = max(self._usual_waits, self._waits), 0
         self._select_due()
 
