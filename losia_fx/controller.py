@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import notices, registry, snapshot, step_hooks
+from . import notices, registry, snapshot, step_hooks, steps
 from ._compat import compiled_call, not_installed
 from .agreement import Agreement, Torn
 from .attach import Watch, watch
@@ -139,6 +140,8 @@ class Controller:
 
     def _begin(self) -> None:
         """What is not carried over to a copy."""
+        self.lock = threading.RLock()
+        """Whoever sees to S and W: one thread may evaluate or save while another trains."""
         self.ranks = Ranks()
         self._agreement: Agreement | None = None
         self._tree: ModuleTree | None = None
@@ -184,7 +187,7 @@ class Controller:
         self._fits: dict[SubnetState, Fit | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("generator", "ranks", "told")
+        gone = ("generator", "ranks", "told", "lock")
         kept = {key: value for key, value in self.__dict__.items() if key not in gone and not _is_passing(key)}
         return {**kept, "generator": self.generator.get_state(), "copied_from": self.number}
 
@@ -279,6 +282,11 @@ class Controller:
         learns: of a forward, whether gradients are on; None for any other use, which compares values too. shown: the
         weights are evaluated or saved. Raises StateError where S and W cannot agree.
         """
+        with self.lock:
+            if not steps.elsewhere(self):
+                self._look(learns, shown)
+
+    def _look(self, learns: bool | None, shown: bool) -> None:
         if self.agreement.waiting:
             self.agreement.waiting = set(snapshot.strays(self.agreement.waiting))
             if self.agreement.waiting:
@@ -336,8 +344,13 @@ class Controller:
 
     def mend(self) -> None:
         """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
-        if not (self._open or self._moving) or step_hooks.under_way(self):
+        if not (self._open or self._moving):
             return
+        with self.lock:
+            if not step_hooks.under_way(self):
+                self._mend()
+
+    def _mend(self) -> None:
         self._finish_moves(self.states)
         self._write_back(list(self._open))
         self.agreement.remember(self._open)
@@ -423,6 +436,10 @@ class Controller:
     def before(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are
         made within the step."""
+        with self.lock:
+            self._before_step(optimizer, mine, closure)
+
+    def _before_step(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         self.check_tree()
         self.check_calls()
         if self.agreement.waiting:
@@ -471,6 +488,10 @@ class Controller:
 
     def after(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
         """optimizers: the outermost one and those that stepped within it."""
+        with self.lock:
+            self._after_step(optimizers, mine, closure)
+
+    def _after_step(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
         if any(found_inf(each) for each in optimizers):
             self._before.clear()
             self._fits.clear()
@@ -500,6 +521,10 @@ class Controller:
 
     def made_by_hand(self) -> None:
         """A step that no optimizer made: S has been moved, and its gradient is still there."""
+        with self.lock:
+            self._by_hand()
+
+    def _by_hand(self) -> None:
         self.check_tree()
         mine = [state for state in self.states if state.values.grad is not None]
         if not mine:
