@@ -602,6 +602,64 @@ def test_state_that_a_constructor_makes_from_the_parameter() -> None:
     assert_one(run.model, run.twin)
 
 
+@pytest.mark.parametrize("pullback", ["none", "pullback"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["from the start", "resumed"])
+def test_a_lookahead_starts_a_moved_subnet_anew(resumed: bool, pullback: str) -> None:
+    """Slow copies that came from a file are known too as what its constructor makes, and so are slow moments."""
+    package = pytest.importorskip("pytorch_optimizer")
+
+    def made() -> tuple[nn.Module, Any]:
+        model, _ = twins(Toy(layers=1).double(), **MOVING)
+        return model, package.Lookahead(momentum(values_of(model)), k=3, pullback_momentum=pullback)
+
+    def train(model: nn.Module, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, batch()).backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    if resumed:
+        train(model, optimizer, 2)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), losia_fx.state_dict(model)))
+        train(model, optimizer, 1)
+        model, optimizer = made()
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        losia_fx.load_state_dict(model, saved[2])
+        train(model, optimizer, 1)
+    else:
+        train(model, optimizer, 3)
+    event = losia_fx.controller(model).history[-1]
+    moved = [subnet.values for subnet in subnets_of(model).values() if subnet.group == event.group]
+    assert moved
+    for value in moved:
+        assert torch.equal(optimizer.state[value]["slow_params"], value)
+        assert value not in optimizer.optimizer.state
+        assert pullback == "none" or not optimizer.state[value]["slow_momentum"].any()
+    train(model, optimizer, 5)
+    assert losia_fx.controller(model).step == 8
+
+
+def test_what_sam_keeps_of_its_first_half_is_no_earlier_run() -> None:
+    """pytorch_optimizer's FriendlySAM keeps an average of gradients that it makes before any step."""
+    package = pytest.importorskip("pytorch_optimizer")
+    if not hasattr(package, "FriendlySAM"):
+        pytest.skip("this pytorch_optimizer has no FriendlySAM")
+    run = Run(lambda p: package.FriendlySAM(p, optim.SGD, lr=0.1, momentum=0.9), **MOVING)
+    for _ in range(7):
+        ids = batch()
+        for optimizer, model in ((run.mine, run.model), (run.expected, run.twin)):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.first_step(zero_grad=True)
+            loss_of(model, ids).backward()
+            optimizer.second_step()
+        run.follow()
+    assert run.moved
+    assert_one(run.model, run.twin)
+
+
 EVERY = (
     "AdaBelief", "ADOPT", "AdEMAMix", "Adan", "AdamP", "CAME", "DAdaptAdam", "Fromage", "GrokFastAdamW", "LaProp",
     "Lamb", "Lion", "MADGRAD", "MARS", "NovoGrad", "PNM", "Prodigy", "QHAdam", "Ranger", "Ranger21", "SM3", "SOAP",
