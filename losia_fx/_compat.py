@@ -379,8 +379,11 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export (strict or not), torch.onnx or torch.jit is tracing: what is made has no training in it."""
-    return torch.compiler.is_exporting() or is_jit_tracing()
+    """Whether torch.export (strict or not), torch.onnx or torch.jit is tracing: what is made has no training in it.
+
+    By the flag itself: below 2.13 Dynamo takes torch.compiler.is_exporting() for true in every torch.compile.
+    """
+    return torch.compiler._is_exporting_flag or is_jit_tracing()
 
 
 @contextmanager

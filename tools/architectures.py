@@ -244,7 +244,7 @@ def _resnet(timm: PretrainedConfig) -> PretrainedConfig:
     stages = list(range(5 - len(getattr(timm, "out_indices", None) or (0,)), 5))
     options: dict[str, Any] = {"layer_type": "basic", "out_indices": stages}
     config = ResNetConfig(**options)
-    for name, value in {"hidden_size": WIDTH, **vars(timm)}.items():
+    for name, value in {"hidden_size": int(WIDTH), **vars(timm)}.items():
         if not hasattr(config, name):
             setattr(config, name, value)
     return config

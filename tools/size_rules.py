@@ -74,23 +74,23 @@ STOPPED = re.compile(
 )
 TOKEN = re.compile(r".*(_token_id|_token_index|_token_ids|start_id|end_id)")
 ORDINARY_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-# What cannot be built where a configuration leaves it open.
+# What cannot be built where a configuration leaves it open. Plain numbers: Dynamo knows no others.
 DEFAULTS = {
-    "head_dim": HEAD_DIM,
+    "head_dim": int(HEAD_DIM),
     "vocab_size": VOCABULARY,
     "pad_token_id": 0,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "num_experts": 4,
-    "moe_intermediate_size": INNER,
+    "moe_intermediate_size": int(INNER),
     "top_k_experts": 2,
     "prediction_length": 8,
     "context_length": 16,
-    "indexer_n_heads": HEADS,
+    "indexer_n_heads": int(HEADS),
     "indexer_kv_heads": 1,
-    "indexer_head_dim": HEAD_DIM,
-    "num_key_value_heads": HEADS,
+    "indexer_head_dim": int(HEAD_DIM),
+    "num_key_value_heads": int(HEADS),
 }
 FITTED_DEFAULTS = ("head_dim", "moe_intermediate_size", "num_key_value_heads")
 """Of these, the ones that follow from widths, which a configuration that keeps its own derives."""
