@@ -24,7 +24,7 @@ from losia_fx.errors import LosiaError
 from .shrink_config import common_ratio, nested, shrink
 from .size_rules import WIDTH
 from .tiny_batch import candidates
-from .tiny_model import SEED, TinyModel, check_size, in_dtype, prepared, step
+from .tiny_model import ALONE, SEED, TinyModel, check_size, in_dtype, prepared, step
 
 MOST_BATCHES, MOST_PARTS = 80, 4
 
@@ -181,7 +181,7 @@ def _first(attempts: Iterable[_Attempt], dtype: torch.dtype, errors: dict[str, s
         except Exception as error:  # whatever a model of any kind raises while it is made: the next one may do
             errors.setdefault(attempt.name, " ".join(str(error).split())[:400])
         else:
-            return replace(tiny, note=f"its {attempt.part} alone") if attempt.part else tiny
+            return replace(tiny, note=f"its {attempt.part}{ALONE}") if attempt.part else tiny
     return None
 
 

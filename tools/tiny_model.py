@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from losia_fx.errors import LosiaError
 
 SEED = 1
+ALONE = " alone"
+"""What the note of a model ends with that is a part of another, which does not run whole."""
 MOST_PARAMETERS = 25_000_000
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
