@@ -171,6 +171,10 @@ class Controller:
         """Those in which a subnet was found moved since then."""
         self._open: set[SubnetState] = set()
         """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
+        self._around: weakref.ref[Any] | None = None
+        """What called the last step, if that is no Optimizer itself."""
+        self._rest_to_come = False
+        """What called the last step goes on writing to S after it."""
         self._moving = False
         """Some subnet is on its way to another place."""
         self._last: dict[SubnetState, Tensor] = {}
@@ -294,6 +298,9 @@ class Controller:
             self.agreement.remember(places=True)
         self.mend()
         self._agree(self._compares(learns), bool(learns), shown or learns is False)
+        if self._rest_to_come and not step_hooks.under_way(self):
+            self._rest_to_come = False
+            self._select_due()
         if learns is not None:
             self._learned = learns
         if learns:
@@ -323,7 +330,7 @@ class Controller:
 
     def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
-        if not written or step_hooks.under_way(self):
+        if not written or self._rest_to_come or step_hooks.under_way(self):
             return
         modes = self._read_modes()
         still = [state for state in written if self._modes_of.get(state, self._modes) == modes]
@@ -339,7 +346,9 @@ class Controller:
     def _read_modes(self) -> list[bool]:
         """Of optimizers that have one, the mode for training or evaluation (schedule-free): going from one into the
         other it is they that move S, as they should."""
-        holders = (holder for each in self._known for holder in (each.__dict__, *each.param_groups))
+        holders = [holder for each in self._known for holder in (each.__dict__, *each.param_groups)]
+        if self._around is not None and (around := self._around()) is not None:
+            holders.append(vars(around))
         return [holder["train_mode"] for holder in holders if "train_mode" in holder]
 
     def mend(self) -> None:
@@ -469,6 +478,10 @@ class Controller:
         for each in fresh:
             note_made_state(each, owned_states(each, self))
         resumed = self._resumed or self.step > 0 or self.by_string  # by string, moments of W come along
+        made = steps.step_of(self)
+        resumed = resumed or (
+            made is not None and made.around is not None
+        )  # which has kept state there before the step
         # What one around others keeps (slow copies, a gradient of SAM's first half) may come from before any step.
         steppers = [each for each in fresh if not inner_optimizers(each)]
         if not resumed and any(has_stepped(each, s) for each in steppers for s in owned_states(each, self)):
@@ -486,9 +499,14 @@ class Controller:
         self._owners.difference_update(silent)
         self._advance(late=True)
 
-    def after(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
-        """optimizers: the outermost one and those that stepped within it."""
+    def after(
+        self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool, around: Any = None
+    ) -> None:
+        """optimizers: the outermost one and those that stepped within it. around: what called their step from
+        one that goes on after it, unseen: nothing moves elsewhere before the next use."""
         with self.lock:
+            self._rest_to_come = around is not None
+            self._around = None if around is None else weakref.ref(around)
             self._after_step(optimizers, mine, closure)
 
     def _after_step(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
@@ -522,6 +540,7 @@ class Controller:
     def made_by_hand(self) -> None:
         """A step that no optimizer made: S has been moved, and its gradient is still there."""
         with self.lock:
+            self._rest_to_come = False
             self._by_hand()
 
     def _by_hand(self) -> None:
@@ -563,7 +582,8 @@ class Controller:
         self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
         self._modes_of.clear()
         self._usual_waits, self._waits = max(self._usual_waits, self._waits), 0
-        self._select_due()
+        if not self._rest_to_come:
+            self._select_due()
 
     def _advance(self, late: bool = False) -> None:
         """t counts. late: the gradients of another step are there already, so nothing may move before that is made."""
@@ -577,7 +597,7 @@ class Controller:
         drop_taps(int(state.handle) for state in self.states)
         if ends:
             notices.warn_silent(self)
-            if not late:
+            if not late and not self._rest_to_come:
                 self._select_due()
         self._open_slot()
 

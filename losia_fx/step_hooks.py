@@ -46,7 +46,8 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller, states in list(theirs.mine.items()):
         step = steps.step_of(controller)
         if step is None:
-            step = steps.Followed(any(callable(value) for value in (*args, *kwargs.values())))
+            closure = any(callable(value) for value in (*args, *kwargs.values()))
+            step = steps.Followed(closure, steps.caller_of(running))
         fresh = [state for state in states if state not in step.states] if step.states else states
         if not step.optimizers and controller.is_rehearsal(optimizer, fresh):
             continue
@@ -74,7 +75,7 @@ def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     try:
         for controller, step in list(steps.made_by(optimizer).items()):
             if step.states:
-                controller.after(step.optimizers, step.states, step.closure)
+                controller.after(step.optimizers, step.states, step.closure, step.around)
     finally:
         steps.leave(optimizer)
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -27,6 +27,8 @@ class Followed:
     """A step of one model: its subnets that have been begun, and the optimizers that step them, the outermost first."""
 
     closure: bool
+    around: Any = None
+    """Something that is no Optimizer, whose own step goes on after it with the same parameters (schedule-free's)."""
     states: list[SubnetState] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
 
@@ -79,6 +81,20 @@ def elsewhere(controller: Controller) -> bool:
             if any(controller in each.made for each in list(running) if each.frame is None or id(each.frame) in alive):
                 return True
     return False
+
+
+def caller_of(running: Running) -> Any:
+    """What stands around an optimizer and calls its step from one of its own, which has no hooks as it is no Optimizer;
+    None where nothing does."""
+    frame = None if running.frame is None else running.frame.f_back
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_code.co_varnames:
+            found = frame.f_locals.get(frame.f_code.co_varnames[0])
+            stranger = hasattr(found, "param_groups") and not isinstance(found, Optimizer)
+            if stranger and any(each is running.optimizer for each in getattr(found, "__dict__", {}).values()):
+                return found
+        frame = frame.f_back
+    return None
 
 
 def made_by(optimizer: Optimizer) -> dict[Controller, Followed]:

@@ -209,6 +209,39 @@ def test_a_lookahead_whose_step_has_no_hooks(options: dict[str, Any]) -> None:
     assert bool(run.moved) == bool(options)
 
 
+@pytest.mark.parametrize("options", [{}, MOVING], ids=["still", "moving"])
+@pytest.mark.parametrize("kind", ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"])
+def test_a_wrapper_that_is_no_optimizer(kind: str, options: dict[str, Any]) -> None:
+    """It swaps other numbers in for the step within, and what it keeps of them it wants back afterwards: a subnet moves
+    elsewhere at the next use only."""
+    package = pytest.importorskip("schedulefree")
+
+    def make(parameters: Any) -> Any:
+        made = getattr(package, kind)(optim.SGD(parameters, lr=0.05), momentum=0.9)
+        made.train()
+        return made
+
+    model, twin = twins(**options)
+    mine, expected = make(values_of(model)), make(twin.parameters())
+    for number in range(1, 10):
+        zero(model, twin)
+        backward(model, twin)
+        mine.step()
+        expected.step()
+        assert losia_fx.controller(model).step == number
+        if number % 2:
+            for each in (mine, expected):
+                each.eval()
+        with torch.no_grad():
+            model(batch())
+        for name in twin.follow(subnets_of(model)):
+            expected.base.state.pop(twin.values[name])
+        assert_one(model, twin)
+        for each in (mine, expected):
+            each.train()
+    assert bool(losia_fx.controller(model).history) == bool(options)
+
+
 def sam_of_a_package(parameters: list[nn.Parameter]) -> Any:
     package = pytest.importorskip("pytorch_optimizer")
     return package.SAM(parameters, optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
