@@ -200,7 +200,7 @@ def no_view(y: torch.Tensor) -> torch.Tensor:
 
 def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What calling ``module`` does when nothing is compiled: hooks and forward."""
-    return module._call_impl(*args, **kwargs)
+    return type(module)._call_impl(module, *args, **kwargs)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -230,7 +230,7 @@ def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit
     if not ISOLATES_RECOMPILES:
         return compile_own_code(module, backend, recompile_limit)
     limits: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True}  # not in the overloads
-    compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, **limits)
+    compiled: Callable[..., Any] = torch.compile(MethodType(type(module)._call_impl, module), backend=backend, **limits)
     return compiled
 
 
@@ -244,7 +244,7 @@ def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_l
     """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)
+        return type(self)._call_impl(self, *args, **kwargs)
 
     compiled = torch.compile(MethodType(own_code(call), module), backend=backend)
 
@@ -265,6 +265,18 @@ def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
         module.__dict__.pop(_CALL, None)
     else:
         module.__dict__[_CALL] = call
+
+
+_IMPL = "_call_impl"
+
+
+def be_called_while_traced(module: nn.Module, really: bool) -> None:
+    """Has Dynamo, where another's graph calls ``module``, look at what was installed: of a module whose _call_impl is
+    the class's it takes the forward at once. really: False undoes it."""
+    if really:
+        module.__dict__[_IMPL] = partial(type(module)._call_impl, module)
+    else:
+        module.__dict__.pop(_IMPL, None)
 
 
 def exchange_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:

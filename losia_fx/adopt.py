@@ -61,7 +61,7 @@ def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
             first = state.random_selection(controller.generator)
             attach(state, first.rows, first.cols)
-            ask_for_gradients([state])
+            ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])
             states[plan.name] = state
     ordered = [states[plan.name] for plan in plans if plan.name in states]

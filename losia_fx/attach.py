@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from . import registry
+from . import registry, steps
 from ._compat import compiled_call, exchange_calls, install_call, is_jit_tracing, plain_call, runs_uncompiled
 from .errors import StateError, listed
 from .first_order import refuse_second
@@ -27,6 +27,9 @@ from .ops import subnet_linear, subnet_weight
 from .registry import resolve
 from .state import ATTRIBUTE, SubnetState
 from .taps import tap
+
+if TYPE_CHECKING:
+    from .controller import Controller
 
 
 def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
@@ -301,8 +304,9 @@ def call_around(watch: Watch, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return watch.plain(*args, **kwargs)
     inside = [state for child in watch.module.children() for state in _states(child).values()]
-    asked = ask_for_gradients(inside)
+    asked: list[nn.Parameter] = []
     try:
+        ask_for_gradients(inside, asked)
         return watch.plain(*args, **kwargs)
     finally:
         stop_asking(asked)
@@ -317,7 +321,17 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
 
     values: whether to compare those in any case; shown: the weight is evaluated or saved.
     """
-    controller = registry.follower(state) if state.agreement is None or shown else None
+    alone = state.agreement is not None and not shown and not steps.others()
+    controller = None if alone else registry.follower(state)
+    if controller is None:
+        _look_at(state, None, values, shown)
+        return
+    with controller.lock:
+        if not steps.elsewhere(controller):
+            _look_at(state, controller, values, shown)
+
+
+def _look_at(state: SubnetState, controller: Controller | None, values: bool, shown: bool) -> None:
     agreement = state.agreement if controller is None else controller.agreement
     swapped = not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
     if agreement is None or agreement.waiting or swapped:
@@ -355,28 +369,28 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
     nothing that goes in requires grad. And whatever uses a weight where neither a graph nor ``eager_linear`` sees it
     makes a gradient of all of it, of which the subnet's part is taken.
     """
-    asked = ask_for_gradients(states)
-    _entered.calls += 1
+    asked: list[nn.Parameter] = []
+    calls = _entered.calls
     try:
+        _entered.calls = calls + 1
+        ask_for_gradients(states, asked)
         yield
     finally:
-        _entered.calls -= 1
         stop_asking(asked)
+        _entered.calls = calls
 
 
-def ask_for_gradients(states: Iterable[SubnetState]) -> list[nn.Parameter]:
-    """Has the weights of ``states`` require grad; those that did not."""
-    asked = []
+def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) -> None:
+    """Has the weights of ``states`` require grad; those that did not go into ``asked`` first, whatever cuts in."""
     for state in states:
         weight = state.weight
         if not weight.requires_grad:
-            weight.requires_grad_(True)
             asked.append(weight)
+            weight.requires_grad_(True)
             if weight not in registry.CUT_DOWN:
                 registry.CUT_DOWN[weight] = weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
         elif weight not in registry.CUT_DOWN:
             registry.CUT_DOWN[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
-    return asked
 
 
 def stop_asking(weights: Iterable[nn.Parameter]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import notices, registry, snapshot, step_hooks
+from . import notices, registry, snapshot, step_hooks, steps
 from ._compat import compiled_call, not_installed
 from .agreement import Agreement, Torn
 from .attach import Watch, watch
@@ -48,6 +49,7 @@ from .optimizers import (
     found_inf,
     grad_scale,
     has_stepped,
+    inner_optimizers,
     live_optimizers,
     note_made_state,
     outermost,
@@ -138,6 +140,8 @@ class Controller:
 
     def _begin(self) -> None:
         """What is not carried over to a copy."""
+        self.lock = threading.RLock()
+        """Whoever sees to S and W: one thread may evaluate or save while another trains."""
         self.ranks = Ranks()
         self._agreement: Agreement | None = None
         self._tree: ModuleTree | None = None
@@ -162,8 +166,15 @@ class Controller:
         """The most of them that a followed step has ended."""
         self._unseen_moves = 0
         self._modes: list[bool] = []
+        """Of the optimizers, at the last step."""
+        self._modes_of: dict[SubnetState, list[bool]] = {}
+        """Those in which a subnet was found moved since then."""
         self._open: set[SubnetState] = set()
         """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
+        self._around: weakref.ref[Any] | None = None
+        """What called the last step, if that is no Optimizer itself."""
+        self._rest_to_come = False
+        """What called the last step goes on writing to S after it."""
         self._moving = False
         """Some subnet is on its way to another place."""
         self._last: dict[SubnetState, Tensor] = {}
@@ -180,7 +191,7 @@ class Controller:
         self._fits: dict[SubnetState, Fit | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("generator", "ranks", "told")
+        gone = ("generator", "ranks", "told", "lock")
         kept = {key: value for key, value in self.__dict__.items() if key not in gone and not _is_passing(key)}
         return {**kept, "generator": self.generator.get_state(), "copied_from": self.number}
 
@@ -268,12 +279,18 @@ class Controller:
             self._agreement.averaged = self.copied_from is not None
         return self._agreement
 
+    @torch.compiler.disable  # what an outer torch.compile breaks its graph for, it would compile frame by frame
     def look(self, learns: bool | None = None, shown: bool = False) -> None:
         """Before any use of the model: whatever moved S or W since the last one, they agree afterwards.
 
         learns: of a forward, whether gradients are on; None for any other use, which compares values too. shown: the
         weights are evaluated or saved. Raises StateError where S and W cannot agree.
         """
+        with self.lock:
+            if not steps.elsewhere(self):
+                self._look(learns, shown)
+
+    def _look(self, learns: bool | None, shown: bool) -> None:
         if self.agreement.waiting:
             self.agreement.waiting = set(snapshot.strays(self.agreement.waiting))
             if self.agreement.waiting:
@@ -281,6 +298,9 @@ class Controller:
             self.agreement.remember(places=True)
         self.mend()
         self._agree(self._compares(learns), bool(learns), shown or learns is False)
+        if self._rest_to_come and not step_hooks.under_way(self):
+            self._rest_to_come = False
+            self._select_due()
         if learns is not None:
             self._learned = learns
         if learns:
@@ -310,26 +330,36 @@ class Controller:
 
     def note(self, written: list[SubnetState], learns: bool, shown: bool) -> None:
         """``written``: subnets whose S somebody moved outside of a followed step."""
-        if not written or step_hooks.under_way(self):
+        if not written or self._rest_to_come or step_hooks.under_way(self):
             return
+        modes = self._read_modes()
+        still = [state for state in written if self._modes_of.get(state, self._modes) == modes]
+        self._modes_of.update(dict.fromkeys(written, modes))
         if learns:
             self._idle = False
             self._unseen_moves += 1
             if self._unseen_moves == min(UNSEEN_MOVES, self.config.period):
                 notices.warn_standing(self, written)
-        elif shown and self._read_modes() == self._modes:
-            notices.warn_averaged(self, written)
+        elif shown and still:
+            notices.warn_averaged(self, still)
 
     def _read_modes(self) -> list[bool]:
         """Of optimizers that have one, the mode for training or evaluation (schedule-free): going from one into the
         other it is they that move S, as they should."""
-        groups = (group for each in self._known for group in each.param_groups)
-        return [group["train_mode"] for group in groups if "train_mode" in group]
+        holders = [holder for each in self._known for holder in (each.__dict__, *each.param_groups)]
+        if self._around is not None and (around := self._around()) is not None:
+            holders.append(vars(around))
+        return [holder["train_mode"] for holder in holders if "train_mode" in holder]
 
     def mend(self) -> None:
         """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
-        if not (self._open or self._moving) or step_hooks.under_way(self):
+        if not (self._open or self._moving):
             return
+        with self.lock:
+            if not step_hooks.under_way(self):
+                self._mend()
+
+    def _mend(self) -> None:
         self._finish_moves(self.states)
         self._write_back(list(self._open))
         self.agreement.remember(self._open)
@@ -415,6 +445,10 @@ class Controller:
     def before(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are
         made within the step."""
+        with self.lock:
+            self._before_step(optimizer, mine, closure)
+
+    def _before_step(self, optimizer: Optimizer, mine: list[SubnetState], closure: bool) -> None:
         self.check_tree()
         self.check_calls()
         if self.agreement.waiting:
@@ -444,7 +478,13 @@ class Controller:
         for each in fresh:
             note_made_state(each, owned_states(each, self))
         resumed = self._resumed or self.step > 0 or self.by_string  # by string, moments of W come along
-        if not resumed and any(has_stepped(each, s) for each in fresh for s in owned_states(each, self)):
+        made = steps.step_of(self)
+        resumed = resumed or (
+            made is not None and made.around is not None
+        )  # which has kept state there before the step
+        # What one around others keeps (slow copies, a gradient of SAM's first half) may come from before any step.
+        steppers = [each for each in fresh if not inner_optimizers(each)]
+        if not resumed and any(has_stepped(each, s) for each in steppers for s in owned_states(each, self)):
             notices.warn_resumed()
         if self.by_string and not self._known:
             notices.warn_lists(self.states)
@@ -459,8 +499,17 @@ class Controller:
         self._owners.difference_update(silent)
         self._advance(late=True)
 
-    def after(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
-        """optimizers: the outermost one and those that stepped within it."""
+    def after(
+        self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool, around: Any = None
+    ) -> None:
+        """optimizers: the outermost one and those that stepped within it. around: what called their step from
+        one that goes on after it, unseen: nothing moves elsewhere before the next use."""
+        with self.lock:
+            self._rest_to_come = around is not None
+            self._around = None if around is None else weakref.ref(around)
+            self._after_step(optimizers, mine, closure)
+
+    def _after_step(self, optimizers: Sequence[Optimizer], mine: list[SubnetState], closure: bool) -> None:
         if any(found_inf(each) for each in optimizers):
             self._before.clear()
             self._fits.clear()
@@ -490,6 +539,11 @@ class Controller:
 
     def made_by_hand(self) -> None:
         """A step that no optimizer made: S has been moved, and its gradient is still there."""
+        with self.lock:
+            self._rest_to_come = False
+            self._by_hand()
+
+    def _by_hand(self) -> None:
         self.check_tree()
         mine = [state for state in self.states if state.values.grad is not None]
         if not mine:
@@ -526,8 +580,10 @@ class Controller:
         self._stepped.update(mine)
         self._idle = self.agreement.averaged = False
         self._seen_step, self._unseen_moves, self._modes = True, 0, self._read_modes()
+        self._modes_of.clear()
         self._usual_waits, self._waits = max(self._usual_waits, self._waits), 0
-        self._select_due()
+        if not self._rest_to_come:
+            self._select_due()
 
     def _advance(self, late: bool = False) -> None:
         """t counts. late: the gradients of another step are there already, so nothing may move before that is made."""
@@ -541,7 +597,7 @@ class Controller:
         drop_taps(int(state.handle) for state in self.states)
         if ends:
             notices.warn_silent(self)
-            if not late:
+            if not late and not self._rest_to_come:
                 self._select_due()
         self._open_slot()
 

@@ -132,10 +132,11 @@ def warn_lists(states: Sequence[SubnetState]) -> None:
         if type(holder) not in (list, tuple) or not any(entry is states[0].weight for entry in holder):
             continue
         ids = {id(entry) for entry in holder}
-        if ids & weights.keys() and not ids & hidden and all(isinstance(entry, nn.Parameter) for entry in holder):
+        held = [state for key, state in weights.items() if key in ids]
+        if held and not ids & hidden and all(isinstance(entry, nn.Parameter) for entry in holder):
             _warn(
-                f"a list of parameters that was made before the first forward holds {len(ids & weights.keys())} "
-                f"weights ({_names([weights[key] for key in ids & weights.keys()])}) whose subnets learn in their "
+                f"a list of parameters that was made before the first forward holds {len(held)} "
+                f"weights ({_names(held)}) whose subnets learn in their "
                 "place: clipping gradients over it leaves them out. Take model.parameters() after the first forward, "
                 "or at each step"
             )

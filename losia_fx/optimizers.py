@@ -172,7 +172,7 @@ def note_made_state(optimizer: Optimizer, states: Sequence[SubnetState]) -> None
     """Before the first step that is seen of an optimizer: which entries of its state does its constructor make?
 
     State that is there already may also have been loaded, so another optimizer of the kind is asked; where none can be
-    made (one that stands around another wants that), copies of the parameters are recognised.
+    made, copies of the parameters and zeros are recognised.
     """
     if optimizer in registry.MADE:
         return
@@ -188,20 +188,24 @@ def note_made_state(optimizer: Optimizer, states: Sequence[SubnetState]) -> None
             made[state] = kept
 
 
-def _entry(value: Any, state: SubnetState, copies_only: bool) -> Entry | None:
+def _entry(value: Any, state: SubnetState, untold: bool) -> Entry | None:
+    """untold: the value may also come from a step or a file; one that is a copy of S, or zero, need not."""
     if isinstance(value, Tensor) and value.shape == state.values.shape and torch.equal(value, state.values.detach()):
         return Entry(None)
-    return None if copies_only else Entry(copy.deepcopy(value))
+    if untold and not (isinstance(value, Tensor) and not value.any()):
+        return None
+    return Entry(copy.deepcopy(value))
 
 
 def _twin(optimizer: Optimizer) -> Optimizer | None:
     """A new optimizer of the kind, over the same groups; None where its constructor wants more than that."""
     kind: Any = type(optimizer)
-    if inner_optimizers(optimizer):
-        return None
+    inner = inner_optimizers(optimizer)
+    if inner:
+        return _twin_around(optimizer, inner[0]) if len(inner) == 1 else None
     try:
-        wanted = list(inspect.signature(kind).parameters.values())[1:]
-        if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted):
+        wanted = _wanted(kind)[1:]
+        if any(p.default is p.empty for p in wanted):
             return None
         given = {p.name: optimizer.defaults[p.name] for p in wanted if p.name in optimizer.defaults}
         groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
@@ -209,6 +213,28 @@ def _twin(optimizer: Optimizer) -> Optimizer | None:
         return made
     except (TypeError, ValueError, KeyError, RuntimeError):
         return None
+
+
+def _twin_around(optimizer: Optimizer, inner: Optimizer) -> Optimizer | None:
+    """The same of a wrapper with a state of its own, whose constructor takes an optimizer first, and then what it keeps
+    under the same names."""
+    kind: Any = type(optimizer)
+    if optimizer.state is inner.state:
+        return None
+    within, kept = _twin(inner), optimizer.__dict__
+    try:
+        wanted = _wanted(kind)[1:]
+        if within is None or any(p.default is p.empty and p.name not in kept for p in wanted):
+            return None
+        made: Optimizer = kind(within, **{p.name: kept[p.name] for p in wanted if p.name in kept})
+        return made
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):
+        return None
+
+
+def _wanted(kind: Any) -> list[inspect.Parameter]:
+    parameters = inspect.signature(kind).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _renew_copies(optimizer: Optimizer, values: Tensor) -> None:

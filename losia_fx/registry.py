@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .controller import Controller
     from .optimizers import Entry, Owned
     from .state import SubnetState
+    from .steps import Running
     from .taps import Profile, Tapped
 
 PROFILES: weakref.WeakValueDictionary[int, Profile] = weakref.WeakValueDictionary()
@@ -46,6 +47,9 @@ DENSE: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDiction
 
 CUT_DOWN: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
 """The hook of each weight that has asked for its gradient."""
+
+STEPPING: dict[int, list[Running]] = {}
+"""The calls of optimizers' steps that are under way, by thread."""
 
 OWNED: MutableMapping[Optimizer, Owned] = weakref.WeakKeyDictionary()
 """What each optimizer steps of ours, as far as it has been asked."""

@@ -301,7 +301,10 @@ class SubnetState:
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:
-        """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled."""
+        """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled.
+        A subnet that was told not to learn takes none."""
+        if not self.values.requires_grad:
+            return
         if self.profiling:
             self.begin_use()
             self.accumulate(grad, None, owned=False)

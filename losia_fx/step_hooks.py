@@ -46,7 +46,8 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller, states in list(theirs.mine.items()):
         step = steps.step_of(controller)
         if step is None:
-            step = steps.Followed(any(callable(value) for value in (*args, *kwargs.values())))
+            closure = any(callable(value) for value in (*args, *kwargs.values()))
+            step = steps.Followed(closure, steps.caller_of(running))
         fresh = [state for state in states if state not in step.states] if step.states else states
         if not step.optimizers and controller.is_rehearsal(optimizer, fresh):
             continue
@@ -71,14 +72,17 @@ def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Global hook after every optimizer step of the process."""
     if not owned(optimizer).mine:
         return
-    for controller, step in steps.leave(optimizer).items():
-        if step.states:
-            controller.after(step.optimizers, step.states, step.closure)
+    try:
+        for controller, step in list(steps.made_by(optimizer).items()):
+            if step.states:
+                controller.after(step.optimizers, step.states, step.closure, step.around)
+    finally:
+        steps.leave(optimizer)
 
 
 def under_way(controller: Controller) -> bool:
-    """Whether a step of the controller's model is being made in this thread."""
-    return steps.step_of(controller) is not None
+    """Whether a step of the controller's model is being made."""
+    return steps.step_of(controller) is not None or steps.elsewhere(controller)
 
 
 def _with_subnets(optimizer: Optimizer) -> Owned:

@@ -11,9 +11,11 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+
+from . import registry
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -25,6 +27,8 @@ class Followed:
     """A step of one model: its subnets that have been begun, and the optimizers that step them, the outermost first."""
 
     closure: bool
+    around: Any = None
+    """Something that is no Optimizer, whose own step goes on after it with the same parameters (schedule-free's)."""
     states: list[SubnetState] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
 
@@ -43,6 +47,7 @@ class Running:
 class _Steps(threading.local):
     def __init__(self) -> None:
         self.running: list[Running] = []
+        registry.STEPPING[threading.get_ident()] = self.running
 
 
 _steps = _Steps()
@@ -62,15 +67,48 @@ def step_of(controller: Controller) -> Followed | None:
     return next((each.made[controller] for each in _steps.running if controller in each.made), None)
 
 
-def leave(optimizer: Optimizer) -> dict[Controller, Followed]:
-    """The step of ``optimizer`` ends; the steps that it made, by model."""
+def others() -> bool:
+    """Whether other threads than this have made steps."""
+    return any(thread != threading.get_ident() for thread in registry.STEPPING)
+
+
+def elsewhere(controller: Controller) -> bool:
+    """Whether another thread is making a step of the model: S and W are its affair until it has."""
+    mine = threading.get_ident()
+    for thread, running in list(registry.STEPPING.items()):
+        if thread != mine and any(controller in each.made for each in list(running)):
+            alive = _frames(sys._current_frames().get(thread))
+            if any(controller in each.made for each in list(running) if each.frame is None or id(each.frame) in alive):
+                return True
+    return False
+
+
+def caller_of(running: Running) -> Any:
+    """What stands around an optimizer and calls its step from one of its own, which has no hooks as it is no Optimizer;
+    None where nothing does."""
+    frame = None if running.frame is None else running.frame.f_back
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_code.co_varnames:
+            found = frame.f_locals.get(frame.f_code.co_varnames[0])
+            stranger = hasattr(found, "param_groups") and not isinstance(found, Optimizer)
+            if stranger and any(each is running.optimizer for each in getattr(found, "__dict__", {}).values()):
+                return found
+        frame = frame.f_back
+    return None
+
+
+def made_by(optimizer: Optimizer) -> dict[Controller, Followed]:
+    """The steps that the step of ``optimizer``, which is about to end, has made, by model."""
+    return next((each.made for each in reversed(_steps.running) if each.optimizer is optimizer), {})
+
+
+def leave(optimizer: Optimizer) -> None:
+    """The step of ``optimizer`` has ended."""
     running = _steps.running
     for at in reversed(range(len(running))):
         if running[at].optimizer is optimizer:
-            made = running[at].made
             del running[at:]  # with any step within it that has raised
-            return made
-    return {}
+            return
 
 
 _OPTIMIZER = inspect.getfile(Optimizer)
@@ -89,12 +127,17 @@ def _forget_dead() -> None:
     running = _steps.running
     if not running:
         return
-    frame: FrameType | None = sys._getframe(1)
-    alive: set[int] = set()
-    while frame is not None:
-        alive.add(id(frame))
-        frame = frame.f_back
+    alive = _frames(sys._getframe(1))
     for at, each in enumerate(running):
         if each.frame is not None and id(each.frame) not in alive:
             del running[at:]
             return
+
+
+def _frames(frame: FrameType | None) -> set[int]:
+    """The ids of a frame and of those that wait for it."""
+    found: set[int] = set()
+    while frame is not None:
+        found.add(id(frame))
+        frame = frame.f_back
+    return found

@@ -15,6 +15,7 @@ from . import notices
 from ._compat import (
     CompilerFailed,
     OptimizedModule,
+    be_called_while_traced,
     compile_call,
     compiled_call,
     install_call,
@@ -43,6 +44,9 @@ log = logging.getLogger("losia_fx")
 
 CALL = "_losia_call"
 """Attribute of a transformed model: its CompiledCall."""
+
+RUNS_ITSELF = "losia_fx compiles a transformed model by itself: leave fullgraph=True out of what is around it"
+"""What a graph of another compiler's breaks for, where the model is called."""
 
 RECOMPILE_LIMIT = 64
 """Training meets more shapes (lengths, batch sizes, train and eval) than Dynamo's default of 8 graphs a function."""
@@ -101,6 +105,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     call = CompiledCall(model, settings)
     model.__dict__[CALL] = call
     install_call(model, call)
+    be_called_while_traced(model, True)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -128,6 +133,7 @@ def _take_off(controller: Controller) -> None:
     for parameter, before in required:
         parameter.requires_grad_(before)
     root.__dict__.pop("compile", None)
+    be_called_while_traced(root, False)
     call, runs = root.__dict__.pop(CALL, None), compiled_call(root)
     if isinstance(runs, CompiledCall) and runs is call:
         install_call(root, runs.before)
@@ -211,14 +217,14 @@ class CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_exporting():
-            controller = controller_of(self.root)
+            controller = None if torch.compiler.is_dynamo_compiling() else controller_of(self.root)
             if controller is not None and not is_jit_tracing():
                 controller.agreement.follow_beneath()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)
 
     # An outer torch.compile would trace through, and its backend knows nothing of subnets: it calls us as we are.
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False, reason=RUNS_ITSELF)
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         controller = controller_of(self.root)
         if controller is None:

@@ -24,7 +24,7 @@ from losia_fx.errors import LosiaError
 from .shrink_config import common_ratio, nested, shrink
 from .size_rules import WIDTH
 from .tiny_batch import candidates
-from .tiny_model import SEED, TinyModel, in_dtype, prepared, step
+from .tiny_model import ALONE, SEED, TinyModel, check_size, in_dtype, prepared, step
 
 MOST_BATCHES, MOST_PARTS = 80, 4
 
@@ -94,7 +94,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},  # a tuple by default, which it cannot take
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zamba2": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -147,9 +152,20 @@ class _Attempt:
     part: str = ""
 
     def model(self) -> nn.Module:
+        if self.ratio:
+            self._count()
         torch.manual_seed(SEED)
         whole: nn.Module = getattr(transformers, self.name)(_config(self.model_type, self.ratio))
         return whole.get_submodule(self.part)
+
+    def _count(self) -> None:
+        """Raises LosiaError where the model would be too large, without the memory for it."""
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, self.name)(_config(self.model_type, self.ratio))
+        except Exception:  # some read numbers of theirs while they are made: only a real one tells
+            return
+        check_size(model)
 
     def tiny(self, dtype: torch.dtype) -> TinyModel:
         tried = _with_batch(prepared(self.model(), dtype), self.head, dtype)
@@ -165,7 +181,7 @@ def _first(attempts: Iterable[_Attempt], dtype: torch.dtype, errors: dict[str, s
         except Exception as error:  # whatever a model of any kind raises while it is made: the next one may do
             errors.setdefault(attempt.name, " ".join(str(error).split())[:400])
         else:
-            return replace(tiny, note=f"its {attempt.part} alone") if attempt.part else tiny
+            return replace(tiny, note=f"its {attempt.part}{ALONE}") if attempt.part else tiny
     return None
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .check_architecture import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result
 from .coverage_record import Setting
+from .tiny_model import ALONE
 
 STYLES = {EXACT: "green", INEXACT: "bold red", REFUSED: "yellow", UNBUILT: "dim", DIED: "bold yellow"}
 
@@ -69,6 +70,8 @@ def _counts(results: Sequence[Result]) -> Iterator[tuple[str, int]]:
     whole = sum(result.share == 1 for result in exact)
     yield "exact, every linear inside a block trained through a subnet", whole
     yield "exact, some of them left as they are", len(exact) - whole
+    if parts := sum(result.why.endswith(ALONE) for result in exact):
+        yield "of the exact, those of which only a part was run", parts
     for verdict, said in ((INEXACT, "not exact"), (REFUSED, "refused"), (UNBUILT, "not built"), (DIED, "no result")):
         yield said, sum(result.verdict == verdict for result in results)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from losia_fx.errors import LosiaError
 
 SEED = 1
+ALONE = " alone"
+"""What the note of a model ends with that is a part of another, which does not run whole."""
 MOST_PARAMETERS = 25_000_000
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -45,15 +47,20 @@ class TinyModel:
         return torch.stack([term.double() for term in terms]).sum()
 
 
+def check_size(model: nn.Module) -> None:
+    """Raises LosiaError where the model is too large to be called tiny."""
+    size = sum(p.numel() for p in model.parameters())
+    if size > MOST_PARAMETERS:
+        raise LosiaError(f"{size:,} parameters after shrinking")
+
+
 def prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``model`` itself in ``dtype`` and training mode, every parameter drawn.
 
     As zeros and ones, biases and norms would hide a gradient that is left out.
-    Raises LosiaError where it is too large to be called tiny.
+    Raises what check_size does.
     """
-    size = sum(p.numel() for p in model.parameters())
-    if size > MOST_PARAMETERS:
-        raise LosiaError(f"{size:,} parameters after shrinking")
+    check_size(model)
     model = model.to(dtype).train()
     with torch.no_grad():
         for parameter in model.parameters():

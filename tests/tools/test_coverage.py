@@ -170,7 +170,7 @@ def test_markdown() -> None:
         Result("d", REFUSED, "no"),
         Result("e", UNBUILT, "nothing"),
         Result("f", DIED, "late"),
-        Result("g", EXACT, share=1.0),
+        Result("g", EXACT, "its h alone", share=1.0),
     ]
     assert coverage_table.markdown(SETTING, {"2026-01-02", "2026-01-01"}, results, 9) == (
         "`python -m losia_fx.tools.coverage --compiler eager`: 7 of 9 models of transformers 5.0; 2026-01-01 to "
@@ -178,10 +178,11 @@ def test_markdown() -> None:
         "\n| | |\n|---|---:|\n"
         "| exact, every linear inside a block trained through a subnet | 2 |\n"
         "| exact, some of them left as they are | 1 |\n"
+        "| of the exact, those of which only a part was run | 1 |\n"
         "| not exact | 1 |\n| refused | 1 |\n| not built | 1 |\n| no result | 1 |\n"
         "\n| model | | why |\n|---|---|---|\n"
         "| b | exact | 1 x frozen: a \\| b |\n| c | INEXACT | x &lt;y> |\n| d | refused | no |\n"
-        "| e | cannot be built | nothing |\n| f | no result | late |\n"
+        "| e | cannot be built | nothing |\n| f | no result | late |\n| g | exact | its h alone |\n"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,11 +20,13 @@ PACKAGE = str(Path(losia_fx.__file__).parent)
 class Interrupter:
     """Raises at the ``at``-th line of losia_fx that an action runs; with at=None only counts them.
 
-    only: names of functions within which lines count (and what they call); None for all.
+    only: names of the functions whose lines count; None for all.
     """
 
-    def __init__(self, at: int | None, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.at, self.error = at, error
+    def __init__(
+        self, at: int | None, error: type[BaseException] = KeyboardInterrupt, only: Collection[str] | None = None
+    ) -> None:
+        self.at, self.error, self.only = at, error, only
         self.lines = 0
         self.where = ""
 
@@ -43,7 +45,8 @@ class Interrupter:
         return False
 
     def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._on_line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        counts = self.only is None or frame.f_code.co_name in self.only
+        return self._on_line if counts and frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line" and not self.where:

@@ -449,6 +449,32 @@ def test_schedule_free(kind: str, options: dict[str, Any]) -> None:
     assert losia_fx.controller(run.model).step == 12
 
 
+@pytest.mark.parametrize("of_package", ["schedulefree", "pytorch_optimizer"])
+def test_a_weight_that_schedule_free_moved_is_nobody_elses(of_package: str) -> None:
+    """Evaluated in both modes, with subnets that have moved: none of that is an average of somebody's."""
+    package = pytest.importorskip(of_package)
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        if of_package == "schedulefree":
+            return package.AdamWScheduleFree(parameters, lr=0.05)
+        return package.ScheduleFreeWrapper(torch.optim.SGD(parameters, lr=0.05))
+
+    run = Run(**MOVING)
+    optimizer = make(values_of(run.model))
+    for _ in range(8):
+        optimizer.train()
+        run.model.zero_grad()
+        loss_of(run.model, batch()).backward()
+        optimizer.step()
+        for mode in (optimizer.eval, optimizer.train):
+            mode()
+            found = values_of(run.model)[0].detach().clone()
+            name = next(iter(subnets_of(run.model)))
+            subnet = subnets_of(run.model)[name]
+            close(run.model.state_dict()[name][subnet.rows][:, subnet.cols], found, 1e-12, name)
+    assert losia_fx.controller(run.model).history
+
+
 def test_a_schedule_free_checkpoint_goes_on(tmp_path: Path) -> None:
     """Saved in eval mode, as its readme asks, and loaded into a model and an optimizer made anew."""
     schedulefree = pytest.importorskip("schedulefree")

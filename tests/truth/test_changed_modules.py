@@ -363,6 +363,38 @@ def test_flags_that_are_switched_off_and_on() -> None:
     assert_the_rest(model, twin)
 
 
+class ByHand(nn.Module):
+    """Uses its weight where neither a graph nor F.linear sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(16, 16, bias=False)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ torch.tanh(self.mix.weight).T
+
+
+def test_a_weight_used_by_hand_that_is_frozen_after_transform() -> None:
+    toy = Toy(layers=2).double()
+    toy.layers = nn.ModuleList(ByHand().double() for _ in range(2))
+    model, twin = twins(toy)
+    model.layers[1].requires_grad_(False)
+    learns = [name for name in twin.values if not name.startswith("layers.1.")]
+    mine, expected = sgd(values_of(model)), sgd([twin.values[name] for name in learns])
+    for _ in range(3):
+        ids = batch()
+        model.zero_grad()
+        expected.zero_grad()
+        loss_of(twin, ids).backward()
+        expected.step()
+        with warned():  # outside of a graph
+            loss_of(model, ids).backward()
+            assert subnets_of(model)["layers.1.mix.weight"].values.grad is None
+            mine.step()
+    assert_one(model, twin)
+
+
 def test_a_block_that_is_frozen_after_transform() -> None:
     """Its subnets are left alone, and nothing else minds."""
     model, twin = twins(Toy(layers=2).double())

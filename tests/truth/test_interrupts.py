@@ -401,6 +401,23 @@ def test_an_interrupt_in_the_backward(error: type[BaseException]) -> None:
         close(state[f"{name}:grad"].double(), plain.get_parameter(name).grad, 1e-5, f"G of {name}")
 
 
+def test_an_interrupt_while_weights_are_asked_for_gradients() -> None:
+    """None of them goes on requiring grad, wherever it comes."""
+    model, twin = twins()
+    loss_of(model, batch()).backward()
+    at = 1
+    while True:
+        cut = Interrupter(at, only=("ask_for_gradients",))
+        if not cut(lambda: model(batch())):
+            break
+        assert_nothing_leaks(model, cut.where)
+        at += 1
+    assert at > len(twin.values)
+    zero(model, twin)
+    backward(model, twin)
+    assert_one(model, twin)
+
+
 def test_an_interrupt_while_the_first_graph_is_compiled() -> None:
     """In any of our lines that a compiler calls: the next forward compiles again."""
     for at in points(2000, 8):

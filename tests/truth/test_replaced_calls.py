@@ -93,6 +93,71 @@ def test_a_model_compiled_before_is_trained_through_its_subnets() -> None:
     trains(model, Twin(twin_of, subnets_of(model)))
 
 
+class Biased(nn.Module):
+    """Stands around a model, with something of its own that could learn."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.bias = nn.Parameter(torch.zeros(40, dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model(ids) + self.bias
+        return found
+
+
+CALLERS: dict[str, Any] = {
+    "the model": lambda model: lambda ids: loss_of(torch.compile(model, backend="eager"), ids),
+    "a model around it": lambda model: lambda ids: loss_of(torch.compile(Biased(model), backend="aot_eager"), ids),
+    "a function": lambda model: torch.compile(lambda ids: loss_of(model, ids), backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@pytest.mark.parametrize("what", CALLERS)
+def test_another_compiler_around_a_call_of_the_model(what: str, copied: bool) -> None:
+    """Its graph breaks there: the weights would be frozen in it, and what else there is would learn alone."""
+    model, twin = twins()
+    model = copy.deepcopy(model) if copied else model
+    call = CALLERS[what](model)
+    mine, expected = sgd(values_of(model)), sgd(twin.parameters())
+    for _ in range(3):
+        zero(model, twin)
+        ids = batch()
+        call(ids).backward()
+        loss_of(twin, ids).backward()
+        mine.step()
+        expected.step()
+    assert_one(model, twin)
+
+
+def test_a_compiled_training_step() -> None:
+    model, twin = twins()
+    mine, expected = sgd(values_of(model)), sgd(twin.parameters())
+
+    @torch.compile(backend="eager")
+    def step(ids: Tensor) -> None:
+        mine.zero_grad()
+        loss_of(model, ids).backward()
+        mine.step()
+
+    for number in range(1, 4):
+        zero(model, twin)
+        ids = batch()
+        step(ids)
+        loss_of(twin, ids).backward()
+        expected.step()
+        assert losia_fx.controller(model).step == number
+    assert_one(model, twin)
+
+
+def test_one_graph_around_a_call_of_the_model_is_refused() -> None:
+    model, twin = twins()
+    whole = torch.compile(Biased(model), backend="eager", fullgraph=True)
+    refused(lambda: whole(batch()), model, "losia_fx", "fullgraph=True", error=torch._dynamo.exc.Unsupported)
+    trains(model, twin)
+
+
 def test_regional_compilation_of_accelerate() -> None:
     utils = pytest.importorskip("accelerate.utils")
     model, twin = twins(Toy(layers=2).double())

@@ -209,6 +209,39 @@ def test_a_lookahead_whose_step_has_no_hooks(options: dict[str, Any]) -> None:
     assert bool(run.moved) == bool(options)
 
 
+@pytest.mark.parametrize("options", [{}, MOVING], ids=["still", "moving"])
+@pytest.mark.parametrize("kind", ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"])
+def test_a_wrapper_that_is_no_optimizer(kind: str, options: dict[str, Any]) -> None:
+    """It swaps other numbers in for the step within, and what it keeps of them it wants back afterwards: a subnet moves
+    elsewhere at the next use only."""
+    package = pytest.importorskip("schedulefree")
+
+    def make(parameters: Any) -> Any:
+        made = getattr(package, kind)(optim.SGD(parameters, lr=0.05), momentum=0.9)
+        made.train()
+        return made
+
+    model, twin = twins(**options)
+    mine, expected = make(values_of(model)), make(twin.parameters())
+    for number in range(1, 10):
+        zero(model, twin)
+        backward(model, twin)
+        mine.step()
+        expected.step()
+        assert losia_fx.controller(model).step == number
+        if number % 2:
+            for each in (mine, expected):
+                each.eval()
+        with torch.no_grad():
+            model(batch())
+        for name in twin.follow(subnets_of(model)):
+            expected.base.state.pop(twin.values[name])
+        assert_one(model, twin)
+        for each in (mine, expected):
+            each.train()
+    assert bool(losia_fx.controller(model).history) == bool(options)
+
+
 def sam_of_a_package(parameters: list[nn.Parameter]) -> Any:
     package = pytest.importorskip("pytorch_optimizer")
     return package.SAM(parameters, optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
@@ -598,6 +631,64 @@ class Stateful(Optimizer):
 def test_state_that_a_constructor_makes_from_the_parameter() -> None:
     run = Run(Stateful, **MOVING)
     run.train(10)
+    assert run.moved
+    assert_one(run.model, run.twin)
+
+
+@pytest.mark.parametrize("pullback", ["none", "pullback"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["from the start", "resumed"])
+def test_a_lookahead_starts_a_moved_subnet_anew(resumed: bool, pullback: str) -> None:
+    """Slow copies that came from a file are known too as what its constructor makes, and so are slow moments."""
+    package = pytest.importorskip("pytorch_optimizer")
+
+    def made() -> tuple[nn.Module, Any]:
+        model, _ = twins(Toy(layers=1).double(), **MOVING)
+        return model, package.Lookahead(momentum(values_of(model)), k=3, pullback_momentum=pullback)
+
+    def train(model: nn.Module, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, batch()).backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    if resumed:
+        train(model, optimizer, 2)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), losia_fx.state_dict(model)))
+        train(model, optimizer, 1)
+        model, optimizer = made()
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        losia_fx.load_state_dict(model, saved[2])
+        train(model, optimizer, 1)
+    else:
+        train(model, optimizer, 3)
+    event = losia_fx.controller(model).history[-1]
+    moved = [subnet.values for subnet in subnets_of(model).values() if subnet.group == event.group]
+    assert moved
+    for value in moved:
+        assert torch.equal(optimizer.state[value]["slow_params"], value)
+        assert value not in optimizer.optimizer.state
+        assert pullback == "none" or not optimizer.state[value]["slow_momentum"].any()
+    train(model, optimizer, 5)
+    assert losia_fx.controller(model).step == 8
+
+
+def test_what_sam_keeps_of_its_first_half_is_no_earlier_run() -> None:
+    """pytorch_optimizer's FriendlySAM keeps an average of gradients that it makes before any step."""
+    package = pytest.importorskip("pytorch_optimizer")
+    if not hasattr(package, "FriendlySAM"):
+        pytest.skip("this pytorch_optimizer has no FriendlySAM")
+    run = Run(lambda p: package.FriendlySAM(p, optim.SGD, lr=0.1, momentum=0.9), **MOVING)
+    for _ in range(7):
+        ids = batch()
+        for optimizer, model in ((run.mine, run.model), (run.expected, run.twin)):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.first_step(zero_grad=True)
+            loss_of(model, ids).backward()
+            optimizer.second_step()
+        run.follow()
     assert run.moved
     assert_one(run.model, run.twin)
 
