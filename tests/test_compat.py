@@ -234,14 +234,14 @@ def test_install_call_and_undo() -> None:
     _compat.install_call(module, None)  # twice is no error
 
 
-def test_install_calls_and_who_runs_something_else() -> None:
+def test_exchange_calls_and_who_runs_something_else() -> None:
     modules = [nn.Linear(2, 2) for _ in range(3)]
     calls = {module: (lambda x, n=number: n) for number, module in enumerate(modules)}
-    _compat.install_calls(calls.items())
+    _compat.exchange_calls(calls.items())
     assert [module(None) for module in modules] == [0, 1, 2]
     assert not _compat.not_installed(calls)
     modules[1].compile(backend="eager")
-    _compat.install_calls([(modules[2], None)])
+    _compat.exchange_calls([(modules[2], None)])
     assert _compat.not_installed(calls) == modules[1:]
 
 
@@ -259,6 +259,21 @@ def test_dynamo_goes_past_an_installed_call() -> None:
         assert module(torch.ones(1, 2)).shape == (1, 2)
     assert len(graphs) == 1
     assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 1
+
+
+def test_a_module_to_be_called_while_traced_is() -> None:
+    """What is installed on it is then in another's graph; undone, the forward is again."""
+    module = Wrapped()
+    before = sorted(module.linear.__dict__)
+    _compat.install_call(module.linear, lambda x: x * 3)
+    x = torch.ones(1, 2)
+    for really in (True, False):
+        torch._dynamo.reset()
+        _compat.be_called_while_traced(module.linear, really)
+        y = torch.compile(module, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(y, x * 3 if really else module.linear.forward(x))
+    _compat.install_call(module.linear, None)
+    assert sorted(module.linear.__dict__) == before
 
 
 def test_own_code_is_counted_apart() -> None:
