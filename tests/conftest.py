@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ from losia_fx.backend import losia_backend
 if "losia" not in torch._dynamo.list_backends(exclude_tags=None):
     # A checkout that is not installed has no entry point; an installed one is tested as its users have it.
     torch._dynamo.register_backend(losia_backend, name="losia")
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a machine that is busy proves nothing wrong
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

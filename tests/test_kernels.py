@@ -173,7 +173,7 @@ def assert_written(weight: Tensor, before: Tensor, rows: Tensor, cols: Tensor | 
     assert torch.equal(weight[~inside], before[~inside])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     index(6),
     st.none() | index(9),
@@ -189,7 +189,7 @@ def test_write_back(rows: Tensor, cols: Tensor | None, layout: str, dtype: torch
     assert_written(weight, before, rows, cols, values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.tuples(*(st.permutations(range(5)).map(lambda order: sorted(order[:2])) for _ in range(3))),
     st.tuples(*(st.permutations(range(7)).map(lambda order: sorted(order[:3])) for _ in range(3))),
