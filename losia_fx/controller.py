@@ -479,9 +479,8 @@ class Controller:
             note_made_state(each, owned_states(each, self))
         resumed = self._resumed or self.step > 0 or self.by_string  # by string, moments of W come along
         made = steps.step_of(self)
-        resumed = resumed or (
-            made is not None and made.around is not None
-        )  # which has kept state there before the step
+        if made is not None and made.around is not None:
+            resumed = True  # what stands around the optimizer has kept state there before the step
         # What one around others keeps (slow copies, a gradient of SAM's first half) may come from before any step.
         steppers = [each for each in fresh if not inner_optimizers(each)]
         if not resumed and any(has_stepped(each, s) for each in steppers for s in owned_states(each, self)):

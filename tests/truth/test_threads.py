@@ -171,3 +171,49 @@ def test_a_step_that_failed_in_another_thread_holds_nobody_up() -> None:
     for name, subnet in subnets_of(model).items():
         assert torch.equal(subnet.weight[subnet.rows][:, subnet.cols], subnet.values), name
     assert losia_fx.controller(model).step == 0
+
+
+class Outside(nn.Module):
+    """A layer that no graph holds, with something to do in its midst."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, dtype=torch.float64)
+        self.midst: Callable[[], Any] | None = None
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.midst is not None and not torch.is_grad_enabled():
+            self.midst()
+        return self.linear(x)
+
+
+def test_a_training_forward_in_the_midst_of_another_threads_evaluation() -> None:
+    """What runs outside of graphs goes through the subnets, although the evaluation wants the modules' plain calls."""
+    model: Any = nn.Module()
+    model.layers = nn.ModuleList(Outside() for _ in range(2))
+    model.forward = lambda x: model.layers[1](model.layers[0](x)).square().mean()
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, schedule="static")
+    values, x = values_of(model), torch.randn(4, 16, dtype=torch.float64)
+    optimizer = optim.SGD(values, lr=0.0)
+    with pytest.warns(losia_fx.LosiaWarning, match="outside a rewritten graph"):
+        model(x).backward()
+    optimizer.step()
+    expected = [each.grad.clone() for each in values if each.grad is not None]
+    optimizer.zero_grad()
+    within, done = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        within.set()
+        assert done.wait(30)
+
+    model.layers[0].midst = stay
+    evaluation = threading.Thread(target=lambda: torch.no_grad()(model)(x))
+    evaluation.start()
+    assert within.wait(30)
+    model(x).backward()
+    done.set()
+    evaluation.join(30)
+    assert len(expected) == len(values) == 2
+    for each, grad in zip(values, expected, strict=True):
+        torch.testing.assert_close(each.grad, grad, rtol=1e-12, atol=1e-15)
