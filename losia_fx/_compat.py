@@ -279,11 +279,11 @@ def be_called_while_traced(module: nn.Module, really: bool) -> None:
         module.__dict__.pop(_IMPL, None)
 
 
-def exchange_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
-    """As ``install_call``, of many whose calls will be exchanged again soon: None is left standing in the place, where
-    Module's own None is."""
-    for module, call in calls:
-        module.__dict__[_CALL] = call
+def exchange_calls(places: Iterable[dict[str, Any]], calls: Iterable[Callable[..., Any] | None]) -> None:
+    """As ``install_call``, of many modules, given by their __dict__, whose calls will be exchanged again soon: None is
+    left standing in the place, where Module's own None is."""
+    for place, call in zip(places, calls, strict=True):
+        place[_CALL] = call
 
 
 def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:

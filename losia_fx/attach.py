@@ -354,11 +354,12 @@ def plain_forward(watches: Iterable[Watch]) -> Iterator[None]:
     """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns, so
     its modules are called as they were before."""
     watching = list(watches)
+    places = [each.module.__dict__ for each in watching]
     try:
-        exchange_calls([(each.module, each.before) for each in watching])
+        exchange_calls(places, [each.before for each in watching])
         yield
     finally:
-        exchange_calls([(each.module, each) for each in watching])
+        exchange_calls(places, watching)
 
 
 @contextmanager
@@ -376,8 +377,8 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
         ask_for_gradients(states, asked)
         yield
     finally:
+        _entered.calls = calls  # first: nothing can cut in
         stop_asking(asked)
-        _entered.calls = calls
 
 
 def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) -> None:
