@@ -68,6 +68,18 @@ def test_models_share_weights_and_nothing_else(setup: Setup) -> None:
     assert not second.lm_head._forward_hooks
 
 
+@pytest.mark.parametrize("name", ["losia", "losia, a block profiled", "losia, checkpointed", "losia by string"])
+def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup, name: str) -> None:
+    trial, other = built(setup, name), built(setup, "losia")
+    trial.step()
+    other.step()
+    controller = losia_fx.controller(trial.model)
+    assert controller.agreement.differing(), "nothing was written"
+    trial.prepare()
+    assert controller.agreement.differing() == []
+    assert not controller.agreement.shows_a_write()
+
+
 def test_size_counts_its_parameters() -> None:
     for size in (TINY, replace(TINY, layers=3, heads=4, kv_heads=2)):
         assert sum(p.numel() for p in Setup.of(size, CPU).base.parameters()) == size.parameters
