@@ -36,6 +36,7 @@ __all__ = [
     "OptimizedModule",
     "active_ddp",
     "aot_compiler",
+    "be_called_while_traced",
     "compile_call",
     "compile_own_code",
     "compiled_apart",
