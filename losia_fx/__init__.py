@@ -13,10 +13,12 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
     # A checkout that is not installed: passes and tools lie beside this folder (pyproject.toml maps them for wheels).
     __path__.append(str(_here.parent))
 
-from .checkpoint import load_state_dict, state_dict
+from .api.report import Report
+from .api.transform import restore, transform
+from .api.views import controller, dense, report, stepped, subnets
+from .checkpoint.state import load_state_dict, state_dict
 from .config import LosiaConfig
-from .controller import Controller, Event
-from .delta import load_delta, save_delta
+from .delta.apply import load_delta, save_delta
 from .errors import (
     ConfigError,
     DeltaError,
@@ -30,13 +32,11 @@ from .errors import (
     TransformError,
     UnsupportedGraphError,
 )
-from .inspect import controller, dense, report, stepped, subnets
-from .report import Report
-from .state import Subnet
-from .transform import restore, transform
+from .runtime.controller import Controller, Event
+from .runtime.state import Subnet
 
 if _TYPE_CHECKING:
-    from .callback import LosiaCallback
+    from .checkpoint.trainer import LosiaCallback
 
 __all__ = [
     "ConfigError",
@@ -72,7 +72,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     if name == "LosiaCallback":  # needs transformers, which nothing else here does
-        from .callback import LosiaCallback
+        from .checkpoint.trainer import LosiaCallback
 
         return LosiaCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

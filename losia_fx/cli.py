@@ -9,19 +9,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from .errors import LosiaError
+from losia_fx.errors import LosiaError
 
 COMMANDS = {
-    "finetune": "losia_fx.finetune",
-    "delta": "losia_fx.delta_command",
-    "dump": "losia_fx.tools.dump_command",
-    "diff": "losia_fx.tools.diff_command",
-    "explain": "losia_fx.tools.explain",
-    "page": "losia_fx.tools.page",
-    "plot": "losia_fx.tools.plot",
+    "finetune": "losia_fx.finetune.command",
+    "delta": "losia_fx.delta.command",
+    "dump": "losia_fx.tools.graphs.dump",
+    "diff": "losia_fx.tools.graphs.diff",
+    "explain": "losia_fx.tools.forecast.explain",
+    "page": "losia_fx.tools.page.command",
+    "plot": "losia_fx.tools.plot.command",
 }
 
 
@@ -45,15 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted before there was anything to save", 130)
 
 
+def command(name: str) -> Callable[..., int]:
+    """``main`` of one command, as ``python -m losia_fx.tools.<name>`` and Python call it."""
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        return main([name, *(sys.argv[1:] if argv is None else argv)])
+
+    return run
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="losia-fx", description="LoSiA: fine-tuning through subnets that move with the importance.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)
         summary = (module.__doc__ or name).partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
     return parser
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import ConfigError
+from losia_fx.errors import ConfigError
 
 SCHEDULES = ("async", "sync", "static")
 IMPORTANCES = ("mixed", "first", "second", "gradient", "random")

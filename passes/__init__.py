@@ -3,13 +3,21 @@
 from losia_fx.config import LosiaConfig
 from losia_fx.plan import SubnetPlan
 
-from .base import GraphPass, Observer, PassPipeline, copy_graph_module, graph_modules, placeholders, region_of
+from .base import (
+    GraphPass,
+    Observer,
+    PassPipeline,
+    copy_graph_module,
+    graph_modules,
+    placeholders,
+    region_of,
+)
 from .insert_localization import InsertLocalization
-from .loosen_views import LoosenViews
+from .joint.loosen_views import LoosenViews
+from .joint.remake_inputs import RemakeInputs
+from .joint.sink_gathers import SinkGathers
 from .match_linear import Uses, find_uses, plan_subnets
 from .products import Product, find_products
-from .remake_inputs import RemakeInputs
-from .sink_gathers import SinkGathers
 from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite, outputs_may_learn
 
 

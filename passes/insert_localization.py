@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from losia_fx.ops import subnet_linear, subnet_weight
+from losia_fx.ops.linear import subnet_linear, subnet_weight
+from losia_fx.ops.localization import tap
 from losia_fx.plan import SubnetPlan
-from losia_fx.taps import tap
 
 from .base import GraphPass
 from .products import Product

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
-from losia_fx.expert_ops import subnet_batched, subnet_grouped
-from losia_fx.ops import subnet_linear, subnet_weight
+from losia_fx.ops.experts import subnet_batched, subnet_grouped
+from losia_fx.ops.linear import subnet_linear, subnet_weight
 from losia_fx.plan import SubnetPlan, SubnetSlot, WholeSite
 
 from .base import GraphPass, append_placeholders, placeholders, region_of

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from losia_fx.backend import losia_backend
+from losia_fx.compile.backend import losia_backend
 
 if "losia" not in torch._dynamo.list_backends(exclude_tags=None):
     # A checkout that is not installed has no entry point; an installed one is tested as its users have it.

@@ -13,10 +13,10 @@ from losia_fx.tools.bench.memory import allocated_peak
 from torch import Tensor
 
 import losia_fx
-from losia_fx import kernels
 from losia_fx.config import IMPORTANCES
-from losia_fx.kernels import update_importance, write_back
-from losia_fx.subnet import gather, scatter
+from losia_fx.method import kernels
+from losia_fx.method.kernels import update_importance, write_back
+from losia_fx.method.subnet import gather, scatter
 from tests.toys import Toy, batch, loss_of
 
 KINDS = [kind for kind in IMPORTANCES if kind != "random"]

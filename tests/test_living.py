@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from losia_fx.living import living
+from losia_fx.runtime.living import living
 
 
 class Unhashable(type):

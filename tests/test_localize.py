@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from losia_fx.localize import (
+from losia_fx.method.localize import (
     ENOUGH,
     Fit,
     clip_limit,

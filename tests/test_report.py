@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx.errors import LosiaWarning
-from losia_fx.schedule import round_length
+from losia_fx.method.schedule import round_length
 from tests import toys
 
 EXPERTS = 3

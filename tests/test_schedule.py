@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losia_fx import LosiaConfig
-from losia_fx.schedule import ends_slot, profiled_groups, rewarm_factor, round_length, slot_groups
+from losia_fx.method.schedule import ends_slot, profiled_groups, rewarm_factor, round_length, slot_groups
 
 Groups = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 from transformers.pytorch_utils import Conv1D
 
-from losia_fx.weights import (
+from losia_fx.model.kinds import (
     ATTENTION,
     EXPERTS,
     LINEAR,

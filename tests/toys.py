@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import losia_fx
-from losia_fx.backend import losia_backend
+from losia_fx.compile.backend import losia_backend
 
 VOCABULARY = 40
 

@@ -1,59 +1,14 @@
-"""Says what would be trained before it is: weights, groups, the length of a round, and memory by part.
+"""What would be trained, before it is: ``losia-fx explain``, and ``explain`` from Python."""
 
-    losia-fx explain my-checkpoint --steps 500 --batch-size 4 --seq-length 512 --measure
-
-Nothing is trained: the model's graphs are captured in one step of a copy. The arithmetic is in forecast.py; --measure
-runs three more steps and counts what is really there (measure.py).
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 
-from losia_fx.errors import ConfigError
+from losia_fx.cli import command
 
-from .load_model import HELP
-from .losia_options import add_losia_options, config_of
+from .forecast.explanation import explain
 
+__all__ = ["explain", "main"]
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=HELP)
-    parser.add_argument("--steps", type=int, help="optimizer steps of the run: does a round fit?")
-    parser.add_argument("--batch-size", type=int, help="of the step (default: as small as MODEL's inputs are)")
-    parser.add_argument("--seq-length", type=int, help="tokens of each of its rows")
-    parser.add_argument("--measure", action="store_true", help="also run some steps, and count")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_losia_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.steps is not None and args.steps < 1:
-        raise ConfigError(f"--steps {args.steps}: give a whole number of at least 1")
-    config = config_of(args)
-    from .capture import capture
-    from .explanation import explain, show
-    from .load_model import load_model
-    from .resize import resize
-
-    loaded = load_model(args.model)
-    example = resize(loaded.example, args.batch_size, args.seq_length)
-    captured = capture(loaded.model, example, config)
-    found = explain(loaded.model, captured, example, args.steps, args.measure)
-    if args.json:
-        print(json.dumps(found.as_dict(), indent=1))
-    else:
-        show(found)
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    from losia_fx.cli import main as command_line
-
-    return command_line(["explain", *(sys.argv[1:] if argv is None else argv)])
-
+main = command("explain")
 
 if __name__ == "__main__":
     sys.exit(main())

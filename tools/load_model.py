@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from losia_fx.errors import ConfigError, LosiaError
-from losia_fx.finetune import EMBEDDED_MODEL
+from losia_fx.finetune.command import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -179,7 +179,7 @@ def _class_name(config: PretrainedConfig, path: Path) -> str:
 
 def _classes(model_type: str) -> dict[str, str]:
     """Names of the model type's classes -> what each is for, in transformers' words; the most telling first."""
-    from .architectures import HEADS, class_names
+    from .tiny.architectures import HEADS, class_names
 
     found: dict[str, str] = {}
     for head in HEADS:
@@ -190,7 +190,7 @@ def _classes(model_type: str) -> dict[str, str]:
 
 
 def _with_inputs(source: str, model: Any, class_name: str) -> Loaded:
-    from .tiny_batch import candidates
+    from .tiny.batch import candidates
 
     model.train()
     head = _classes(model.config.model_type).get(class_name, "BASE")

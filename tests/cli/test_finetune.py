@@ -16,15 +16,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from losia_fx import finetune_job
 from losia_fx.cli import main
-from losia_fx.files import write_safely
-from losia_fx.finetune import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
-from losia_fx.run_inputs import HELD_OUT_BLOCKS
-from losia_fx.run_ranks import Ranks
-from losia_fx.run_record import RunRecord
-from losia_fx.text import held_out_blocks, read_documents, split
-from losia_fx.training import cosine_schedule, held_out_loss
+from losia_fx.finetune import job as finetune_job
+from losia_fx.finetune.command import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
+from losia_fx.finetune.inputs import HELD_OUT_BLOCKS
+from losia_fx.finetune.loss import cosine_schedule, held_out_loss
+from losia_fx.finetune.ranks import Ranks
+from losia_fx.finetune.record import RunRecord
+from losia_fx.finetune.text import held_out_blocks, read_documents, split
+from losia_fx.storage.whole import write_safely
 
 SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
 

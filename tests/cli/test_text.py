@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from losia_fx.errors import LosiaError
-from losia_fx.finetune import EMBEDDED_MODEL
-from losia_fx.text import (
+from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.text import (
     PIECE,
     Document,
     batches,

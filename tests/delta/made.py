@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx.pieces import as_integers
+from losia_fx.method.visits import as_integers
 from tests.toys import Toy, batch, loss_of
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.5, "period": 2, "importance": "random"}

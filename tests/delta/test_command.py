@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from losia_fx import finetune_job
 from losia_fx.cli import main
-from losia_fx.delta_file import fingerprint, write_delta
-from losia_fx.delta_read import DeltaFile
-from losia_fx.finetune import EMBEDDED_MODEL
+from losia_fx.delta.format import fingerprint, write_delta
+from losia_fx.delta.read import DeltaFile
+from losia_fx.finetune import job as finetune_job
+from losia_fx.finetune.command import EMBEDDED_MODEL
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import losia_fx
 from losia_fx import DeltaError
-from losia_fx.delta_file import SEAL, write_delta
+from losia_fx.delta.format import SEAL, write_delta
 from tests.delta.made import Made, make, same, weights
 
 WEIGHT = "layers.0.mix.weight"

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
-from losia_fx.delta_file import WeightRecord, digest, write_delta
-from losia_fx.delta_read import DeltaFile
-from losia_fx.pieces import BaseHistory, Piece, as_integers, walk
-from losia_fx.subnet import gather
+from losia_fx.delta.format import WeightRecord, digest, write_delta
+from losia_fx.delta.read import DeltaFile
+from losia_fx.method.subnet import gather
+from losia_fx.method.visits import BaseHistory, Piece, as_integers, walk
 from tests.delta.made import OPTIONS, make, same, train, weights
 from tests.toys import VOCABULARY, Toy, batch, by_string, loss_of, tiny_llama
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import losia_fx
-from losia_fx import lora_export
 from losia_fx.cli import main
-from losia_fx.delta_file import WeightRecord, digest, write_delta
-from losia_fx.pieces import Piece, as_integers
+from losia_fx.delta import lora as lora_export
+from losia_fx.delta.format import WeightRecord, digest, write_delta
+from losia_fx.method.visits import Piece, as_integers
 from tests.delta.made import OPTIONS, train
 from tests.toys import batch, tiny_llama
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import losia_fx
-from losia_fx import LosiaConfig, pieces, taps
+from losia_fx import LosiaConfig
 from losia_fx._compat import aot_compiler, install_call
-from losia_fx.backend import LosiaBackend
-from losia_fx.localize import Fit
-from losia_fx.state import states_of
-from losia_fx.transform import CompiledCall
+from losia_fx.api.transform import CompiledCall
+from losia_fx.compile.backend import LosiaBackend
+from losia_fx.method import visits
+from losia_fx.method.localize import Fit
+from losia_fx.ops import localization
+from losia_fx.runtime.state import states_of
 from tests.models import table
 from tests.models.table import LLAMA, VIT, Case
 from tests.models.test_experts import MIXTRAL
@@ -31,7 +33,7 @@ from tests.models.test_experts import MIXTRAL
 WAITING = ("nonzero", "unique", "unique_consecutive", "masked_select", "equal", "median", "nanmedian", "bincount")
 """Functions that read values on the host while they run on a GPU."""
 READING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu", *WAITING)
-OURS = {"tap": taps._tap, "localize": taps._localize, "localize_whole": taps._localize_whole}
+OURS = {"tap": localization._tap, "localize": localization._localize, "localize_whole": localization._localize_whole}
 
 
 class Waits:
@@ -76,9 +78,9 @@ def dry_device() -> Iterator[Waits]:
         stack.enter_context(patch.object(Tensor, "__getitem__", _indexing(waits, Tensor.__getitem__)))
         stack.enter_context(patch.object(Tensor, "__setitem__", _indexing(waits, Tensor.__setitem__)))
         # What is decided by numbers goes on as if they were good ones.
-        for place in ("losia_fx.controller.fit_from", "losia_fx.localize.fit_from"):
+        for place in ("losia_fx.runtime.controller.fit_from", "losia_fx.method.localize.fit_from"):
             stack.enter_context(patch(place, lambda *numbers, **known: Fit(1.0)))
-        stack.enter_context(patch.object(pieces, "is_plain", lambda tensor: True))
+        stack.enter_context(patch.object(visits, "is_plain", lambda tensor: True))
         yield waits
 
 

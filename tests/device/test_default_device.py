@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx import bitmaps, passes
-from losia_fx.checkpoint import load_state, save_state
+from losia_fx import passes
+from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.finetune import bitmaps
 from tests.models import table
 from tests.models.table import LLAMA, TOY, Case
 from tests.models.test_experts import MIXTRAL

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 import losia_fx
-from losia_fx.state import SubnetState
+from losia_fx.runtime.state import SubnetState
 from tests.device.dry import CASES, DryRun, Waits
 from tests.models.table import TOY
 from tests.models.test_experts import MIXTRAL

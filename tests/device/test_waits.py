@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import losia_fx
-from losia_fx.host import copies, numbers_of
+from losia_fx.method.transfers import copies, numbers_of
 from tests.device.dry import CASES, DryRun, Waits
 from tests.models.table import TOY
 

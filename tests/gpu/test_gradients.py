@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx.state import states_of
-from losia_fx.subnet import gather
+from losia_fx.method.subnet import gather
+from losia_fx.runtime.state import states_of
 from tests.gpu.device import DEVICE, batch, build
 from tests.models.table import BERT_UNTIED, LLAMA, VIT, Case
 from tests.models.test_experts import MIXTRAL

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import losia_fx
-from losia_fx.host import copies
-from losia_fx.taps import tapped_bytes
-from losia_fx.training import on_device
+from losia_fx.finetune.loss import on_device
+from losia_fx.method.transfers import copies
+from losia_fx.ops.localization import tapped_bytes
 from tests.gpu.device import DEVICE, batch, build, learning, on_cuda, step
 from tests.models.table import LLAMA, TOY, Case, ToyWithLoss
 from tests.models.test_experts import MIXTRAL

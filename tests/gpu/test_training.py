@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
-from losia_fx import kernels
-from losia_fx.checkpoint import load_state, save_state
-from losia_fx.state import states_of
+from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.method import kernels
+from losia_fx.runtime.state import states_of
 from tests.gpu.device import DEVICE, batch, build, learning, on_cuda, step
 from tests.models import table
 from tests.models.table import LLAMA, TOY
@@ -220,7 +220,7 @@ def test_the_compiled_passes_over_weights(dtype: torch.dtype, monkeypatch: pytes
 
 def test_selections_are_those_of_the_cpu() -> None:
     """Ties included: whole numbers, of which many sums are equal."""
-    from losia_fx.localize import lower_median, select_experts, select_subnet
+    from losia_fx.method.localize import lower_median, select_experts, select_subnet
 
     for experts in (None, 5):
         score = torch.randint(0, 4, (40, 56) if experts is None else (experts, 40, 56)).float()

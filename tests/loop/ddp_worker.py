@@ -20,7 +20,7 @@ from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
-from losia_fx.checkpoint import load_state, save_state
+from losia_fx.checkpoint.state import load_state, save_state
 from tests.loop.pair import OPTIONS, PERIOD
 from tests.toys import Toy, batch, loss_of
 

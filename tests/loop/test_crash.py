@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from losia_fx import finetune_job
 from losia_fx.cli import main
-from losia_fx.run_state import LOSIA, RUN, WEIGHTS, folders
+from losia_fx.finetune import job as finetune_job
+from losia_fx.finetune.state import LOSIA, RUN, WEIGHTS, folders
 from tests.loop.finetune_runs import Run, assert_same_outcome
 
 
@@ -132,7 +132,7 @@ def test_resume_wants_a_run_with_checkpoints(
 def test_a_full_disk_keeps_the_checkpoint_before(
     half: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from losia_fx import run_state
+    from losia_fx.finetune import state as run_state
 
     write, calls = run_state.write_tensors, []
 

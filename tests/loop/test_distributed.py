@@ -15,7 +15,7 @@ import torch
 from torch import nn, optim
 
 import losia_fx
-from losia_fx.run_state import LOSIA, RUN, WEIGHTS, folders
+from losia_fx.finetune.state import LOSIA, RUN, WEIGHTS, folders
 from tests.loop.ddp_worker import RANKS, joined_batches, model_of
 from tests.loop.finetune_runs import Run, assert_same_outcome
 from tests.loop.pair import PERIOD, Pair

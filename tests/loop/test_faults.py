@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import StateError
-from losia_fx.checkpoint import load_state, save_state
-from losia_fx.state_file import SEAL, read_tensors, write_tensors
+from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.storage.tensors import SEAL, read_tensors, write_tensors
 from tests.loop.toy_runs import PERIOD, adamw, batches, learning, same, toy, train
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
-from losia_fx.checkpoint import load_state, save_state
-from losia_fx.files import write_safely
+from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.storage.whole import write_safely
 from tests.loop.toy_runs import PERIOD, adamw, assert_same, batches, learning, same, toy, train
 from tests.toys import Toy, batch, by_string, loss_of
 

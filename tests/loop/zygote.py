@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-import losia_fx.finetune_job
+import losia_fx.finetune.job
 from losia_fx.cli import main
 
 
@@ -87,8 +87,8 @@ def run(
 
 
 if __name__ == "__main__":
-    losia_fx.finetune_job.plot_losses = draw_nothing
-    losia_fx.finetune_job.plot_subnets = draw_nothing
+    losia_fx.finetune.job.plot_losses = draw_nothing
+    losia_fx.finetune.job.plot_subnets = draw_nothing
     for line in sys.stdin:
         codes, seconds = run(**json.loads(line))
         print(json.dumps({"codes": codes, "seconds": seconds}), flush=True)

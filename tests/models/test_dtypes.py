@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import losia_fx
-from losia_fx.localize import importance_of
-from losia_fx.state import states_of
-from losia_fx.subnet import gather
+from losia_fx.method.localize import importance_of
+from losia_fx.method.subnet import gather
+from losia_fx.runtime.state import states_of
 from tests import toys
 from tests.runtime.forms import FORMS, Model
 

@@ -107,7 +107,7 @@ def test_every_slot_is_exact(case: Case, checkpointed: bool) -> None:
         model(**batch).loss.backward()
         assert_exact(model, expected, torch.float64)
         assert controller.active is not None
-        states = {state.name: state for state in losia_fx.state.states_of(model)}
+        states = {state.name: state for state in losia_fx.runtime.state.states_of(model)}
         for name in controller.groups[controller.active]:
             profile = states[name].profile
             assert profile is not None

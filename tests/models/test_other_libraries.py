@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losia_fx.tools.check_architecture import EXACT, REFUSED, UNBUILT, check
-from losia_fx.tools.libraries import LIBRARIES
+from losia_fx.tools.coverage.check import EXACT, REFUSED, UNBUILT, check
+from losia_fx.tools.coverage.libraries import LIBRARIES
 
 from losia_fx.errors import LosiaError
 

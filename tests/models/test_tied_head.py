@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import losia_fx
-from losia_fx.state import states_of
+from losia_fx.runtime.state import states_of
 from tests import toys
 from tests.models.table import Case, ToyWithLoss, toy_tokens
 from tests.runtime.test_trajectory import Run

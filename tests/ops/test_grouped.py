@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losia_fx import grouped
-from losia_fx.grouped import ends_for, grouped_outer, grouped_product
+from losia_fx.ops import grouped
+from losia_fx.ops.grouped import ends_for, grouped_outer, grouped_product
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ENDS = {"all used": (2, 5, 7), "one idle": (3, 3, 7), "rows past the end": (0, 2, 4), "none": (0, 0, 0)}

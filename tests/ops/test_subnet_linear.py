@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losia_fx.ops import subnet_linear, subnet_linear_reference
+from losia_fx.ops.linear import subnet_linear, subnet_linear_reference
 
 INTO, OUT = 12, 10
 SHAPES = {"1d": (INTO,), "2d": (5, INTO), "3d": (2, 3, INTO), "4d": (2, 1, 3, INTO), "empty": (0, INTO)}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from losia_fx.ops import subnet_linear
-from losia_fx.taps import PROFILES, drop_taps, localize, tap, tapped_bytes
+from losia_fx.ops.linear import subnet_linear
+from losia_fx.ops.localization import PROFILES, drop_taps, localize, tap, tapped_bytes
 
 HANDLE = 10**9  # far from what real subnets count up to
 

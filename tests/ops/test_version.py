@@ -6,9 +6,12 @@ import hashlib
 import inspect
 
 import torch
+from losia_fx.passes.joint import graph as joint
+from losia_fx.passes.joint import remake_inputs, sink_gathers
 
-from losia_fx import expert_ops, first_order, grouped, library, ops, subnet
-from losia_fx.passes import joint, remake_inputs, sink_gathers
+from losia_fx.method import subnet
+from losia_fx.ops import experts, first_order, grouped, library
+from losia_fx.ops import linear as ops
 
 BODIES = {
     "v1": "6fb44b75615f1539269240fc6d05054a7fa4483a4c535dfbd9f88f223e6f1d17",
@@ -22,8 +25,8 @@ BODIES = {
 OPS = {
     "subnet_linear": ops.subnet_linear,
     "subnet_weight": ops.subnet_weight,
-    "subnet_grouped": expert_ops.subnet_grouped,
-    "subnet_batched": expert_ops.subnet_batched,
+    "subnet_grouped": experts.subnet_grouped,
+    "subnet_batched": experts.subnet_batched,
 }
 
 
@@ -41,8 +44,8 @@ def bodies() -> str:
             first_order.first_order,
             first_order.refuse_second,
         ),
-        *(expert_ops._SubnetGrouped, expert_ops._subnet_grouped, grouped),
-        *(expert_ops._SubnetBatched, expert_ops._subnet_batched),
+        *(experts._SubnetGrouped, experts._subnet_grouped, grouped),
+        *(experts._SubnetBatched, experts._subnet_batched),
         *(joint, sink_gathers, remake_inputs),  # no ops, but as unknown to the caches
     ]
     return hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode()).hexdigest()

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import losia_fx
 from losia_fx import LosiaConfig
 from losia_fx._compat import aot_compiler, install_call
-from losia_fx.backend import LosiaBackend
-from losia_fx.transform import CompiledCall
+from losia_fx.api.transform import CompiledCall
+from losia_fx.compile.backend import LosiaBackend
 
 aten = torch.ops.aten
 WIDTH, INNER = 16, 24

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from losia_fx import LosiaConfig, PassPostconditionError, PassPreconditionError
-from losia_fx.ops import subnet_linear
+from losia_fx.ops.linear import subnet_linear
+from losia_fx.ops.localization import tap
 from losia_fx.passes import GraphPass, PassPipeline, copy_graph_module, default_pipeline
-from losia_fx.taps import tap
 from tests import graphs
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import fx
 
-from losia_fx.ops import subnet_linear
+from losia_fx.ops.linear import subnet_linear
+from losia_fx.ops.localization import PROFILES, tap
 from losia_fx.passes import InsertLocalization, SubnetRewrite, copy_graph_module
 from losia_fx.plan import SubnetPlan
-from losia_fx.taps import PROFILES, tap
 from tests import graphs
 from tests.graphs import INTO
 

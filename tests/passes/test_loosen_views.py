@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import losia_fx
+from losia_fx.method.subnet import gather
 from losia_fx.passes import LoosenViews
-from losia_fx.subnet import gather
 from tests import graphs
 from tests.passes.joint_graphs import Stack, drawn, lively, loss_of, plain_gradients
 

@@ -12,7 +12,8 @@ import transformers as hf
 from torch import Tensor, fx, nn
 
 import losia_fx
-from losia_fx import _compat, backend
+from losia_fx import _compat
+from losia_fx.compile import backend
 from losia_fx.passes import RemakeInputs
 from tests.models import table
 from tests.passes.joint_graphs import Gated, lively, losia, loss_of, plain_gradients, rms

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from losia_fx import PassPostconditionError, PassPreconditionError
-from losia_fx.ops import subnet_linear
+from losia_fx.ops.linear import subnet_linear
 from losia_fx.passes import SubnetRewrite, copy_graph_module, subnet_rewrite
 from losia_fx.plan import SubnetPlan
 from tests import graphs

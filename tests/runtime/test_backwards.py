@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import losia_fx
-from losia_fx.state import states_of
-from losia_fx.taps import tapped_bytes
+from losia_fx.ops.localization import tapped_bytes
+from losia_fx.runtime.state import states_of
 from tests import toys
 from tests.reference import Reference
 

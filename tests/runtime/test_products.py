@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import losia_fx
-from losia_fx.state import states_of
-from losia_fx.subnet import gather
+from losia_fx.method.subnet import gather
+from losia_fx.runtime.state import states_of
 from tests.runtime.forms import BROKEN, FORMS, Form, Model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

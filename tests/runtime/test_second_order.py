@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import losia_fx
 from losia_fx.errors import GradientError
-from losia_fx.state import states_of
-from losia_fx.subnet import gather
+from losia_fx.method.subnet import gather
+from losia_fx.runtime.state import states_of
 from tests.runtime.forms import FORMS, Form
 from tests.runtime.test_products import is_named, made, transformed
 from tests.toys import Toy, assert_subnet_gradients, batch, by_string, loss_of, plain_gradients

@@ -42,7 +42,7 @@ def compile_blocks(model: Toy, **options: Any) -> None:
 
 
 def _backend() -> Any:
-    from losia_fx.backend import losia_backend
+    from losia_fx.compile.backend import losia_backend
 
     return "losia" if "losia" in torch._dynamo.list_backends(()) else losia_backend
 

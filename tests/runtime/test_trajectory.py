@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import losia_fx
-from losia_fx.subnet import gather
+from losia_fx.method.subnet import gather
 from tests.models import table
 from tests.models.table import BERT, GPT_NEOX, LLAMA, TOY, Case
 from tests.reference import Reference
@@ -264,7 +264,7 @@ def test_profile_steps(schedule: str, steps: int) -> None:
     """Measured in the last steps of a slot alone, chosen by that at its end; one graph for both kinds of steps."""
     run = Run(TOY, clip_norm=0.5, options={"profile_steps": steps, "schedule": schedule})
     controller = losia_fx.controller(run.model)
-    states, seen = losia_fx.state.states_of(run.model), set()
+    states, seen = losia_fx.runtime.state.states_of(run.model), set()
 
     def check() -> None:
         profiled = run.reference.profiled()
@@ -332,7 +332,7 @@ def test_random_selection(schedule: str, steps: int | None) -> None:
         before = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
         model(**table.batch(TOY)).loss.backward()
         assert losia_fx.taps.tapped_bytes() == 0
-        assert all(state.profile is None for state in losia_fx.state.states_of(model))
+        assert all(state.profile is None for state in losia_fx.runtime.state.states_of(model))
         optimizer.step()
         optimizer.zero_grad()
         slot, ends = step // PERIOD, (step + 1) % PERIOD == 0

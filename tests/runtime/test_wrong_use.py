@@ -158,7 +158,7 @@ def test_a_model_without_linears_by_string_runs_or_says_so() -> None:
 
 
 def test_a_mode_is_refused_by_string() -> None:
-    from losia_fx.backend import losia_backend
+    from losia_fx.compile.backend import losia_backend
 
     model = Toy()
     call: Any = torch.compile(model, backend=losia_backend, mode="max-autotune")
@@ -174,7 +174,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("order", ["compile then wrap", "wrap then compile", "compile in place"])
 def test_ddp_is_refused_by_string(one_process: None, order: str) -> None:
-    from losia_fx.backend import losia_backend
+    from losia_fx.compile.backend import losia_backend
 
     model, call = Toy(), None
     if order == "compile then wrap":

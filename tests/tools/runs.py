@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from losia_fx.finetune import FinetuneSettings
-from losia_fx.run_record import Evaluation, Move, RunRecord, Selection, StepRecord
-from losia_fx.run_report import Names, write_json
-from losia_fx.subnet import draw
+from losia_fx.finetune.command import FinetuneSettings
+from losia_fx.finetune.record import Evaluation, Move, RunRecord, Selection, StepRecord
+from losia_fx.finetune.report import Names, write_json
+from losia_fx.method.subnet import draw
 
 PERIOD, STEPS = 4, 30
 SHAPES: dict[str, tuple[int, ...]] = {

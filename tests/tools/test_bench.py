@@ -29,13 +29,13 @@ from losia_fx.tools.bench.rounds import entries_of, run
 from losia_fx.tools.bench.schedule import over_rounds, reselection_ms
 from losia_fx.tools.bench.sizes import SIZES, Setup, check_device
 from losia_fx.tools.bench.table import COLUMNS
+from losia_fx.tools.forecast import slots
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import losia_fx
 from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
-from losia_fx.tools import slots
 
 CPU = torch.device("cpu")
 TINY = replace(SIZES["tiny"], layers=1, dtype="float32", rounds=2)

@@ -13,15 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.architectures import build
-from losia_fx.tools.check_architecture import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result, check
-from losia_fx.tools.coverage_record import Record, Setting
-from losia_fx.tools.libraries import LIBRARIES, Library
+from losia_fx.tools.coverage import (
+    check as check_architecture,
+)
+from losia_fx.tools.coverage import (
+    command as coverage,
+)
+from losia_fx.tools.coverage import (
+    table as coverage_table,
+)
+from losia_fx.tools.coverage.check import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result, check
+from losia_fx.tools.coverage.libraries import LIBRARIES, Library
+from losia_fx.tools.coverage.record import Record, Setting
+from losia_fx.tools.tiny.architectures import build
 from rich.console import Console
 
 import losia_fx
 from losia_fx.errors import LosiaError
-from losia_fx.tools import check_architecture, coverage, coverage_table
 
 SETTING = Setting("transformers", "5.0", "2.13", "3.11.7", "eager", "float64")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.capture import capture
-from losia_fx.tools.costs import flops_by_weight, saved_for_backward
-from losia_fx.tools.diff import Diff, diff
+from losia_fx.tools.graphs import changes as diff_module
+from losia_fx.tools.graphs.capture import capture
+from losia_fx.tools.graphs.changes import Diff, diff
+from losia_fx.tools.graphs.costs import flops_by_weight, saved_for_backward
 from torch import Tensor, nn
 
 from losia_fx import LosiaConfig
-from losia_fx.ops import subnet_linear
-from losia_fx.tools import diff as diff_module
+from losia_fx.ops.linear import subnet_linear
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import Toy, batch
 

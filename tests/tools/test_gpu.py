@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.gpu import failures, main, markdown, read_cases
-
-from losia_fx.tools import gpu
+from losia_fx.tools.gpu import command as gpu
+from losia_fx.tools.gpu.command import failures, main, markdown, read_cases
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" errors="1" failures="1" skipped="1" tests="4">

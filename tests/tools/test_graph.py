@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.capture import capture
-from losia_fx.tools.graph import (
+from losia_fx.tools.graphs.capture import capture
+from losia_fx.tools.graphs.networkx import (
     group_subgraph,
     held_activations,
     longest_rewritten_path,

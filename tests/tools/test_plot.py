@@ -8,15 +8,15 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from losia_fx.tools.overlap import jaccard
-from losia_fx.tools.run_folder import read_run
-from losia_fx.tools.run_pictures import rates
+from losia_fx.tools.plot import command as plot
+from losia_fx.tools.plot.overlap import jaccard
+from losia_fx.tools.plot.pictures import rates
+from losia_fx.tools.plot.run_folder import read_run
 
-from losia_fx.bitmaps import decode, encode
 from losia_fx.cli import main
-from losia_fx.run_plots import coverage_of, map_of
-from losia_fx.run_record import Selection
-from losia_fx.tools import plot
+from losia_fx.finetune.bitmaps import decode, encode
+from losia_fx.finetune.plots import coverage_of, map_of
+from losia_fx.finetune.record import Selection
 from tests.tools.runs import GROUPS, PERIOD, SHAPES, STEPS, write_run
 
 

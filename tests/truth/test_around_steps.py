@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import losia_fx
 from losia_fx import StateError
-from losia_fx.state import SubnetState, states_of
+from losia_fx.runtime.state import SubnetState, states_of
 from tests.runtime.test_full_gradient import fits
 from tests.toys import Toy, batch, loss_of
 from tests.truth.test_string_way import WAYS, made, sgd

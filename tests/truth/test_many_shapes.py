@@ -12,8 +12,8 @@ import torch
 from torch import optim
 
 import losia_fx
-from losia_fx import kernels
-from losia_fx.controller import Controller
+from losia_fx.method import kernels
+from losia_fx.runtime.controller import Controller
 from tests.toys import Toy
 from tests.truth.twin import Twin, assert_one, assert_subnets, backward, subnets_of, twins, values_of, zero
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import set_verbosity_error
 
-from losia_fx.delta_show import wide_console
+from losia_fx.delta.show import wide_console
 from losia_fx.errors import ConfigError, LosiaError
-from losia_fx.tools import bench as package
 
+from .. import bench as package
 from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of

@@ -11,11 +11,11 @@ from torch import nn
 
 import losia_fx
 from losia_fx._compat import ISOLATES_RECOMPILES
-from losia_fx.backend import losia_backend
-from losia_fx.controller import Controller, find_controller
+from losia_fx.compile.backend import losia_backend
 from losia_fx.errors import LosiaWarning
-from losia_fx.tools import slots
+from losia_fx.runtime.controller import Controller, find_controller
 
+from ..forecast import slots
 from .floors import checkpointed
 from .methods import Method, Trial, adamw, options_of
 from .sizes import Setup, block_linears

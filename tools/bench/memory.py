@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from losia_fx.controller import find_controller
-from losia_fx.tools import measure
+from losia_fx.runtime.controller import find_controller
 
+from ..forecast import measure
 from .methods import Trial
 
 CPU_TRACKER = "allocator events of torch.profiler"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losia_fx.config import LosiaConfig, subnet_size
-from losia_fx.subnet import draw, gather
+from losia_fx.method.subnet import draw, gather
 
 from .methods import Method, Trial, adamw, compiled_in_place
 from .sizes import SEED, Setup, block_linears

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from losia_fx.files import write_safely
-from losia_fx.run_plots import DPI, GREY
+from losia_fx.finetune.plots import DPI, GREY
+from losia_fx.storage.whole import write_safely
 
 from .methods import COMPILED, EAGER
 from .record import Bench, Row

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from losia_fx.files import write_safely
+from losia_fx.storage.whole import write_safely
 
 from .clock import CPU_CLOCK, CUDA_CLOCK, StepTime
 from .graphs import GraphCounts

@@ -10,9 +10,9 @@ import torch
 
 import losia_fx
 from losia_fx.config import subnet_size
-from losia_fx.localize import score_of, select_subnet
-from losia_fx.tools import slots
+from losia_fx.method.localize import score_of, select_subnet
 
+from ..forecast import slots
 from .clock import Clock, elapsed_ms
 from .floors import checkpointed
 from .graphs import GraphCounts

@@ -1,0 +1,1 @@
+"""All that LoSiA adds to a training run, saved and loaded: plain functions, and transformers' Trainer."""

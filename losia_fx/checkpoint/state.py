@@ -1,0 +1,57 @@
+"""state_dict and load_state_dict: all that LoSiA adds to a training run, so that it goes on to the bit.
+
+The weights are not in it: they are in the model's own checkpoint. Either may be loaded first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from losia_fx.api.views import controller
+from losia_fx.errors import StateError
+from losia_fx.storage.tensors import read_tensors, write_tensors
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state of the subnets of ``model``: plain values and tensors, copies on the CPU.
+
+    Holds the options, the step, rows, cols and S of every subnet (S in float32 under a narrower W), the importance
+    gathered in the slot under way, rewarming, the re-selections so far, and the generator's state. torch.save and
+    torch.load(weights_only=True) take it. Gradients are not in it, as in no optimizer's: save between steps.
+    Raises TransformError for a model without subnets.
+    """
+    return controller(model).state_dict()
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Goes on from ``state``; before the first forward, and before or after loading the weights and the optimizer.
+
+    Raises StateError, naming the entries, where one is unknown or missing or does not fit; nothing is changed then.
+    """
+    controller(model).load_state_dict(state)
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    """Writes ``state_dict(model)`` to one safetensors file, atomically."""
+    state = state_dict(model)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    write_tensors(path, tensors, {name: value for name, value in state.items() if name not in tensors})
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Goes on from the file that ``save_state`` wrote.
+
+    Raises StateError naming the file where it is damaged or does not fit, OSError where it cannot be read; the model is
+    unchanged then.
+    """
+    tensors, plain = read_tensors(path)
+    if tensors.keys() & plain.keys():
+        raise StateError(f"{path}: names an entry twice")
+    try:
+        load_state_dict(model, {**plain, **tensors})
+    except StateError as error:
+        raise StateError(f"{path}: {error}") from None

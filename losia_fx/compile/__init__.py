@@ -1,0 +1,1 @@
+"""The Dynamo backend, and the way of those who name it by a string alone."""

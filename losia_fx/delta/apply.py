@@ -1,0 +1,199 @@
+"""save_delta and load_delta: what training changed, a small file that turns the base into the tuned model and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losia_fx.errors import DeltaError
+from losia_fx.method.visits import BaseHistory, Piece, Place, as_integers, is_plain, walk
+from losia_fx.model.blocks import plain_name
+from losia_fx.runtime.bases import base_histories
+from losia_fx.runtime.controller import find_controller
+
+from .format import WeightRecord, digest, fingerprint, write_delta
+from .read import DeltaFile
+
+Target = tuple[WeightRecord, nn.Parameter]
+
+
+def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes what training has changed in a transformed ``model`` to ``path``, a safetensors file.
+
+    The base is the model as it was before its first optimizer step: weights loaded before it, or loaded later from
+    elsewhere, are a base of their own; those of a checkpoint of the same run are not. The base values of what training
+    reached are kept on the CPU from that step on, at most one copy of each weight that learns: p*p of it a visit of
+    its subnet, all of it where it is named in ``trainable``. The file holds one number an element that was reached.
+
+    Accepts what torch.compile, DistributedDataParallel and the like made of the model. Raises DeltaError for a model
+    without subnets (restore() drops the base), for weights that are sharded, and for weights that something else than
+    training has changed since (averaging, or a hand): their base is not known. OSError where writing fails.
+    """
+    path = Path(path)
+    controller = find_controller(model)
+    if controller is None:
+        raise DeltaError(
+            f"{path}: {type(model).__name__} has no subnets, so its base is not known: save the delta of a model that "
+            "losia_fx.transform made, before losia_fx.restore"
+        )
+    for state in controller.states:
+        _check_plain(path, state.name, state.weight)
+    controller.look(shown=True)
+    histories = base_histories(controller)
+    if not histories:
+        raise DeltaError(
+            f"{path}: no optimizer has stepped the subnets of this {type(controller.root).__name__} since it got them "
+            "(or since weights were loaded into it): there is no change to save"
+        )
+    records, pieces = [], {}
+    for name, (weight, history) in histories.items():
+        _check_plain(path, name, weight)
+        base = history.base_of(weight)
+        if changed := _changes(path, name, weight, base, history):
+            visits = 0 if changed[0].rows is None else len(changed)
+            records.append(WeightRecord(name, tuple(weight.shape), weight.dtype, visits, digest(base), digest(weight)))
+            pieces[name] = changed
+    write_delta(path, type(controller.root).__name__, records, pieces)
+
+
+def _changes(path: Path, name: str, weight: Tensor, base: Tensor, history: BaseHistory) -> list[Piece]:
+    """base XOR tuned for every piece of the history; without the last visits that changed nothing."""
+    if not history.holds(base):
+        raise DeltaError(
+            f"{path}: {name}: was changed by something else than training since the first step (an average of models, "
+            "or a hand), so its base is not known: save the whole model instead"
+        )
+    before, now = as_integers(base), as_integers(weight)
+    changed = [
+        Piece(place.read(before) ^ place.read(now), piece.rows, piece.cols) for piece, place in walk(history.pieces)
+    ]
+    while changed and not changed[-1].values.any():
+        changed.pop()
+    return changed
+
+
+def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = False) -> None:
+    """Turns ``model`` from the base into the tuned one in place, exact to the bit; with ``undo``, back.
+
+    A plain model, a transformed one (its subnets are gathered anew), or what torch.compile or DistributedDataParallel
+    made of either. Nothing recompiles. Raises DeltaError, naming file and weight, with nothing changed: where the file
+    is damaged, where a weight is missing or of another shape or dtype, where the weights are not those of the base
+    (with undo: of the tuned model), or are there already.
+
+    >>> losia_fx.load_delta(model, "perl.safetensors")
+    >>> losia_fx.load_delta(model, "perl.safetensors", undo=True)
+    """
+    controller = find_controller(model)
+    if controller is not None:
+        controller.look()
+    with DeltaFile(path) as delta:
+        targets = find_targets(model, delta)
+        check_weights(delta, targets, undo)
+        _check_outcome(delta, targets, undo)
+        _apply(delta, targets)
+    changed = {id(parameter) for _, parameter in targets}
+    for state in controller.states if controller is not None else ():
+        if id(state.weight) in changed:
+            state.reload()
+
+
+def find_targets(model: nn.Module, delta: DeltaFile) -> list[Target]:
+    """The parameters that the file speaks of, after a look at names, shapes and dtypes."""
+    parameters = dense_parameters(model)
+    targets: list[Target] = []
+    places: set[tuple[torch.device, int]] = set()
+    for record in delta.records:
+        parameter = parameters.get(record.name)
+        if parameter is None:
+            made = f"the delta was made of a {delta.model}, this is a {type(model).__name__}"
+            raise DeltaError(f"{delta.path}: {record.name}: the model has no such weight; {made}")
+        for what, found, wanted in (
+            ("shape", tuple(parameter.shape), record.shape),
+            ("dtype", parameter.dtype, record.dtype),
+        ):
+            if found != wanted:
+                raise DeltaError(
+                    f"{delta.path}: {record.name}: its {what} is {found} in the model and {wanted} in the delta: "
+                    f"load the base in the {what} that the delta was made with"
+                )
+        _check_plain(delta.path, record.name, parameter)
+        place = (parameter.device, parameter.data_ptr())
+        if place in places:
+            raise DeltaError(f"{delta.path}: {record.name}: shares its memory with another weight of the delta")
+        places.add(place)
+        targets.append((record, parameter))
+    return targets
+
+
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its name in the plain model, under all its names where it is tied; subnets left out."""
+    controller = find_controller(model)
+    root, hidden = model, set()
+    if controller is not None:
+        root, hidden = controller.root, {id(state.values) for state in controller.states}
+    while isinstance(root, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        root = root.module
+    named = root.named_parameters(remove_duplicate=False)
+    return {plain_name(name): parameter for name, parameter in named if id(parameter) not in hidden}
+
+
+def _check_plain(path: Path, name: str, weight: Tensor) -> None:
+    if not is_plain(weight):
+        kind = "on the meta device" if weight.is_meta else f"a {type(weight.data).__name__}, sharded"
+        raise DeltaError(f"{path}: {name}: is {kind}: a delta needs the whole weight")
+
+
+def check_weights(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> None:
+    """The weights are those that the delta starts from."""
+    digests = [digest(parameter) for _, parameter in targets]
+    start = [record.tuned if undo else record.base for record, _ in targets]
+    end = [record.base if undo else record.tuned for record, _ in targets]
+    if digests == start:
+        return
+    if digests == end:
+        raise DeltaError(f"{delta.path}: is {'not applied: there is nothing to undo' if undo else 'applied already'}")
+    wrong = [target[0].name for target, *pair in zip(targets, digests, start, strict=True) if pair[0] != pair[1]]
+    which = "tuned" if undo else "base"
+    needed = fingerprint(delta.records, which)[:12]
+    advice = "undo what came after it" if undo else "load the model that it was trained from, or undo other deltas"
+    raise DeltaError(f"{delta.path}: {wrong[0]}: is not that of the {which} model (fingerprint {needed}): {advice}")
+
+
+def _check_outcome(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> None:
+    """The delta leads where it says: to be known before the first weight is touched."""
+    for record, parameter in targets:
+        outcome = parameter.detach().cpu().clone()
+        for piece, place in walk(delta.pieces(record)):
+            flip(outcome, place, piece.values)
+        if digest(outcome) != (record.base if undo else record.tuned):
+            raise DeltaError(f"{delta.path}: {record.name}: its changes do not lead to the weight that it names")
+
+
+def _apply(delta: DeltaFile, targets: Sequence[Target]) -> None:
+    """Flips every bit that differs. Should that fail midway (memory of a device, Ctrl-C), what was done is undone."""
+    done = 0
+    try:
+        for change in _flips(delta, targets):
+            flip(*change)
+            done += 1
+    except BaseException:
+        for change in islice(_flips(delta, targets), done):
+            flip(*change)
+        raise
+
+
+def _flips(delta: DeltaFile, targets: Sequence[Target]) -> Iterator[tuple[Tensor, Place, Tensor]]:
+    for record, parameter in targets:
+        for piece, place in walk(delta.pieces(record)):
+            yield parameter, place, piece.values
+
+
+@torch.no_grad()
+def flip(weight: Tensor, place: Place, bits: Tensor) -> None:
+    whole = as_integers(weight)
+    place.write(whole, place.read(whole) ^ bits)

@@ -1,0 +1,66 @@
+"""Which weights a model that is to be transformed may not hold; refused by name, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from losia_fx._compat import is_flattened
+from losia_fx.config import LosiaConfig, matches
+from losia_fx.errors import StateError, TransformError, listed
+from losia_fx.runtime.registry import resolve
+
+from .kinds import is_sharded
+
+if TYPE_CHECKING:
+    from losia_fx.runtime.state import SubnetState
+
+    from .roles import WeightPlan
+
+DDP_INSTEAD = "transform the whole model first, and spread it with DistributedDataParallel"
+
+
+def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
+    """Raises TransformError where subnets of such weights, or beside them, would train something else unsaid."""
+    # Named in exclude, a sharded weight stays frozen, as its owner has asked for; a flattened one has lost its name.
+    linears = [plan for plan in plans if plan.kind is not None and not _is_excluded(plan, config)]
+    learning = [plan for plan in plans if plan.trained != "frozen"]
+    _refuse(
+        [plan for plan in plans if is_flattened(plan.parameter)],
+        f"flattened by FullyShardedDataParallel, which leaves no weights to take a subnet from: {DDP_INSTEAD}",
+    )
+    _refuse(
+        [plan for plan in linears if is_sharded(plan.parameter)],
+        f"sharded over processes (a DTensor, as fully_shard and tensor parallel make them): {DDP_INSTEAD}",
+    )
+    _refuse(
+        [plan for plan in learning if plan.parameter.is_meta],
+        "on the meta device, without values to train: load or initialise the model there where it is to train "
+        "(to_empty() and load_state_dict(); from_pretrained without a device_map that offloads; no cpu_offload or "
+        "disk_offload of accelerate's), and transform it then",
+    )
+    _refuse(
+        [plan for plan in plans if resolve(plan.parameter) is not None],
+        "shared with another model that is transformed already, whose subnets they have: transform one module that "
+        "holds both models, or losia_fx.restore() the other first",
+    )
+
+
+def refuse_spread(states: Iterable[SubnetState]) -> None:
+    """Raises StateError where a transformed model's weights or subnets have become parts of tensors."""
+    spread = [state.name for state in states if is_sharded(state.weight) or is_sharded(state.values)]
+    if spread:
+        raise StateError(
+            f"{listed(spread)}: sharded over processes after losia_fx.transform (a DTensor, as fully_shard and tensor "
+            "parallel make them), where no subnet can be followed: spread the transformed model with "
+            "DistributedDataParallel instead"
+        )
+
+
+def _refuse(plans: list[WeightPlan], why: str) -> None:
+    if plans:
+        raise TransformError(f"{listed([plan.name for plan in plans])}: {why}")
+
+
+def _is_excluded(plan: WeightPlan, config: LosiaConfig) -> bool:
+    return any(matches(name, config.exclude) for name, _, _ in plan.owners)

@@ -1,0 +1,1 @@
+"""What changes while training: the subnets' state, whose step it is, and the controller that moves them."""

@@ -1,0 +1,77 @@
+"""The processes that train one model together: those over which DistributedDataParallel averages its gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from losia_fx._compat import active_ddp, ddp_ignores
+
+from .state import SubnetState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks:
+    """Remembers the DistributedDataParallel around a model from its first forward until that is gone: a forward of the
+    bare module in between changes nothing."""
+
+    def __init__(self) -> None:
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+
+    def group(self) -> ProcessGroup | None:
+        """G must be averaged over the same processes as S.grad; None where one process trains by itself."""
+        ddp = None if self._ddp is None else self._ddp()
+        return None if ddp is None else ddp.process_group
+
+    def notice(self, states: Sequence[SubnetState], generator: torch.Generator) -> bool:
+        """At a forward: whether it runs under DistributedDataParallel. At the first, all ranks take rank 0's subnets.
+
+        All of them are in their first forward then, so they can wait for each other.
+        """
+        ddp = active_ddp()
+        if ddp is not None and (self._ddp is None or self._ddp() is not ddp):
+            self._ddp = weakref.ref(ddp)
+            _align(states, generator, ddp.process_group)
+        return ddp is not None
+
+
+@torch.no_grad()
+def _align(states: Sequence[SubnetState], generator: torch.Generator, group: ProcessGroup) -> None:
+    if not states or dist.get_world_size(group) == 1:
+        return
+    first = dist.get_global_rank(group, 0)
+    indices = [index for state in states for index in (state.rows, state.cols)]
+    joined = torch.cat([index.reshape(-1) for index in indices])
+    drawn = generator.get_state().to(joined.device)
+    before = joined.clone()
+    dist.broadcast(joined, first, group)
+    dist.broadcast(drawn, first, group)
+    generator.set_state(drawn.cpu())
+    if torch.equal(joined, before):
+        return
+    for index, given in zip(indices, joined.split([index.numel() for index in indices]), strict=True):
+        index.copy_(given.view_as(index))
+    for state in states:
+        state.values.copy_(state.block_of(state.weight))
+
+
+def keep_indices_at_home(root: nn.Module, states: Sequence[SubnetState]) -> None:
+    """DistributedDataParallel leaves rows and cols alone: it would send them round before every forward."""
+    ddp_ignores(root, add=_names(root, states))
+
+
+def forget_indices(root: nn.Module, states: Sequence[SubnetState]) -> None:
+    ddp_ignores(root, remove=_names(root, states))
+
+
+def _names(root: nn.Module, states: Sequence[SubnetState]) -> set[str]:
+    indices = {id(s.owner._buffers.get(name)) for s in states for name in (s.rows_name, s.cols_name)} - {id(None)}
+    return {name for name, buffer in root.named_buffers(remove_duplicate=False) if id(buffer) in indices}

@@ -1,0 +1,218 @@
+"""A controller's state as plain values and tensors, and back; checked to the last entry before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from losia_fx.errors import StateError, listed
+from losia_fx.method.schedule import profiled_groups
+
+from .state import Profile, SubnetState
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+FORMAT = 1
+PLAIN = ("format", "config", "groups", "step", "left_out", "history", "rewarm_from", "stepped")
+GENERATOR = "generator"
+SUBNET = ("values", "rows", "cols")
+PROFILE = ("importance", "uncertainty", "grad")
+# What decides how training goes on. The patterns show in the names of the subnets, and a state brings its generator.
+BINDING = (
+    "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
+    "rewarm",
+)  # fmt: skip
+
+
+def collect(controller: Controller) -> dict[str, Any]:
+    """Plain values under the names in PLAIN, tensors under "<weight>:<part>"; the tensors are copies on the CPU."""
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "config": collect_config(controller),
+        "groups": [list(names) for names in controller.groups],
+        "step": controller.step,
+        "left_out": controller.left_out,
+        "history": [list(asdict(event).values()) for event in controller.history],
+        "rewarm_from": {s.name: s.rewarm_from for s in controller.states if s.rewarm_from is not None},
+        "stepped": sorted(s.name for s in controller.stepped),
+        GENERATOR: controller.generator.get_state(),
+    }
+    profiled = _profiled(controller, controller.step)
+    for subnet in controller.states:
+        for part, tensor in _parts(subnet, subnet.group in profiled):
+            state[f"{subnet.name}:{part}"] = tensor.detach().to("cpu", copy=True)
+    return state
+
+
+def collect_config(controller: Controller) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in asdict(controller.config).items()}
+
+
+def check(controller: Controller, state: Mapping[str, Any]) -> None:
+    """Raises StateError, naming every entry that is unknown, missing or does not fit; changes nothing."""
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise StateError(f"no state of losia_fx that this version can read: its format is {found!r}, not {FORMAT}")
+    problems: list[str] = []
+    for look in (_options, _names, _plain_values, _tensors_fit):  # each may rely on what those before it found right
+        problems = problems or [*look(controller, state)]
+    if problems:
+        raise StateError(f"this state does not fit the model, so nothing was loaded: {listed(problems)}")
+
+
+@torch.no_grad()
+def apply(controller: Controller, state: Mapping[str, Any]) -> None:
+    """Makes a checked state the controller's own. Tensors that graphs and optimizers hold change in place."""
+    profiled = _profiled(controller, state["step"])
+    profiles = {s: _profile(s, state) if s.group in profiled else None for s in controller.states}
+    for subnet, profile in profiles.items():  # what could fail for want of memory is done
+        subnet.rows.copy_(state[f"{subnet.name}:rows"])
+        subnet.cols.copy_(state[f"{subnet.name}:cols"])
+        subnet.values.copy_(state[f"{subnet.name}:values"])
+        subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
+        subnet.profile = profile
+    controller.generator.set_state(state[GENERATOR].cpu())
+    controller.resume(
+        state["step"], state["left_out"], state["history"], {s for s in profiles if s.name in state["stepped"]}
+    )
+
+
+@torch.no_grad()
+def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
+    """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
+    return [state for state in states if not _same(state.block_of(state.weight.detach()), state.values)]
+
+
+def _same(weight: Tensor, values: Tensor) -> bool:
+    rounded = values.to(weight.dtype)
+    return bool(((weight == rounded) | (weight.isnan() & rounded.isnan())).all())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
+    """profiled: not so where a slot has ended, and its selection was cut short."""
+    yield from ((part, getattr(subnet, part)) for part in SUBNET)
+    for part in PROFILE if profiled and subnet.profile is not None else ():
+        tensor = getattr(subnet.profile, part)
+        if tensor is not None:
+            yield part, tensor
+
+
+def _profiled(controller: Controller, step: int) -> tuple[int, ...]:
+    """The groups that are being profiled after ``step`` steps."""
+    return profiled_groups(controller.config, len(controller.groups), step)
+
+
+def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
+    device = subnet.weight.device
+    importance, uncertainty, grad = (
+        None if (found := state.get(f"{subnet.name}:{part}")) is None else found.to(device, copy=True)
+        for part in PROFILE
+    )
+    return Profile(importance, uncertainty, grad)
+
+
+# -- the checks, each yielding what is wrong --------------------------------------------------------------------------
+
+
+def _options(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+    missing = [name for name in (*PLAIN, GENERATOR) if name not in state]
+    yield from (f"{name} is missing" for name in missing)
+    own, config = collect_config(controller), state.get("config")
+    if isinstance(config, Mapping):
+        differ = (name for name in BINDING if config.get(name) != own[name])
+        yield from (f"{name} was {config.get(name)!r} and is {own[name]!r}" for name in differ)
+    elif "config" in state:
+        yield "config is no table of options"
+    if not missing and state["groups"] != [list(names) for names in controller.groups]:
+        yield f"groups are not those of this model: {state['groups']!r:.200}"
+    yield from (f"{name} is {state[name]!r}" for name in ("step", "left_out") if not _is_count(state.get(name, 0)))
+
+
+def _names(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+    profiled = _profiled(controller, state["step"])
+    expected: set[str] = {*PLAIN, GENERATOR}
+    optional: set[str] = set()
+    for subnet in controller.states:
+        expected.update(f"{subnet.name}:{part}" for part in SUBNET)
+        if subnet.group in profiled:
+            optional.update(f"{subnet.name}:{part}" for part in PROFILE)
+            pair = {f"{subnet.name}:{part}" for part in PROFILE[:2]}
+            if pair & state.keys():  # one is of no use without the other
+                expected |= pair
+    yield from (f"{name} is missing" for name in sorted(expected - state.keys()))
+    yield from sorted(f"{name} is unknown" for name in state.keys() - expected - optional)
+
+
+def _plain_values(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+    step = state["step"]
+    names, rewarm, stepped = {s.name for s in controller.states}, state["rewarm_from"], state["stepped"]
+    known = isinstance(rewarm, Mapping) and rewarm.keys() <= names
+    if not known or not all(_is_count(at) and at <= step for at in rewarm.values()):
+        yield "rewarm_from does not name weights and steps"
+    if not isinstance(stepped, list) or not all(isinstance(name, str) and name in names for name in stepped):
+        yield "stepped does not name weights"
+    events = state["history"]
+    if not isinstance(events, list) or not all(_is_event(event, step, len(controller.groups)) for event in events):
+        yield "history is no list of re-selections"
+
+
+def _tensors_fit(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+    for subnet in controller.states:
+        for part in (*SUBNET, *PROFILE):
+            name = f"{subnet.name}:{part}"
+            if name in state and (misfit := _misfit(subnet, part, state[name])):
+                yield f"{name} {misfit}"
+    if not _is_generator(state[GENERATOR]):
+        yield f"{GENERATOR} is no state of a torch.Generator of the CPU"
+
+
+def _misfit(subnet: SubnetState, part: str, entry: Any) -> str | None:
+    """What is wrong with a tensor, or None."""
+    if not isinstance(entry, Tensor) or entry.layout is not torch.strided or entry.is_meta:
+        return "is no ordinary tensor"
+    weight = subnet.weight
+    like = getattr(subnet, part) if part in SUBNET else weight
+    dtype = like.dtype if part in SUBNET else torch.float32
+    if entry.shape != like.shape or entry.dtype != dtype:
+        return f"is {tuple(entry.shape)} {entry.dtype}, not {tuple(like.shape)} {dtype}"
+    if part not in ("rows", "cols"):
+        return None
+    size = weight.shape[-2 if part == "rows" else -1]  # of W (out, in), or of experts' (E, out, in)
+    if not (entry.numel() and 0 <= int(entry.min()) and int(entry.max()) < size):
+        return f"holds an index outside of 0 to {size - 1}"
+    return None if bool((entry[..., 1:] > entry[..., :-1]).all()) else "is not sorted, or names an index twice"
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_event(event: Any, last: int, groups: int) -> bool:
+    if not isinstance(event, list) or len(event) != 4:
+        return False
+    step, group, moved, captured = event
+    known = _is_count(step) and step <= last and _is_count(group) and group < groups
+    return known and _is_share(moved) and (captured is None or _is_share(captured))
+
+
+def _is_generator(entry: Any) -> bool:
+    if not isinstance(entry, Tensor) or entry.dtype != torch.uint8 or entry.dim() != 1:
+        return False
+    try:
+        torch.Generator().set_state(entry.cpu())
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,362 @@
+"""SubnetState: everything that changes about one weight's subnet, and where a weight's state is found at run time.
+
+The state lives on the module that owns W: S as an nn.Parameter, so that optimizers, clipping, zero_grad, DDP and .to()
+see it, rows and cols as non-persistent buffers, and the SubnetState itself as a plain attribute. So a deepcopy or a
+pickle of the module carries it along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from losia_fx._compat import graph_task_id
+from losia_fx.config import LosiaConfig, subnet_size
+from losia_fx.errors import StateError
+from losia_fx.method.localize import Selection
+from losia_fx.method.subnet import draw, flat_index, gather, scatter
+from losia_fx.method.visits import BaseHistory
+from losia_fx.plan import SubnetFacts
+from losia_fx.runtime import registry
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .agreement import Agreement
+
+ATTRIBUTE = "_losia_subnets"
+"""Of an owner module: its SubnetStates by the name of the weight within it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """A weight's subnet as the user sees it: live tensors, not copies."""
+
+    name: str
+    """Of the weight, in named_parameters() before the transformation."""
+    weight: nn.Parameter
+    """W as the module stores it, dense and up to date: (out, in), or (E, out, in) where it holds E experts."""
+    values: nn.Parameter
+    """S = W[rows][:, cols], (r, c), or (E, r, c): one block an expert; float32 where W is narrower."""
+    rows: Tensor
+    """(r,) or (E, r), sorted int64: indices into dimension -2 of W."""
+    cols: Tensor
+    """(c,) or (E, c), sorted int64: indices into dimension -1 of W."""
+    group: int
+
+
+@dataclass
+class Profile:
+    """What a profiled slot gathers, shape of W; each is made when first needed, on W's device."""
+
+    importance: Tensor | None = None
+    """I, float32."""
+    uncertainty: Tensor | None = None
+    """U, float32."""
+    grad: Tensor | None = None
+    """G, the full gradient of the optimizer step under way: as the first product made it, float32 from the second."""
+    backward: int = -1
+    """The backward pass that last added to G."""
+
+    def to(self, device: torch.device) -> None:
+        for name in ("importance", "uncertainty", "grad"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+
+    def average_ranks(self, weight: Tensor, ranks: ProcessGroup) -> None:
+        """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
+        grad = torch.zeros_like(weight, dtype=torch.float32) if self.grad is None else self.grad.float()
+        dist.all_reduce(grad, group=ranks)
+        self.grad = grad.div_(dist.get_world_size(ranks))
+
+
+SMALL = 2**12
+"""Elements of an S up to which its place in W is kept as one index: beyond, that would cost twice the memory of S."""
+
+
+class _Place:
+    """Where a small S goes in W, ready to be written: of many small weights, the calls are what takes the time."""
+
+    def __init__(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
+        self._tensors = (weight, rows, cols, values)
+        self._marks = self._read()
+        self._target, self._source = weight.detach().view(-1), values.detach().view(-1)
+        self._index = flat_index(weight, rows, cols)
+
+    def _read(self) -> tuple[int, ...]:
+        weight, rows, cols, values = self._tensors
+        return weight.data_ptr(), rows._version, cols._version, values.data_ptr()
+
+    def holds(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> bool:
+        """Whether these are the same tensors, where they were, and rows and cols say what they said."""
+        mine = self._tensors
+        same = weight is mine[0] and rows is mine[1] and cols is mine[2] and values is mine[3]
+        return same and self._read() == self._marks
+
+    def write(self) -> None:
+        """W[rows, cols] = S."""
+        source = self._source
+        if source.dtype != self._target.dtype:
+            source = source.to(self._target.dtype)
+        self._target.index_copy_(0, self._index, source)
+
+
+class SubnetState:
+    """One weight's subnet. Made and removed by transform, changed by the controller alone."""
+
+    def __init__(self, owner: nn.Module, parameter: str, name: str, config: LosiaConfig, whole_cols: bool) -> None:
+        self.owner, self.parameter, self.name = owner, parameter, name
+        self.values_name, self.rows_name, self.cols_name = (
+            f"{parameter}_subnet{part}" for part in ("", "_rows", "_cols")
+        )
+        self.whole_cols = whole_cols
+        self.group = 0
+        self.profile: Profile | None = None
+        self.rewarm_from: int | None = None
+        self.ran_outside = False
+        self.ran_blind = False
+        self.ran = False
+        """A graph or a module used the weight with gradients on, since the slot began."""
+        self.learned = False
+        """A step found a gradient on S, since the slot began."""
+        self.part_looks = 0
+        """Uses by a part of the model called by itself that have compared S with W."""
+        self.pending: tuple[Tensor, Tensor] | None = None
+        """Where S is moving to: rows and cols, until every part of the move is done."""
+        self.agreement: Agreement | None = None
+        """Of the controller that follows this subnet."""
+        self.ahead = False
+        """Of a copy: S was newer than W when it was made."""
+        self._place: _Place | None = None
+        self.hooks: list[RemovableHandle] = []
+        self.base = BaseHistory()
+        self.shape = tuple(self.weight.shape)
+        """Of W."""
+        out_features, in_features = self.shape[-2:]
+        factor = config.output_rank_factor if whole_cols else config.rank_factor
+        self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
+        self._enlist()
+        registry.place(self.weight, self)
+
+    def _enlist(self) -> None:
+        # On the CPU, whatever torch.set_default_device says: the host reads it in every graph.
+        self.handle = torch.tensor([registry.enter(self)], device="cpu")
+
+    # -- the tensors, always read from the module: .to() and load_state_dict may replace them ---------------------
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._parameter(self.parameter)
+
+    @property
+    def values(self) -> nn.Parameter:
+        return self._parameter(self.values_name)
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        parameter = self.owner._parameters.get(key)
+        if parameter is None:
+            raise StateError(
+                f"{self.name}: {key} is no parameter of its module any more: pruning, weight norm or another "
+                "parametrization took its place. Call losia_fx.restore(model) before such a change, and transform "
+                "again after it"
+            )
+        return parameter
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is W."""
+        return self.owner.__dict__.get("_parameters", {}).get(self.parameter) is weight
+
+    @property
+    def registered(self) -> bool:
+        """Whether the owner has the subnet: that of a copy which is still being made has no parameters yet."""
+        return self.values_name in self.owner.__dict__.get("_parameters", {})
+
+    @property
+    def rows(self) -> Tensor:
+        buffer = self.owner._buffers[self.rows_name]
+        assert buffer is not None
+        return buffer
+
+    @property
+    def cols(self) -> Tensor:
+        buffer = self.owner._buffers[self.cols_name]
+        assert buffer is not None
+        return buffer
+
+    def written(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """W, rows, picked cols and S: what a write-back takes."""
+        parameters, buffers = self.owner._parameters, self.owner._buffers
+        weight, values = parameters[self.parameter], parameters[self.values_name]
+        rows, cols = buffers[self.rows_name], buffers[self.cols_name]
+        assert weight is not None
+        assert values is not None
+        assert rows is not None
+        return weight, rows, None if self.whole_cols else cols, values
+
+    def notice_gradient(self) -> None:
+        if not self.learned:
+            self.learned = self.values.grad is not None
+
+    @property
+    def facts(self) -> SubnetFacts:
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the owner has W, S, rows and cols: not where they have been taken off in part."""
+        parameters, buffers = self.owner._parameters, self.owner._buffers
+        there = (parameters.get(self.parameter), parameters.get(self.values_name))
+        places = (buffers.get(self.rows_name), buffers.get(self.cols_name))
+        return all(tensor is not None for tensor in (*there, *places))
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
+        values, rows = self.values, self.rows
+        return (values, rows) if self.whole_cols else (values, rows, self.cols)
+
+    @property
+    def picked_cols(self) -> Tensor | None:
+        """cols, or None where every column learns."""
+        return None if self.whole_cols else self.cols
+
+    # -- birth and death ------------------------------------------------------------------------------------------
+
+    def register(self, rows: Tensor, cols: Tensor) -> None:
+        """Puts S, rows and cols onto the owner module. rows (r,) or (E, r) and cols (c,) or (E, c), sorted int64."""
+        weight = self.weight
+        rows, cols = rows.to(weight.device), cols.to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        values = nn.Parameter(gather(weight.detach(), rows, None if self.whole_cols else cols).to(dtype))
+        self.owner.register_parameter(self.values_name, values)
+        self.owner.register_buffer(self.rows_name, rows, persistent=False)
+        self.owner.register_buffer(self.cols_name, cols, persistent=False)
+        self.owner.__dict__.setdefault(ATTRIBUTE, {})[self.parameter] = self
+
+    def unregister(self) -> None:
+        self.owner._parameters.pop(self.values_name, None)
+        for buffer in (self.rows_name, self.cols_name):
+            self.owner._buffers.pop(buffer, None)
+            self.owner._non_persistent_buffers_set.discard(buffer)
+        states = self.owner.__dict__.get(ATTRIBUTE, {})
+        states.pop(self.parameter, None)
+        if not states:
+            self.owner.__dict__.pop(ATTRIBUTE, None)
+        for hook in self.hooks:
+            hook.remove()
+        self._place = None
+        registry.leave(self, int(self.handle))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_place")}
+        return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
+        self.__dict__.update(state)
+        self.agreement = self._place = None
+        self._enlist()
+        registry.COPIES.add(self)
+
+    # -- localization ---------------------------------------------------------------------------------------------
+
+    @property
+    def profiling(self) -> bool:
+        return self.profile is not None
+
+    def begin_use(self) -> None:
+        """G lives and dies with S.grad: the first use of W in a backward that finds no gradient on S starts it anew."""
+        profile = self.profile
+        assert profile is not None
+        backward, seen = graph_task_id(), self.values.grad
+        if backward != profile.backward:
+            profile.backward = backward
+            if seen is None:
+                profile.grad = None
+            elif profile.grad is not None:  # without asking whether there is any: the host would wait for the device
+                profile.grad.masked_fill_(~seen.any(), 0.0)
+
+    def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
+        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it, whose number may be a tensor (1,) on W's
+        device. ``owned``: nobody else has it."""
+        profile = self.profile
+        assert profile is not None
+        if profile.grad is None and expert is None:
+            # A sum needs float32; a single product has the width that it was made in.
+            narrow = grad if grad.itemsize <= 4 else grad.float()
+            profile.grad = narrow.contiguous() if owned else narrow.clone(memory_format=torch.contiguous_format)
+            return
+        if profile.grad is None:
+            profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        profile.grad = profile.grad.float()
+        if isinstance(expert, Tensor):
+            profile.grad.index_add_(0, expert, grad.float().unsqueeze(0))
+        else:
+            (profile.grad if expert is None else profile.grad[expert]).add_(grad)
+
+    @torch.no_grad()
+    def take_gradient(self, grad: Tensor) -> None:
+        """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled.
+        A subnet that was told not to learn takes none."""
+        if not self.values.requires_grad:
+            return
+        if self.profiling:
+            self.begin_use()
+            self.accumulate(grad, None, owned=False)
+        block, values = self.block_of(grad).to(self.values.dtype), self.values
+        values.grad = block if values.grad is None else values.grad.add_(block)
+
+    # -- the subnet moves -----------------------------------------------------------------------------------------
+
+    def write_back(self) -> None:
+        """W[rows, cols] = S. To be called with gradients off."""
+        weight, rows, cols, values = self.written()
+        if self._place is not None and cols is not None and self._place.holds(weight, rows, cols, values):
+            self._place.write()
+            return
+        scatter(weight, rows, cols, values.detach().to(weight.dtype))
+        flat = weight.dim() == 2 and weight.is_contiguous() and values.is_contiguous() and values.numel() <= SMALL
+        self._place = None if cols is None or not flat else _Place(weight, rows, cols, values)
+
+    @torch.no_grad()
+    def move_to(self, rows: Tensor, cols: Tensor) -> None:
+        """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors. May be done again."""
+        self.rows.copy_(rows)
+        self.cols.copy_(cols)
+        self.values.copy_(self.block_of(self.weight))
+
+    def block_of(self, full: Tensor) -> Tensor:
+        """full[rows][:, cols] of a tensor of W's shape, a copy."""
+        return gather(full, self.rows, self.picked_cols)
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """After weights were loaded: S = W[rows][:, cols], but kept where it already rounds to it.
+
+        So the order of loading weights and LoSiA state does not matter, and S keeps the bits that W cannot hold.
+        """
+        registry.place(self.weight, self)
+        self.gather_anew()
+        self.base.loaded(self.weight)
+
+    @torch.no_grad()
+    def gather_anew(self) -> None:
+        """S = W[rows][:, cols], where it does not round to it already."""
+        found, values = self.block_of(self.weight), self.values
+        values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
+
+    def random_selection(self, generator: torch.Generator) -> Selection:
+        """Rows and cols drawn without replacement, sorted; on W's device."""
+        device = self.weight.device
+        rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(self.shape, self.size, generator))
+        return Selection(rows, cols, torch.zeros((), device=device))
+
+
+def states_of(module: nn.Module) -> list[SubnetState]:
+    """The states of all subnets in ``module``, in the order of its modules."""
+    return [state for owner in module.modules() for state in owner.__dict__.get(ATTRIBUTE, {}).values()]

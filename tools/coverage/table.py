@@ -1,0 +1,84 @@
+"""Tables of what coverage has found: for a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..tiny.model import ALONE
+from .check import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result
+from .record import Setting
+
+STYLES = {EXACT: "green", INEXACT: "bold red", REFUSED: "yellow", UNBUILT: "dim", DIED: "bold yellow"}
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    table = Table(title="losia_fx: gradients against plain autograd", title_justify="left")
+    for column in ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why"):
+        table.add_column(
+            column, overflow="fold", justify="right" if column in ("subnets", "of the linears") else "left"
+        )
+    for result in results:
+        share = "" if result.share is None else f"{100 * result.share:.1f}%"
+        subnets = str(result.subnets) if result.subnets else ""
+        verdict = f"[{STYLES[result.verdict]}]{result.verdict}[/]"
+        table.add_row(result.architecture, result.model, result.dtype, verdict, subnets, share, _escaped(result.why))
+    console.print(table)
+    counts = Counter(result.verdict for result in results)
+    console.print(
+        ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES), f"of {len(results)}", highlight=False
+    )
+
+
+def markdown(setting: Setting, dates: Iterable[str], results: Sequence[Result], total: int) -> str:
+    """What was found, with its setting: the counts, then a line for every model that is not exact throughout.
+
+    total: models there are; the results may be of some of them.
+    """
+    days = sorted(dates)
+    when = "" if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    lines = [
+        f"`python -m losia_fx.tools.coverage{_options(setting)}`: {len(results)} of {total} models of "
+        f"{setting.library} {setting.version}; {when}, torch {setting.torch}, Python {setting.python}, "
+        f"compiler {setting.compiler}, {_dtypes(setting)}.",
+        "",
+        "| | |",
+        "|---|---:|",
+        *(f"| {said} | {count} |" for said, count in _counts(results)),
+    ]
+    others = [result for result in results if result.verdict != EXACT or result.why]
+    if others:
+        lines += ["", "| model | | why |", "|---|---|---|"]
+        lines += [f"| {result.architecture} | {result.verdict} | {_cell(result.why)} |" for result in others]
+    return "\n".join(lines) + "\n"
+
+
+def _options(setting: Setting) -> str:
+    library = "" if setting.library == "transformers" else f" --library {setting.library}"
+    return f"{library} --compiler {setting.compiler}"
+
+
+def _dtypes(setting: Setting) -> str:
+    return setting.dtype if setting.dtype == "float32" else "float64 where the model runs in it, else float32"
+
+
+def _counts(results: Sequence[Result]) -> Iterator[tuple[str, int]]:
+    exact = [result for result in results if result.verdict == EXACT]
+    whole = sum(result.share == 1 for result in exact)
+    yield "exact, every linear inside a block trained through a subnet", whole
+    yield "exact, some of them left as they are", len(exact) - whole
+    if parts := sum(result.why.endswith(ALONE) for result in exact):
+        yield "of the exact, those of which only a part was run", parts
+    for verdict, said in ((INEXACT, "not exact"), (REFUSED, "refused"), (UNBUILT, "not built"), (DIED, "no result")):
+        yield said, sum(result.verdict == verdict for result in results)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,242 @@
+"""What a step will hold in memory and multiply: for LoSiA at any rank factor, for full fine-tuning and for LoRA.
+
+Memory is by part, in bytes, at the time when the part is largest; FLOPs are those of the products that weights with a
+subnet take part in, an optimizer step (all else is the same for every method). Not in it: what the backward needs for a
+moment, and the allocator's own losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from losia_fx.config import LosiaConfig, subnet_size
+from losia_fx.method.schedule import round_length
+from losia_fx.model.roles import WeightPlan, plan_model
+
+from ..graphs.capture import Captured
+from .step_cost import WeightUse, kept_columns, saved_bytes, tapped, weight_uses
+
+PARTS = {
+    "weights": "weights, dense",
+    "subnets": "values that learn (S)",
+    "indices": "rows and cols",
+    "gradients": "gradients of what learns",
+    "moments": "AdamW's two moments",
+    "activations": "kept for the backward",
+    "profile": "one group's I, U and G",
+    "tapped": "its inputs, tapped",
+}
+INDEX_BYTES, FLOAT_BYTES, STEP_BYTES = 8, 4, 4
+
+
+@dataclass(frozen=True)
+class SubnetWeight:
+    """A weight that learns through a subnet."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    group: int
+    head: bool
+    """Every column learns."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def subnet(self, config: LosiaConfig) -> tuple[int, ...]:
+        """The shape of S."""
+        out, inner = self.shape[-2:]
+        if self.head:
+            return subnet_size(config.output_rank_factor, out), inner
+        return (*self.shape[:-2], subnet_size(config.rank_factor, out), subnet_size(config.rank_factor, inner))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a forecast needs to know of a model and the step it was captured in."""
+
+    weights: tuple[SubnetWeight, ...]
+    groups: tuple[tuple[str, ...], ...]
+    dense_bytes: int
+    """All parameters and buffers."""
+    all_elements: int
+    full: tuple[tuple[int, int], ...]
+    """(elements, bytes an element) of each parameter that learns in full."""
+    config: LosiaConfig
+    uses: tuple[WeightUse, ...]
+    saved: int
+    """Bytes kept for the backward, in the captured graphs."""
+    saved_dense: int
+    """The same where these weights learn in full."""
+    kept: Mapping[str, int]
+    """By weight: bytes of its inputs' columns among those that are saved."""
+    tapped: Mapping[str, int]
+    """By weight: bytes of x that are copied while its group is profiled."""
+
+    @classmethod
+    def of(cls, model: nn.Module, captured: Captured) -> Facts:
+        """model: the plain one, as it was before capture(). Raises what transform() raises."""
+        plans = plan_model(model, captured.config)
+        tensors = [*(plan.parameter for plan in plans), *model.buffers()]
+        weights = subnet_weights(plans, captured.groups)
+        return cls(
+            weights,
+            captured.groups,
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            sum(plan.parameter.numel() for plan in plans),
+            tuple((p.parameter.numel(), p.parameter.element_size()) for p in plans if p.trained == "full"),
+            captured.config,
+            weight_uses(captured.graphs),
+            saved_bytes(graph.stages for graph in captured.graphs),
+            saved_bytes(graph.dense for graph in captured.graphs),
+            kept_columns(captured.graphs),
+            tapped(captured.graphs),
+        )
+
+    def at(self, config: LosiaConfig) -> Facts:
+        """The same model and step at other factors: what each product keeps of x grows and shrinks with them."""
+        kept = {weight.name: self._kept(weight, config) for weight in self.weights}
+        change = sum(kept.values()) - sum(self.kept.values())
+        return replace(self, config=config, saved=self.saved + change, kept=kept)
+
+    def _kept(self, weight: SubnetWeight, config: LosiaConfig) -> int:
+        now, then = (weight.subnet(config)[-1] for config in (self.config, config))
+        return self.kept.get(weight.name, 0) * then // now
+
+
+def subnet_weights(plans: Sequence[WeightPlan], groups: Sequence[Sequence[str]]) -> tuple[SubnetWeight, ...]:
+    number = {name: index for index, names in enumerate(groups) for name in names}
+    return tuple(
+        SubnetWeight(p.name, tuple(p.parameter.shape), p.parameter.element_size(), number[p.name], p.whole_cols)
+        for p in plans
+        if p.trained == "subnet"
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning: what learns, its memory by part (keys of PARTS), and its FLOPs an optimizer step."""
+
+    name: str
+    trained: int
+    memory: Mapping[str, int]
+    flops: Mapping[str, int]
+    """"forward", "input gradients", "weight gradients", and what profiling takes on average over a round."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def all_flops(self) -> int:
+        return sum(self.flops.values())
+
+
+def losia(facts: Facts) -> Method:
+    config = facts.config
+    shapes = {weight.name: weight.subnet(config) for weight in facts.weights}
+    size = {weight.name: math.prod(shapes[weight.name]) * max(FLOAT_BYTES, weight.itemsize) for weight in facts.weights}
+    full = sum(count * itemsize for count, itemsize in facts.full)
+    tensors = len(size) + len(facts.full)
+    memory = {
+        "weights": facts.dense_bytes,
+        "subnets": sum(size.values()),
+        "indices": INDEX_BYTES * sum(_indices(shape) for shape in shapes.values()),
+        "gradients": sum(size.values()) + full,
+        "moments": 2 * (sum(size.values()) + full) + STEP_BYTES * tensors,
+        "activations": facts.saved,
+        "profile": 0,
+        "tapped": 0,
+    }
+    weight_gradients = sum(_share(use, shapes[use.weight]) for use in facts.uses)
+    flops = {**_common(facts), "weight gradients": weight_gradients, "profiling": 0}
+    if config.profiles:
+        group = profiled_group(facts)
+        profiled = range(len(facts.groups)) if config.schedule == "sync" else [group]
+        elements = sum(weight.elements for weight in facts.weights if weight.group in profiled)
+        names = {weight.name for weight in facts.weights if weight.group in profiled}
+        narrow = sum(w.elements * min(FLOAT_BYTES, w.itemsize) for w in facts.weights if w.group in profiled)
+        memory["profile"] = 2 * FLOAT_BYTES * elements + narrow  # I and U, and G of a single batch
+        memory["tapped"] = sum(size for name, size in facts.tapped.items() if name in names)
+        # every group is profiled in one slot of each round, or in the end of it
+        steps = config.profile_steps or config.period
+        flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * max(1, len(facts.groups)))
+    trained = sum(math.prod(shape) for shape in shapes.values()) + sum(count for count, _ in facts.full)
+    return Method("LoSiA", trained, memory, flops)
+
+
+def full_fine_tuning(facts: Facts) -> Method:
+    """The same weights in full, as the plain graph would train them."""
+    full = sum(count * itemsize for count, itemsize in facts.full)
+    learns = sum(weight.elements * weight.itemsize for weight in facts.weights) + full
+    memory = dict.fromkeys(PARTS, 0)
+    memory |= {"weights": facts.dense_bytes, "gradients": learns, "activations": facts.saved_dense}
+    memory["moments"] = 2 * learns + STEP_BYTES * (len(facts.weights) + len(facts.full))
+    trained = sum(weight.elements for weight in facts.weights) + sum(count for count, _ in facts.full)
+    flops = {**_common(facts), "weight gradients": sum(use.flops for use in facts.uses), "profiling": 0}
+    return Method("full fine-tuning", trained, memory, flops)
+
+
+def lora(facts: Facts, rank: int) -> Method:
+    """Adapters A (r, in) and B (out, r), float32, on the same weights: x is kept whole, and x A^T beside it."""
+    adapters = sum(math.prod(weight.shape[:-2]) * rank * sum(weight.shape[-2:]) for weight in facts.weights)
+    full = sum(count * itemsize for count, itemsize in facts.full)
+    learns = FLOAT_BYTES * adapters + full
+    memory = dict.fromkeys(PARTS, 0)
+    memory |= {"weights": facts.dense_bytes, "subnets": FLOAT_BYTES * adapters, "gradients": learns}
+    memory["moments"] = 2 * learns + STEP_BYTES * (2 * len(facts.weights) + len(facts.full))
+    memory["activations"] = facts.saved_dense + sum(use.tokens * rank * use.itemsize for use in facts.uses)
+    thin = sum(2 * use.tokens * rank * (use.inner + use.outer) for use in facts.uses)
+    common = _common(facts)
+    flops = {name: count + thin for name, count in common.items()}
+    return Method(f"LoRA r={rank}", adapters + sum(count for count, _ in facts.full), memory,
+                  {**flops, "weight gradients": thin, "profiling": 0})  # fmt: skip
+
+
+def profiled_group(facts: Facts) -> int:
+    """The group that holds most while it is profiled."""
+    sizes = [sum(w.elements for w in facts.weights if w.group == group) for group in range(len(facts.groups))]
+    return max(range(len(sizes)), key=sizes.__getitem__)
+
+
+@dataclass(frozen=True)
+class RoundFit:
+    """T*L against the optimizer steps of a run."""
+
+    groups: int
+    period: int
+    round_steps: int
+    steps: int | None
+    fitting_period: int | None
+    """The longest period at which every group moves once; None where the steps are fewer than the groups."""
+
+    @property
+    def fits(self) -> bool:
+        return self.steps is None or self.round_steps <= self.steps
+
+    @classmethod
+    def of(cls, config: LosiaConfig, groups: int, steps: int | None) -> RoundFit:
+        # all groups share one slot of a synchronous round, and it is over after that
+        slots = 1 if config.schedule == "sync" else max(1, groups)
+        needed = config.period if config.schedule == "sync" else round_length(config, groups)
+        longest = None if steps is None or steps < slots else steps // slots
+        return cls(groups, config.period, needed, steps, longest)
+
+
+def _common(facts: Facts) -> dict[str, int]:
+    products = sum(use.flops for use in facts.uses)
+    return {"forward": products, "input gradients": products}
+
+
+def _share(use: WeightUse, subnet: tuple[int, ...]) -> int:
+    """FLOPs of dL/dS: those of dL/dW, for the subnet's rows and columns alone."""
+    return 2 * use.tokens * math.prod(subnet[-2:])
+
+
+def _indices(subnet: tuple[int, ...]) -> int:
+    return math.prod(subnet[:-2]) * sum(subnet[-2:])

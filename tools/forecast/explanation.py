@@ -1,0 +1,177 @@
+"""What ``losia-fx explain`` finds out, and its tables."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import losia_fx
+from losia_fx.api.report import Report
+from losia_fx.config import LosiaConfig
+from losia_fx.errors import LosiaWarning
+
+from ..graphs.capture import Captured
+from ..load_model import Example
+from .estimate import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, losia, profiled_group
+from .measure import measure
+
+RANKS = (8, 64)  # of LoRA, for comparison
+ACTIVATIONS_NOTE = (
+    "kept for the backward: forecast from the shapes in the captured forward graph; measured with autograd's "
+    "saved_tensors_hooks, each storage once, weights and inputs aside. Not in the table: what the backward needs for a "
+    "moment, and what the allocator loses"
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    report: Report
+    facts: Facts
+    fit: RoundFit
+    methods: tuple[Method, ...]
+    """LoSiA as configured, full fine-tuning of the same weights, and LoRA."""
+    measured: Mapping[str, int] | None
+    """Bytes by part, as forecast in methods[0].memory."""
+    inputs: Mapping[str, tuple[int, ...]]
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = self.facts
+        return {
+            "config": asdict(facts.config),
+            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            "weights": [asdict(weight) for weight in self.report.weights],
+            "groups": [{"label": group_label(names), "weights": list(names)} for names in facts.groups],
+            "round": {**asdict(self.fit), "fits": self.fit.fits},
+            "forecast": dict(self.methods[0].memory),
+            "measured": None if self.measured is None else dict(self.measured),
+            "profiled_group": profiled_group(facts),
+            "methods": [asdict(method) for method in self.methods],
+        }
+
+
+def explain(
+    model: nn.Module, captured: Captured, example: Example, steps: int | None = None, measured: bool = False
+) -> Explanation:
+    """captured: of this model with this example. steps: of a run, if known. The model is left as it was."""
+    config = captured.config
+    facts = Facts.of(model, captured)
+    counted = measure(model, example, config, profiled_group(facts)) if measured else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LosiaWarning)  # the report says it too
+        losia_fx.transform(model, config)
+    report = losia_fx.report(model)
+    losia_fx.restore(model)
+    methods = (losia(facts), full_fine_tuning(facts), *(lora(facts, rank) for rank in RANKS))
+    fit = RoundFit.of(config, len(facts.groups), steps)
+    return Explanation(report, facts, fit, methods, counted, shapes_of(example))
+
+
+def shapes_of(example: Example) -> dict[str, tuple[int, ...]]:
+    named = {**{f"input {number}": value for number, value in enumerate(example.args)}, **example.kwargs}
+    return {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def group_label(names: Sequence[str]) -> str:
+    """What the names of a group share: "model.layers.0", or "lm_head" for a group of one."""
+    paths = [name.removesuffix(".weight").replace(".", "/") for name in names]
+    return posixpath.commonpath(paths).replace("/", ".") or names[0]
+
+
+def size_text(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def count_text(count: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} P"
+
+
+def round_text(fit: RoundFit, config: LosiaConfig) -> str:
+    if config.schedule == "static":
+        return "schedule static: the first subnets stay, there are no rounds"
+    said = f"a round is {fit.round_steps} optimizer steps ({fit.groups} groups, slots of {fit.period} steps)"
+    if fit.steps is None:
+        return said
+    if fit.fits:
+        return f"{said}: {fit.steps} steps hold {fit.steps // fit.round_steps}"
+    if fit.fitting_period is None:
+        return f"{said}: {fit.steps} steps are fewer than the groups, so some never move, whatever the period"
+    return f"{said}: more than {fit.steps} steps, so some subnets never move; --period {fit.fitting_period} would fit"
+
+
+def show(found: Explanation, console: Console | None = None) -> None:
+    console = console or Console()
+    facts = found.facts
+    console.print(found.report)
+    console.print(_groups(facts))
+    console.print(round_text(found.fit, facts.config), highlight=False, soft_wrap=True)
+    console.print(_memory(found))
+    console.print(ACTIVATIONS_NOTE, highlight=False)
+    console.print(_methods(found.methods))
+
+
+def _groups(facts: Facts) -> Table:
+    table = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
+    for number, names in enumerate(facts.groups):
+        members = [weight for weight in facts.weights if weight.group == number]
+        elements = sum(weight.elements for weight in members)
+        inside = sum(math.prod(weight.subnet(facts.config)) for weight in members)
+        table.add_row(str(number), group_label(names), str(len(names)), f"{elements:,}", f"{inside:,}")
+    return table
+
+
+def _memory(found: Explanation) -> Table:
+    said = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found.inputs.items())
+    table = _table(
+        f"Memory of a step ({said})", "part", "forecast", *(("measured", "off by") if found.measured else ())
+    )
+    ours = found.methods[0].memory
+    for part, label in PARTS.items():
+        cells = [size_text(ours[part])]
+        if found.measured:
+            cells += [size_text(found.measured[part]), _off(ours[part], found.measured[part])]
+        table.add_row(label, *cells)
+    total = sum(ours.values())
+    cells = [size_text(total)]
+    if found.measured:
+        counted = sum(found.measured.values())
+        cells += [size_text(counted), _off(total, counted)]
+    table.add_section()
+    table.add_row("all of it", *cells)
+    return table
+
+
+def _methods(methods: Sequence[Method]) -> Table:
+    table = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
+    for method in methods:
+        memory = size_text(method.bytes), size_text(method.memory["activations"])
+        table.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        text = number == 0 or not column
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    return table
+
+
+def _off(forecast: int, measured: int) -> str:
+    return "" if not measured else f"{100 * (forecast - measured) / measured:+.1f}%"

@@ -1,0 +1,5 @@
+"""``python -m losia_fx.tools.gpu``."""
+
+from .command import main
+
+raise SystemExit(main())

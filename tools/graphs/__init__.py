@@ -1,0 +1,1 @@
+"""What becomes of a model's graphs: captured, dumped, compared, counted, exported."""

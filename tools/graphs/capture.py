@@ -1,0 +1,179 @@
+"""What becomes of a model's graphs: as Dynamo gave them, after each pass, and as AOTAutograd's forward and backward.
+
+>>> captured = capture(model, {"input_ids": ids, "labels": ids})
+>>> print(captured.graphs[0].stages["insert-localization"].graph)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from losia_fx._compat import aot_compiler, compiled_apart
+from losia_fx.api.transform import CompiledCall, transform
+from losia_fx.compile.backend import LosiaBackend
+from losia_fx.config import LosiaConfig
+from losia_fx.errors import LosiaError, LosiaWarning
+from losia_fx.passes import Observer, copy_graph_module, graph_modules, outputs_may_learn, placeholders
+from losia_fx.plan import SubnetPlan
+from losia_fx.runtime.controller import find_controller
+
+from ..load_model import Example
+from .owners import Names, annotate, mark_sites, weight_groups
+
+DYNAMO, FORWARD, BACKWARD = "dynamo", "forward", "backward"
+"""Stages: before any pass, and what AOTAutograd makes of the last pass's graph. A pass's stage has the pass's name."""
+
+
+@dataclass
+class CapturedGraph:
+    """One graph of a model. Every node's meta says where it belongs: see losia_fx.tools.owners."""
+
+    index: int
+    plan: SubnetPlan
+    stages: dict[str, fx.GraphModule] = field(default_factory=dict)
+    """In the order in which they came about. BACKWARD is missing where nothing in the graph learns."""
+    dense: dict[str, fx.GraphModule] = field(default_factory=dict)
+    """FORWARD and BACKWARD of the graph as it was, with the same weights learning in full: what there is to save."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    model: str
+    """The model's class."""
+    config: LosiaConfig
+    graphs: tuple[CapturedGraph, ...]
+    groups: tuple[tuple[str, ...], ...]
+    """Names of the weights with a subnet, by group."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of all graphs, in order."""
+        found = {name: None for graph in self.graphs for name in graph.stages}
+        last = [name for name in (FORWARD, BACKWARD) if name in found]
+        return (*(name for name in found if name not in last), *last)
+
+
+def capture(model: nn.Module, example: Any, config: LosiaConfig | None = None) -> Captured:
+    """Runs a step (forward and backward, no optimizer) of a copy of ``model`` and keeps what the passes made of it.
+
+    example: the arguments of one call (see Example.of). config: the defaults, or, of a model that is transformed
+    already, its own; config.compiler says for which compiler AOTAutograd makes forward and backward, and nothing is
+    compiled any further. The model is left as it was.
+    Raises what transform() raises; LosiaError where the model cannot run a step on this example.
+    """
+    example = Example.of(example)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LosiaWarning)  # about what would be trained: nothing is, here
+        if find_controller(twin) is None:
+            transform(twin, config)
+    controller = find_controller(twin)
+    assert controller is not None
+    settings = config or controller.config
+    groups = tuple(tuple(names) for names in controller.groups)
+
+    recorder = _Recorder(Names.of(twin), settings, weight_groups(groups))
+    backend = LosiaBackend(settings, inner=recorder.compile, watch=recorder.watch)
+    _step(twin, CompiledCall(twin, settings, backend), example)
+    return Captured(type(model).__name__, settings, tuple(recorder.graphs), groups)
+
+
+def _step(model: nn.Module, call: Callable[..., Any], example: Example) -> None:
+    model.zero_grad()
+    try:
+        with torch.enable_grad():
+            outputs = [tensor for tensor in tensors_of(call(*example.args, **example.kwargs)) if tensor.requires_grad]
+            if not outputs:
+                raise LosiaError(f"no output of {type(model).__name__} depends on a weight that learns")
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    except LosiaError:
+        raise
+    except Exception as error:  # the model's own, Dynamo's, AOTAutograd's
+        first = str(error).strip().partition("\n")[0]
+        raise LosiaError(f"{type(model).__name__} cannot run a step: {type(error).__name__}: {first}") from error
+    finally:
+        model.zero_grad()
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The loss, where the output has one; else all tensors in it."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        loss = output.get("loss")
+        for value in output.values() if loss is None else (loss,):
+            yield from tensors_of(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_of(value)
+
+
+class _Recorder:
+    """Keeps the graphs of one model, from the backend that makes them."""
+
+    def __init__(self, names: Names, config: LosiaConfig, groups: Mapping[str, int]) -> None:
+        self.graphs: list[CapturedGraph] = []
+        self._names, self._config, self._groups = names, config, groups
+
+    def watch(self, gm: fx.GraphModule, inputs: Sequence[Any], plan: SubnetPlan) -> Observer:
+        graph = CapturedGraph(len(self.graphs), plan)
+        self.graphs.append(graph)
+        fqns = self._names.of_inputs(gm, inputs)
+
+        def keep(stage: str, after: fx.GraphModule) -> None:
+            kept = copy_graph_module(after)
+            annotate(kept, self._names, fqns, plan, self._groups, before=graph.stages.get(DYNAMO))
+            graph.stages[stage] = kept
+
+        keep(DYNAMO, gm)
+        if plan.slots:
+            self._compile_dense(gm, graph)
+        return keep
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The inner compiler. gm: what the last pass left of the graph that was watched last."""
+        graph = self.graphs[-1]
+        compiled = self._aot(gm, inputs, graph, graph.stages, list(graph.stages.values())[-1])
+        if not graph.plan.slots:
+            graph.dense |= {stage: made for stage, made in graph.stages.items() if stage != DYNAMO}
+        return compiled
+
+    def _compile_dense(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
+        """AOTAutograd of the graph itself, were its weights not frozen for their subnets' sake."""
+        inputs = [holder.meta["example_value"] for holder in placeholders(gm)]
+        for slot in graph.plan.slots:
+            inputs[slot.position] = inputs[slot.position].detach().requires_grad_()
+        plain = copy_graph_module(gm)
+        for body in graph_modules(plain):
+            if body is not plain:
+                outputs_may_learn(body)
+        with compiled_apart():
+            self._aot(plain, inputs, graph, graph.dense, graph.stages[DYNAMO])
+
+    def _aot(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        graph: CapturedGraph,
+        into: dict[str, fx.GraphModule],
+        annotated: fx.GraphModule,
+    ) -> Callable[..., Any]:
+        mark_sites(gm, graph.plan)  # AOTAutograd hands these marks on to the nodes that it makes
+
+        def keep(stage: str) -> Callable[[fx.GraphModule], None]:
+            def keep_stage(made: fx.GraphModule) -> None:
+                annotate(made, self._names, {}, graph.plan, self._groups, given=placeholders(annotated))
+                into[stage] = made
+
+            return keep_stage
+
+        compiler = aot_compiler(self._config.compiler, keep(FORWARD), keep(BACKWARD))
+        compiled: Callable[..., Any] = compiler(gm, list(inputs))
+        return compiled

@@ -1,0 +1,74 @@
+"""A run that ``losia-fx finetune`` wrote, read back from the run.json of its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from losia_fx.errors import LosiaError
+from losia_fx.finetune.bitmaps import decode
+from losia_fx.finetune.record import Evaluation, Move, RunRecord, Selection, StepRecord
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of a run, what it was asked to do (the settings of ``losia-fx finetune``), and its texts' names."""
+
+    folder: Path
+    record: RunRecord
+    settings: Mapping[str, Any]
+    new: str
+    old: str | None
+
+    @property
+    def period(self) -> int:
+        return int(self.settings["period"])
+
+
+def is_run(path: Path) -> bool:
+    return (path / RUN_FILE).is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Raises LosiaError where the folder or its run.json is missing, or the file is none that finetune wrote."""
+    path = folder / RUN_FILE
+    if not folder.is_dir():
+        raise LosiaError(f"{folder}: is no folder; give one that losia-fx finetune wrote (--out)")
+    if not path.is_file():
+        raise LosiaError(f"{folder}: has no {RUN_FILE}, so losia-fx finetune did not write it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Run(folder, _record(content), dict(content["settings"]), **content["domains"])
+    except KeyError as error:
+        raise LosiaError(f"{path}: lacks {error}: was it written by an earlier version? Run finetune again") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LosiaError(f"{path}: cannot be read as the record of a run: {error}") from None
+
+
+def _record(content: dict[str, Any]) -> RunRecord:
+    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+    return RunRecord(
+        groups=content["groups"],
+        shapes=shapes,
+        trained_parameters=content["trained_parameters"],
+        all_parameters=content["all_parameters"],
+        steps=[StepRecord(**step) for step in content["steps"]],
+        evaluations=[Evaluation(**evaluation) for evaluation in content["evaluations"]],
+        moves=[Move(**move) for move in content["history"]],
+        selections={
+            name: [_selection(selection, shapes[name]) for selection in selections]
+            for name, selections in content["selections"].items()
+        },
+        interrupted=content["interrupted"],
+    )
+
+
+def _selection(stored: dict[str, Any], shape: tuple[int, ...]) -> Selection:
+    experts = shape[0] if len(shape) == 3 else None
+    rows, cols = decode(stored["rows"], shape[-2], experts), decode(stored["cols"], shape[-1], experts)
+    return Selection(int(stored["step"]), rows, cols)

@@ -1,0 +1,1 @@
+"""Any architecture, tiny and random, with a batch for it."""
