@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from losia_fx.passes.base import graph_modules
 from torch import Tensor, fx, nn
 
 from losia_fx.passes import plan_subnets
+from losia_fx.passes.base import graph_modules
 from losia_fx.plan import SubnetFacts, SubnetPlan
 
 INTO, OUT = 8, 6

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import pytest
-from losia_fx.tools.tiny.architectures import build
 from torch import nn
 
 import losia_fx
 from losia_fx.model.blocks import block_of, find_blocks, find_heads, group_names, plain_name
+from losia_fx.tools.tiny.architectures import build
 
 # model type -> the groups as the part of the names that all members share
 ARCHITECTURES: dict[str, list[str]] = {

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from losia_fx.passes.products import use_of
-from losia_fx.tools.requirements import release, requirements
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from losia_fx import _compat
+from losia_fx.passes.products import use_of
+from losia_fx.tools.requirements import release, requirements
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = ("torch._C", "torch._dynamo", "torch._guards", "torch._functorch", "torch._inductor")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losia_fx.tools.bench.memory import allocated_peak
 from torch import Tensor
 
 import losia_fx
@@ -17,6 +16,7 @@ from losia_fx.config import IMPORTANCES
 from losia_fx.method import kernels
 from losia_fx.method.kernels import update_importance, write_back
 from losia_fx.method.subnet import gather, scatter
+from losia_fx.tools.bench.memory import allocated_peak
 from tests.toys import Toy, batch, loss_of
 
 KINDS = [kind for kind in IMPORTANCES if kind != "random"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from losia_fx.tools.coverage.check import EXACT, Result, check
 
 DECODERS = ("llama", "qwen3", "gemma2", "phi", "gpt2", "gpt_neox", "bloom", "opt", "falcon", "cohere", "olmo2")

@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers as hf
 import transformers.integrations.moe
-from losia_fx.tools.tiny.architectures import SEED, TinyModel, build
 from torch import Tensor, nn
 
 import losia_fx
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
+from losia_fx.tools.tiny.architectures import SEED, TinyModel, build
 from tests.models.table import TEXT, Case, tokens
 from tests.runtime.forms import EXPERT_FORMS, EXPERTS, Model
 from tests.runtime.test_trajectory import PERIOD, Run

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losia_fx.tools.coverage.check import EXACT, REFUSED, UNBUILT, check
-from losia_fx.tools.coverage.libraries import LIBRARIES
 
 from losia_fx.errors import LosiaError
+from losia_fx.tools.coverage.check import EXACT, REFUSED, UNBUILT, check
+from losia_fx.tools.coverage.libraries import LIBRARIES
 
 CORE = (
     ("torch", "MultiheadAttention, crossed"),

@@ -6,12 +6,12 @@ import hashlib
 import inspect
 
 import torch
-from losia_fx.passes.joint import graph as joint
-from losia_fx.passes.joint import remake_inputs, sink_gathers
 
 from losia_fx.method import subnet
 from losia_fx.ops import experts, first_order, grouped, library
 from losia_fx.ops import linear as ops
+from losia_fx.passes.joint import graph as joint
+from losia_fx.passes.joint import remake_inputs, sink_gathers
 
 BODIES = {
     "v1": "6fb44b75615f1539269240fc6d05054a7fa4483a4c535dfbd9f88f223e6f1d17",

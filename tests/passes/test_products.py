@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from losia_fx.passes.products import Product, find_products, renewed, use_of
 from torch import Tensor, fx
 
+from losia_fx.passes.products import Product, find_products, renewed, use_of
 from tests.runtime.forms import EXPERTS, FORMS, Form, Holder
 
 

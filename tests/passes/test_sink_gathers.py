@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from losia_fx.passes.joint import graph as joint
 from torch import Tensor, fx, nn
 
 import losia_fx
 from losia_fx import _compat
 from losia_fx.compile import backend
 from losia_fx.passes import SinkGathers
+from losia_fx.passes.joint import graph as joint
 from tests.models import table
 from tests.passes.joint_graphs import BLOCKS, WIDTH, Counted, Mlp, Stack, count, drawn, lively, losia, loss_of, rms
 from tests.passes.joint_graphs import plain_gradients as plain

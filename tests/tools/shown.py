@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+
+from losia_fx import LosiaConfig
+from losia_fx.tools import load_model as load_module
 from losia_fx.tools.graphs import capture as capture_module
 from losia_fx.tools.graphs.capture import Captured, capture
 from losia_fx.tools.load_model import Loaded, load_model
 from losia_fx.tools.tiny.architectures import build
-
-from losia_fx import LosiaConfig
-from losia_fx.tools import load_model as load_module
 from tests.toys import needs_traced_experts
 
 MODELS = ("embedded", "llama", "bert", "mixtral")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losia_fx.tools.tiny.architectures import build, names
-from losia_fx.tools.tiny.shrink_config import common_ratio, shrink
-from losia_fx.tools.tiny.size_rules import LAYERS, VOCABULARY, WIDTH
 from transformers import CONFIG_MAPPING
 
 from losia_fx.errors import LosiaError
+from losia_fx.tools.tiny.architectures import build, names
+from losia_fx.tools.tiny.shrink_config import common_ratio, shrink
+from losia_fx.tools.tiny.size_rules import LAYERS, VOCABULARY, WIDTH
 
 FAMILIES = {
     "llama": {"input_ids", "labels"},

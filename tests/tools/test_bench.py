@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import losia_fx
+from losia_fx._compat import compile_call, inner_compiler, install_call
+from losia_fx.errors import ConfigError
 from losia_fx.tools.bench import apart, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
@@ -30,12 +36,6 @@ from losia_fx.tools.bench.schedule import over_rounds, reselection_ms
 from losia_fx.tools.bench.sizes import SIZES, Setup, check_device
 from losia_fx.tools.bench.table import COLUMNS
 from losia_fx.tools.forecast import slots
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-import losia_fx
-from losia_fx._compat import compile_call, inner_compiler, install_call
-from losia_fx.errors import ConfigError
 
 CPU = torch.device("cpu")
 TINY = replace(SIZES["tiny"], layers=1, dtype="float32", rounds=2)

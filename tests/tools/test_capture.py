@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.graphs.capture import BACKWARD, DYNAMO, FORWARD, capture
-from losia_fx.tools.graphs.owners import GROUP, OWNER, WEIGHT
 from torch import Tensor, fx, nn
 
 import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.ops.linear import subnet_linear
 from losia_fx.passes import graph_modules
+from losia_fx.tools.graphs.capture import BACKWARD, DYNAMO, FORWARD, capture
+from losia_fx.tools.graphs.owners import GROUP, OWNER, WEIGHT
 from tests.tools.shown import captured
 from tests.toys import Toy, batch, fingerprint
 

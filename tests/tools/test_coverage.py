@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+import losia_fx
+from losia_fx.errors import LosiaError
 from losia_fx.tools.coverage import (
     check as check_architecture,
 )
@@ -26,10 +30,6 @@ from losia_fx.tools.coverage.check import DIED, EXACT, INEXACT, REFUSED, UNBUILT
 from losia_fx.tools.coverage.libraries import LIBRARIES, Library
 from losia_fx.tools.coverage.record import Record, Setting
 from losia_fx.tools.tiny.architectures import build
-from rich.console import Console
-
-import losia_fx
-from losia_fx.errors import LosiaError
 
 SETTING = Setting("transformers", "5.0", "2.13", "3.11.7", "eager", "float64")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.graphs import changes as diff_module
-from losia_fx.tools.graphs.capture import capture
-from losia_fx.tools.graphs.changes import Diff, diff
-from losia_fx.tools.graphs.costs import flops_by_weight, saved_for_backward
 from torch import Tensor, nn
 
 from losia_fx import LosiaConfig
 from losia_fx.ops.linear import subnet_linear
+from losia_fx.tools import diff as command
+from losia_fx.tools.graphs.capture import capture
+from losia_fx.tools.graphs.changes import Diff, diff
+from losia_fx.tools.graphs.costs import flops_by_weight, saved_for_backward
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import Toy, batch
 
@@ -116,7 +116,7 @@ def test_layers_that_share_a_graph_are_told() -> None:
 @SHARED
 @pytest.mark.parametrize("name", EACH)
 def test_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert diff_module.main([*argument(name), *OPTIONS, "--format", "json"]) == 0
+    assert command.main([*argument(name), *OPTIONS, "--format", "json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert len(value["layers"]) == linears(name)
     assert {layer["weight"] for layer in value["layers"]} == {n for names in captured(name).groups for n in names}
@@ -152,7 +152,7 @@ def check_layer(layer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", EACH)
 def test_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "diff.txt"
-    assert diff_module.main([*argument(name), *OPTIONS, "--nodes", "--out", str(out)]) == 0
+    assert command.main([*argument(name), *OPTIONS, "--nodes", "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     text = out.read_text()
     found = diff(captured(name))
@@ -176,8 +176,8 @@ def test_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @SHARED
 def test_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert diff_module.main([*argument("llama"), *OPTIONS, "--out", str(tmp_path / "no" / "diff.txt")]) == 2
-    assert diff_module.main([*argument("llama"), *OPTIONS, "--out", str(tmp_path)]) == 2
+    assert command.main([*argument("llama"), *OPTIONS, "--out", str(tmp_path / "no" / "diff.txt")]) == 2
+    assert command.main([*argument("llama"), *OPTIONS, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 2
     assert "there is no folder" in error

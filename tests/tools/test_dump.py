@@ -12,15 +12,16 @@ from typing import Any
 
 import networkx as nx
 import pytest
+from torch import Tensor, fx, nn
+
+from losia_fx import LosiaError
+from losia_fx.cli import main
+from losia_fx.tools import dump
 from losia_fx.tools.graphs import documents
 from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.graphs.documents import dump_graph
 from losia_fx.tools.graphs.networkx import to_networkx
 from losia_fx.tools.graphs.records import records
-from torch import Tensor, fx, nn
-
-from losia_fx import LosiaError
-from losia_fx.cli import main
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 from tests.toys import VOCABULARY, Toy, batch
 
@@ -30,7 +31,7 @@ SHARED = pytest.mark.usefixtures("captured_once")
 
 
 def run(name: str, *arguments: str) -> int:
-    return documents.main([*argument(name), *OPTIONS, *arguments])
+    return dump.main([*argument(name), *OPTIONS, *arguments])
 
 
 @SHARED
@@ -57,7 +58,7 @@ def test_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @SHARED
 @pytest.mark.parametrize("name", EACH)
 def test_json(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "documents.json"
+    out = tmp_path / "dump.json"
     assert run(name, "--format", "json", "--out", str(out)) == 0
     value = json.loads(out.read_text())
     assert value["config"]["rank_factor"] == 0.25
@@ -219,7 +220,7 @@ def test_escapes() -> None:
         (["--stage", "nosuch"], "--stage nosuch: there is no such stage; there are dynamo, subnet-rewrite"),
         (["--format", "dot"], "--format dot holds one graph, and there are 5 (graph0-dynamo, "),
         (["--format", "gexf", "--out", "there.gexf"], "--out there.gexf: 5 graphs need a folder"),
-        (["--out", "no/documents.txt"], "--out no/documents.txt: there is no folder no"),
+        (["--out", "no/dump.txt"], "--out no/dump.txt: there is no folder no"),
         (["--out", "."], "--out .: is a folder; name a file"),
         (["--no-weights"], "--no-weights: is about ONNX, not --format text"),
         (["--format", "onnx"], "--format onnx: name the file with --out"),
@@ -252,7 +253,7 @@ def test_no_model(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert run("llama", "--out", str(blocked / "documents.txt")) in (1, 2)
+    assert run("llama", "--out", str(blocked / "dump.txt")) in (1, 2)
     assert run("llama", "--format", "gexf", "--out", str(blocked / "folder")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 2

@@ -7,15 +7,15 @@ import math
 from typing import Any
 
 import pytest
-from losia_fx.tools.forecast import explain
+
+from losia_fx.cli import main
+from losia_fx.config import LosiaConfig
+from losia_fx.tools import explain
 from losia_fx.tools.forecast.estimate import PARTS, Facts, RoundFit, full_fine_tuning, lora, losia
 from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.load_model import Example
-
-from losia_fx.cli import main
-from losia_fx.config import LosiaConfig
 from tests.tools import tiny
 
 MODELS = [f"tests.tools.tiny:{name}" for name in tiny.SEVERAL]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from losia_fx.tools.gpu import command as gpu
 from losia_fx.tools.gpu.command import failures, main, markdown, read_cases
 

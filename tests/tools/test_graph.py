@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
+
+from losia_fx import LosiaConfig, LosiaError
 from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.graphs.networkx import (
     group_subgraph,
@@ -15,9 +18,6 @@ from losia_fx.tools.graphs.networkx import (
     loss_of,
     to_networkx,
 )
-from torch import Tensor, fx, nn
-
-from losia_fx import LosiaConfig, LosiaError
 from tests.tools.shown import CONFIG, EACH, captured
 from tests.toys import Toy, batch
 

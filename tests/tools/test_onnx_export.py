@@ -14,12 +14,12 @@ import onnx.reference
 import onnxruntime
 import pytest
 import torch
-from losia_fx.tools.graphs import documents
-from losia_fx.tools.graphs.onnx_export import export_onnx
 from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import LosiaConfig, LosiaError
+from losia_fx.tools import dump
+from losia_fx.tools.graphs.onnx_export import export_onnx
 from tests.tools.shown import EACH, argument, linears, loaded
 from tests.toys import Toy, batch, needs_traced_experts
 
@@ -52,7 +52,7 @@ def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         needs_traced_experts()
     path = tmp_path / "model.onnx"
     arguments = [*argument(name), "--rank-factor", "0.25", "--format", "onnx", "--out", str(path)]
-    assert documents.main(arguments) == 0
+    assert dump.main(arguments) == 0
     backward = tmp_path / "model-backward.onnx"
     assert capsys.readouterr().out.split() == [str(path), str(backward)]
     assert sorted(tmp_path.iterdir()) == [backward, path]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from losia_fx.tools.page import command as page
 
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode
@@ -19,6 +18,7 @@ from losia_fx.finetune.command import FinetuneSettings
 from losia_fx.finetune.record import Move, RunRecord, Selection, StepRecord
 from losia_fx.finetune.report import Names, write_json
 from losia_fx.method.subnet import draw
+from losia_fx.tools import page
 from tests.tools import tiny
 from tests.tools.browser import browser
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from losia_fx.tools.plot import command as plot
-from losia_fx.tools.plot.overlap import jaccard
-from losia_fx.tools.plot.pictures import rates
-from losia_fx.tools.plot.run_folder import read_run
 
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode, encode
 from losia_fx.finetune.plots import coverage_of, map_of
 from losia_fx.finetune.record import Selection
+from losia_fx.tools import plot
+from losia_fx.tools.plot.command import PICTURES
+from losia_fx.tools.plot.overlap import jaccard
+from losia_fx.tools.plot.pictures import rates
+from losia_fx.tools.plot.run_folder import read_run
 from tests.tools.runs import GROUPS, PERIOD, SHAPES, STEPS, write_run
 
 
@@ -79,7 +80,7 @@ def test_every_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[st
     write_run(tmp_path / "run")
     assert main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "pictures")]) == 0
     printed = capsys.readouterr().out.split()
-    assert printed == [str(tmp_path / "pictures" / f"{name}.png") for name in plot.PICTURES]
+    assert printed == [str(tmp_path / "pictures" / f"{name}.png") for name in PICTURES]
     for path in printed:
         image = matplotlib.image.imread(path)
         assert min(image.shape[:2]) > 200

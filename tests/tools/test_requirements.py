@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from losia_fx.tools.requirements import Requirement, main, met, pins, release, requirements
 
 ROOT = Path(__file__).parent.parent.parent
