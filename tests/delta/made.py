@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx.method.visits import as_integers
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.5, "period": 2, "importance": "random"}
 """Random subnets of half the rows and columns: every visit overlaps the ones before it."""

@@ -19,7 +19,7 @@ from losia_fx.delta.read import DeltaFile
 from losia_fx.method.visits import BaseHistory, Place, place_after
 from losia_fx.runtime.bases import history_tensors, restore_history
 from tests.delta.made import OPTIONS, Made, make, same, train, weights
-from tests.toys import Toy
+from tests.support.toys import Toy
 
 
 def assert_delta(model: nn.Module, base: nn.Module, folder: Path) -> None:

@@ -17,7 +17,7 @@ from losia_fx.delta.read import DeltaFile
 from losia_fx.method.subnet import gather
 from losia_fx.method.visits import BaseHistory, Piece, as_integers, walk
 from tests.delta.made import OPTIONS, make, same, train, weights
-from tests.toys import VOCABULARY, Toy, batch, by_string, loss_of, tiny_llama
+from tests.support.toys import VOCABULARY, Toy, batch, by_string, loss_of, tiny_llama
 
 FULL = ("norm", "*.bias")
 

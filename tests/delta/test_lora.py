@@ -19,7 +19,7 @@ from losia_fx.delta import lora as lora_export
 from losia_fx.delta.format import WeightRecord, digest, write_delta
 from losia_fx.method.visits import Piece, as_integers
 from tests.delta.made import OPTIONS, train
-from tests.toys import batch, tiny_llama
+from tests.support.toys import batch, tiny_llama
 
 
 @pytest.fixture

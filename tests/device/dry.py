@@ -26,9 +26,9 @@ from losia_fx.method import visits
 from losia_fx.method.localize import Fit
 from losia_fx.ops import localization
 from losia_fx.runtime.state import states_of
-from tests.models import table
-from tests.models.table import LLAMA, VIT, Case
-from tests.models.test_experts import MIXTRAL
+from tests.architectures.test_experts import MIXTRAL
+from tests.support import table
+from tests.support.table import LLAMA, VIT, Case
 
 WAITING = ("nonzero", "unique", "unique_consecutive", "masked_select", "equal", "median", "nanmedian", "bincount")
 """Functions that read values on the host while they run on a GPU."""

@@ -19,10 +19,10 @@ import losia_fx
 from losia_fx import passes
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.finetune import bitmaps
-from tests.models import table
-from tests.models.table import LLAMA, TOY, Case
-from tests.models.test_experts import MIXTRAL
-from tests.toys import by_string
+from tests.architectures.test_experts import MIXTRAL
+from tests.support import table
+from tests.support.table import LLAMA, TOY, Case
+from tests.support.toys import by_string
 
 PERIOD, STEPS = 2, 8  # a round of the largest: the head and two blocks
 

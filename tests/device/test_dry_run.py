@@ -8,9 +8,9 @@ from torch import Tensor, fx
 
 import losia_fx
 from losia_fx.runtime.state import SubnetState
+from tests.architectures.test_experts import MIXTRAL
 from tests.device.dry import CASES, DryRun, Waits
-from tests.models.table import TOY
-from tests.models.test_experts import MIXTRAL
+from tests.support.table import TOY
 
 PERIOD = 2
 

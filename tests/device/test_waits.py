@@ -13,7 +13,7 @@ import torch
 import losia_fx
 from losia_fx.method.transfers import copies, numbers_of
 from tests.device.dry import CASES, DryRun, Waits
-from tests.models.table import TOY
+from tests.support.table import TOY
 
 NONE: Counter[str] = Counter()
 FITS = Counter({"cpu": 1})

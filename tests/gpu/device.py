@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import table
-from tests.models.table import Case
+from tests.support import table
+from tests.support.table import Case
 
 DEVICE = torch.device(os.environ.get("LOSIA_TEST_DEVICE", "cuda"))
 on_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="about CUDA itself")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
+from tests.architectures.test_experts import MIXTRAL
 from tests.gpu.device import DEVICE, batch, build
-from tests.models.table import BERT_UNTIED, LLAMA, VIT, Case
-from tests.models.test_experts import MIXTRAL
+from tests.support.table import BERT_UNTIED, LLAMA, VIT, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:losia_fx.*outside the repeated blocks")]
 Context = Callable[[], AbstractContextManager[Any]]

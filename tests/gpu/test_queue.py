@@ -14,9 +14,9 @@ import losia_fx
 from losia_fx.finetune.loss import on_device
 from losia_fx.method.transfers import copies
 from losia_fx.ops.localization import tapped_bytes
+from tests.architectures.test_experts import MIXTRAL
 from tests.gpu.device import DEVICE, batch, build, learning, on_cuda, step
-from tests.models.table import LLAMA, TOY, Case, ToyWithLoss
-from tests.models.test_experts import MIXTRAL
+from tests.support.table import LLAMA, TOY, Case, ToyWithLoss
 
 pytestmark = pytest.mark.gpu
 PERIOD = 4

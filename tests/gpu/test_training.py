@@ -18,10 +18,10 @@ import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.method import kernels
 from losia_fx.runtime.state import states_of
+from tests.architectures.test_experts import MIXTRAL
 from tests.gpu.device import DEVICE, batch, build, learning, on_cuda, step
-from tests.models import table
-from tests.models.table import LLAMA, TOY
-from tests.models.test_experts import MIXTRAL
+from tests.support import table
+from tests.support.table import LLAMA, TOY
 
 pytestmark = pytest.mark.gpu
 PERIOD = 3

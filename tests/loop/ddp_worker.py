@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
-from tests.loop.pair import OPTIONS, PERIOD
-from tests.toys import Toy, batch, loss_of
+from tests.support.pair import OPTIONS, PERIOD
+from tests.support.toys import Toy, batch, loss_of
 
 RANKS = 2
 STEPS = 2 * PERIOD * 2 + 1  # two rounds of two groups, and one more

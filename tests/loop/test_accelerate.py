@@ -15,9 +15,9 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
 import losia_fx
-from tests.loop.pair import Pair
-from tests.loop.toy_runs import OPTIONS, PERIOD, adamw, assert_same, batches, learning, toy
-from tests.toys import Toy, loss_of
+from tests.support.pair import Pair
+from tests.support.toy_runs import OPTIONS, PERIOD, adamw, assert_same, batches, learning, toy
+from tests.support.toys import Toy, loss_of
 
 STEPS = 3 * PERIOD
 SLOW = pytest.mark.slow  # many such variants only add up

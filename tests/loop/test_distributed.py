@@ -18,9 +18,9 @@ import losia_fx
 from losia_fx.finetune.state import LOSIA, RUN, WEIGHTS, folders
 from tests.loop.ddp_worker import RANKS, joined_batches, model_of
 from tests.loop.finetune_runs import Run, assert_same_outcome
-from tests.loop.pair import PERIOD, Pair
-from tests.loop.toy_runs import same
-from tests.toys import Toy
+from tests.support.pair import PERIOD, Pair
+from tests.support.toy_runs import same
+from tests.support.toys import Toy
 
 ROOT = Path(__file__).parents[2]
 

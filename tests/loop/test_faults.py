@@ -19,7 +19,7 @@ import losia_fx
 from losia_fx import StateError
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.storage.tensors import SEAL, read_tensors, write_tensors
-from tests.loop.toy_runs import PERIOD, adamw, batches, learning, same, toy, train
+from tests.support.toy_runs import PERIOD, adamw, batches, learning, same, toy, train
 
 
 @pytest.fixture(scope="module")

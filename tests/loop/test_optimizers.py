@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, OneC
 
 import losia_fx
 from losia_fx import OptimizerError
-from tests.loop.pair import PERIOD, Pair
-from tests.loop.toy_runs import learning, toy, train
-from tests.toys import Toy, batch, loss_of
+from tests.support.pair import PERIOD, Pair
+from tests.support.toy_runs import learning, toy, train
+from tests.support.toys import Toy, batch, loss_of
 
 SLOW = pytest.mark.slow  # many such variants only add up
 

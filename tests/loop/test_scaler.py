@@ -16,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import losia_fx
-from tests.loop.pair import PERIOD, Pair
-from tests.loop.toy_runs import adamw, batches, learning, toy, train
-from tests.toys import Toy, batch, loss_of, tiny_llama
+from tests.support.pair import PERIOD, Pair
+from tests.support.toy_runs import adamw, batches, learning, toy, train
+from tests.support.toys import Toy, batch, loss_of, tiny_llama
 
 CLIP = {"none": {}, "norm": {"clip_norm": 0.3}, "value": {"clip_value": 3e-3}}
 MAKE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {

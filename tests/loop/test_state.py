@@ -18,8 +18,8 @@ import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.storage.whole import write_safely
-from tests.loop.toy_runs import PERIOD, adamw, assert_same, batches, learning, same, toy, train
-from tests.toys import Toy, batch, by_string, loss_of
+from tests.support.toy_runs import PERIOD, adamw, assert_same, batches, learning, same, toy, train
+from tests.support.toys import Toy, batch, by_string, loss_of
 
 SLOW = pytest.mark.slow  # many such variants only add up
 STEPS = 5 * PERIOD  # past a round of three groups

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import losia_fx
 from losia_fx import LosiaWarning, StateError
 from losia_fx.checkpoint.trainer import FILE
-from tests.loop.toy_runs import OPTIONS, assert_same
-from tests.toys import VOCABULARY, Toy, tiny_llama
+from tests.support.toy_runs import OPTIONS, assert_same
+from tests.support.toys import VOCABULARY, Toy, tiny_llama
 
 PERIOD = 4
 STEPS = 11

@@ -15,7 +15,7 @@ from losia_fx import LosiaConfig, PassPostconditionError, PassPreconditionError
 from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.localization import tap
 from losia_fx.passes import GraphPass, PassPipeline, copy_graph_module, default_pipeline
-from tests import graphs
+from tests.support import graphs
 
 
 @dataclass(frozen=True)

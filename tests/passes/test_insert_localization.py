@@ -12,8 +12,8 @@ from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.localization import PROFILES, tap
 from losia_fx.passes import InsertLocalization, SubnetRewrite, copy_graph_module
 from losia_fx.plan import SubnetPlan
-from tests import graphs
-from tests.graphs import INTO
+from tests.support import graphs
+from tests.support.graphs import INTO
 
 
 def rewritten(function: Callable[..., object], *weights: str, size: int = INTO) -> tuple[fx.GraphModule, SubnetPlan]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from losia_fx.passes import find_uses
 from losia_fx.plan import SubnetPlan
-from tests import graphs
+from tests.support import graphs
 
 
 def places(plan: SubnetPlan) -> tuple[list[tuple[str, str]], list[tuple[tuple[str, ...], str]]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from losia_fx.passes.products import Product, find_products, renewed, use_of
-from tests.runtime.forms import EXPERTS, FORMS, Form, Holder
+from tests.support.forms import EXPERTS, FORMS, Form, Holder
 
 
 class Values(fx.Interpreter):

@@ -15,8 +15,8 @@ from losia_fx import PassPostconditionError, PassPreconditionError
 from losia_fx.ops.linear import subnet_linear
 from losia_fx.passes import SubnetRewrite, copy_graph_module, subnet_rewrite
 from losia_fx.plan import SubnetPlan
-from tests import graphs
-from tests.graphs import INTO, OUT
+from tests.support import graphs
+from tests.support.graphs import INTO, OUT
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], list[str]]] = {
     "plain": (graphs.plain, {"x": (5, INTO), "w": (OUT, INTO), "b": (OUT,)}, ["w"]),

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import losia_fx
 from losia_fx.ops.localization import tapped_bytes
 from losia_fx.runtime.state import states_of
-from tests import toys
-from tests.reference import Reference
+from tests.support import toys
+from tests.support.reference import Reference
 
 PERIOD = 2
 slow = pytest.mark.slow

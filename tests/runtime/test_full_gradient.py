@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import losia_fx
 from losia_fx.runtime.state import SubnetState, states_of
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
 
 OPTIONS: dict[str, Any] = {"compiler": "aot_eager", "rank_factor": 0.25, "output_rank_factor": 0.25}
 

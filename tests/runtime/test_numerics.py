@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from tests.toys import Toy, batch, by_string, loss_of, plain_gradients
+from tests.support.toys import Toy, batch, by_string, loss_of, plain_gradients
 
 OPTIONS: dict[str, Any] = {"compiler": "aot_eager", "rank_factor": 0.25, "output_rank_factor": 0}
 

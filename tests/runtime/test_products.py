@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten
 import losia_fx
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
-from tests.runtime.forms import BROKEN, FORMS, Form, Model
+from tests.support.forms import BROKEN, FORMS, Form, Model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDED = 1e-2
-"""bfloat16: both sides round once an op; the three-way rule is for whole models (tests/models/test_experts.py)."""
+"""bfloat16: both sides round once an op; the three-way rule is for whole models (architectures/test_experts.py)."""
 
 
 def made(*forms: Form) -> tuple[Model, list[Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import LosiaWarning, TransformError
-from tests.toys import Toy, batch, by_string, fingerprint, loss_of
+from tests.support.toys import Toy, batch, by_string, fingerprint, loss_of
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25}
 SAID = "linear weights stay frozen"

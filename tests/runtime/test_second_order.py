@@ -15,9 +15,9 @@ import losia_fx
 from losia_fx.errors import GradientError
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
-from tests.runtime.forms import FORMS, Form
 from tests.runtime.test_products import is_named, made, transformed
-from tests.toys import Toy, assert_subnet_gradients, batch, by_string, loss_of, plain_gradients
+from tests.support.forms import FORMS, Form
+from tests.support.toys import Toy, assert_subnet_gradients, batch, by_string, loss_of, plain_gradients
 
 COMPILERS = ("eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 

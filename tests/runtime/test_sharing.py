@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import LosiaWarning
-from tests.toys import Toy, assert_subnet_gradients, batch, by_string, loss_of, plain_gradients
+from tests.support.toys import Toy, assert_subnet_gradients, batch, by_string, loss_of, plain_gradients
 
 NAMES = ["mix", "mlp.up", "mlp.down"]
 

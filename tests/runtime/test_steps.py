@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from tests.toys import Toy, batch, loss_of, plain_gradients
+from tests.support.toys import Toy, batch, loss_of, plain_gradients
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2}
 

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 import losia_fx
 from losia_fx.method.subnet import gather
-from tests.models import table
-from tests.models.table import BERT, GPT_NEOX, LLAMA, TOY, Case
-from tests.reference import Reference
+from tests.support import table
+from tests.support.reference import Reference
+from tests.support.table import BERT, GPT_NEOX, LLAMA, TOY, Case
 
 PERIOD = 3
 slow = pytest.mark.slow

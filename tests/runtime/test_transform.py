@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import losia_fx
 from losia_fx import LosiaWarning
-from tests.toys import Toy, assert_subnet_gradients, batch, fingerprint, loss_of, plain_gradients, tiny_llama
+from tests.support.toys import Toy, assert_subnet_gradients, batch, fingerprint, loss_of, plain_gradients, tiny_llama
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2}
 

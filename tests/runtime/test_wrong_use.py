@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
 from losia_fx import ConfigError, LosiaError, OptimizerError, TransformError
-from tests.toys import Toy, assert_subnet_gradients, batch, by_string, fingerprint, loss_of, plain_gradients
+from tests.support.toys import Toy, assert_subnet_gradients, batch, by_string, fingerprint, loss_of, plain_gradients
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25}
 

@@ -16,7 +16,7 @@ from losia_fx.tools.graphs import capture as capture_module
 from losia_fx.tools.graphs.capture import Captured, capture
 from losia_fx.tools.load_model import Loaded, load_model
 from losia_fx.tools.tiny.architectures import build
-from tests.toys import needs_traced_experts
+from tests.support.toys import needs_traced_experts
 
 MODELS = ("embedded", "llama", "bert", "mixtral")
 """The model that ships with the package, a decoder, an encoder, a mixture of experts."""

@@ -158,9 +158,9 @@ def test_run_installs_nothing_where_everything_is_there(tmp_path: Path) -> None:
 
 
 def test_run_tests_another_torch_in_an_environment_of_its_own(tmp_path: Path) -> None:
-    options = ("test", "--torch", "2.14.1", "--extra", "models", "-q", "tests/models")
+    options = ("test", "--torch", "2.14.1", "--extra", "models", "-q", "tests/architectures")
     install = "-m pip install --quiet --constraint .venv-torch-2.14.1/pins.txt --editable .[tests,models]"
-    test = ".venv-torch-2.14.1 -m pytest -n 2 --dist worksteal -q tests/models"
+    test = ".venv-torch-2.14.1 -m pytest -n 2 --dist worksteal -q tests/architectures"
     assert calls(tmp_path, "all", *options) == [
         "python -m venv .venv-torch-2.14.1",
         f".venv-torch-2.14.1 {install}",

@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tests.models.table import STILL, TEXT, masked_tokens, tokens
-from tests.toys import needs_traced_experts
+from tests.support.table import STILL, TEXT, masked_tokens, tokens
+from tests.support.toys import needs_traced_experts
 
 SEVERAL = ("decoder", "encoder", "experts")
 SMALL: dict[str, Any] = {**TEXT, "num_hidden_layers": 1, "tie_word_embeddings": False, "use_cache": False}

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
 from tests.loop.ddp_worker import adamw, joined_batches, mine, model_of, outcome, run
-from tests.loop.pair import PERIOD
-from tests.toys import Toy, batch, loss_of
+from tests.support.pair import PERIOD
+from tests.support.toys import Toy, batch, loss_of
 
 STEPS = PERIOD + 2
 Beside = Callable[[nn.Module, Tensor], Any]

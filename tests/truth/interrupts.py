@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import losia_fx
-from tests.truth.twin import subnets_of
+from tests.support.twin import subnets_of
 
 PACKAGE = str(Path(losia_fx.__file__).parent)
 

@@ -11,7 +11,7 @@ import losia_fx
 from losia_fx import StateError
 from losia_fx.runtime.state import SubnetState, states_of
 from tests.runtime.test_full_gradient import fits
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
 from tests.truth.test_string_way import WAYS, made, sgd
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 import losia_fx
 from losia_fx import LosiaWarning
-from tests.toys import Toy, batch, tiny_llama
-from tests.truth.twin import (
+from tests.support.toys import Toy, batch, tiny_llama
+from tests.support.twin import (
     Twin,
     assert_one,
     backward,

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 import losia_fx
 from losia_fx import LosiaWarning, TransformError
-from tests.loop.pair import PERIOD, Pair
-from tests.toys import Toy, batch
-from tests.truth.twin import (
+from tests.support.pair import PERIOD, Pair
+from tests.support.toys import Toy, batch
+from tests.support.twin import (
     Twin,
     assert_one,
     assert_subnets,

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import losia_fx
 from losia_fx import LosiaError, StateError
-from tests.toys import Toy, batch, tiny_llama
-from tests.truth.twin import (
+from tests.support.toys import Toy, batch, tiny_llama
+from tests.support.twin import (
     STILL,
     Twin,
     assert_one,

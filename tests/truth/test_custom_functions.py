@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import GradientError
-from tests.toys import Toy, batch
-from tests.truth.twin import assert_one, close, loss_of, subnets_of, twins, values_of, zero
+from tests.support.toys import Toy, batch
+from tests.support.twin import assert_one, close, loss_of, subnets_of, twins, values_of, zero
 
 
 class Product(torch.autograd.Function):

@@ -12,10 +12,10 @@ from torch import Tensor, nn, optim
 
 import losia_fx
 from losia_fx import LosiaError, TransformError
-from tests.loop.pair import OPTIONS, PERIOD, Pair
-from tests.toys import Toy, batch, loss_of, tiny_llama
+from tests.support.pair import OPTIONS, PERIOD, Pair
+from tests.support.toys import Toy, batch, loss_of, tiny_llama
+from tests.support.twin import STILL, assert_one, close, subnets_of, twins, values_of, warned, zero
 from tests.truth.test_outside_writes import Mixture
-from tests.truth.twin import STILL, assert_one, close, subnets_of, twins, values_of, warned, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn, optim
 
 import losia_fx
-from tests.toys import batch
-from tests.truth.twin import Twin, assert_one, close, loss_of, subnets_of, twins, values_of, zero
+from tests.support.toys import batch
+from tests.support.twin import Twin, assert_one, close, loss_of, subnets_of, twins, values_of, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 

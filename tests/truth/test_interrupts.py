@@ -12,10 +12,10 @@ from torch import Tensor, nn, optim
 from torch.utils.checkpoint import checkpoint
 
 import losia_fx
-from tests.toys import Toy, batch
+from tests.support.optimizers import Failing
+from tests.support.toys import Toy, batch
+from tests.support.twin import Twin, assert_one, backward, close, loss_of, subnets_of, twins, values_of, warned, zero
 from tests.truth.interrupts import Interrupter, assert_agree, assert_nothing_leaks, lines_of
-from tests.truth.twin import Twin, assert_one, backward, close, loss_of, subnets_of, twins, values_of, warned, zero
-from tests.truth.wrappers import Failing
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 

@@ -14,8 +14,8 @@ from torch import optim
 import losia_fx
 from losia_fx.method import kernels
 from losia_fx.runtime.controller import Controller
-from tests.toys import Toy
-from tests.truth.twin import Twin, assert_one, assert_subnets, backward, subnets_of, twins, values_of, zero
+from tests.support.toys import Toy
+from tests.support.twin import Twin, assert_one, assert_subnets, backward, subnets_of, twins, values_of, zero
 
 SHAPES = 9
 """One more than Dynamo compiles one code object for."""

@@ -15,8 +15,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import losia_fx
 from losia_fx import StateError
-from tests.toys import Toy, batch, tiny_llama
-from tests.truth.twin import (
+from tests.support.toys import Toy, batch, tiny_llama
+from tests.support.twin import (
     STILL,
     Twin,
     assert_one,

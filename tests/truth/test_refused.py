@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
 from losia_fx import TransformError
-from tests.toys import Toy, batch, loss_of
-from tests.truth.twin import STILL, refused, snapshot
+from tests.support.toys import Toy, batch, loss_of
+from tests.support.twin import STILL, refused, snapshot
 
 pytestmark = [
     pytest.mark.usefixtures("one_process"),

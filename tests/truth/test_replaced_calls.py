@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import losia_fx
 from losia_fx import LosiaError, TransformError
-from tests.toys import Toy, batch, fingerprint, tiny_llama
-from tests.truth.twin import (
+from tests.support.toys import Toy, batch, fingerprint, tiny_llama
+from tests.support.twin import (
     Twin,
     assert_one,
     assert_subnets,

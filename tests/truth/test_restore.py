@@ -14,8 +14,8 @@ from torch import nn, optim
 
 import losia_fx
 from losia_fx import LosiaError, TransformError
-from tests.toys import Toy, batch, fingerprint
-from tests.truth.twin import (
+from tests.support.toys import Toy, batch, fingerprint
+from tests.support.twin import (
     STILL,
     Twin,
     assert_one,

@@ -13,9 +13,9 @@ from torch import nn, optim
 
 import losia_fx
 from losia_fx import LosiaError, LosiaWarning
-from tests.loop.pair import Pair
-from tests.toys import Toy, batch, fingerprint, tiny_llama
-from tests.truth.twin import (
+from tests.support.pair import Pair
+from tests.support.toys import Toy, batch, fingerprint, tiny_llama
+from tests.support.twin import (
     STILL,
     Twin,
     assert_one,

@@ -14,9 +14,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import losia_fx
 from losia_fx import StateError, TransformError
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
+from tests.support.twin import STILL, snapshot
 from tests.truth.test_refused import trained, transformed
-from tests.truth.twin import STILL, snapshot
 
 pytestmark = [
     pytest.mark.usefixtures("one_process"),

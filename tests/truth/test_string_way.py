@@ -11,8 +11,8 @@ import torch
 from torch import nn, optim
 
 import losia_fx
-from tests.toys import Toy, batch, by_string, loss_of
-from tests.truth.twin import Twin, subnets_of, warned
+from tests.support.toys import Toy, batch, by_string, loss_of
+from tests.support.twin import Twin, subnets_of, warned
 
 WAYS = ["transform", "string"]
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "output_rank_factor": 0.25}

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 import losia_fx
 from tests.loop.test_trainer import LossToy, trainer_of
-from tests.loop.toy_runs import assert_same
-from tests.truth.twin import STILL, Twin, assert_subnets, subnets_of, warned
+from tests.support.toy_runs import assert_same
+from tests.support.twin import STILL, Twin, assert_subnets, subnets_of, warned
 
 MOVING: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2}
 MOVING |= {"importance": "random", "rewarm": False}

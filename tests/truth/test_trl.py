@@ -14,6 +14,7 @@ from torch import nn
 
 import losia_fx
 from losia_fx import TransformError
+from tests.support.twin import refused
 from tests.truth.trl_runs import (
     ARGUMENTS,
     OPTIONS,
@@ -25,7 +26,6 @@ from tests.truth.trl_runs import (
     tokenizer,
     weights_of,
 )
-from tests.truth.twin import refused
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -10,12 +10,12 @@ import torch
 from torch import nn, optim
 
 import losia_fx
-from tests.toys import batch
+from tests.support.optimizers import ClassicLookahead
+from tests.support.toys import batch
+from tests.support.twin import Twin, assert_one, backward, subnets_of, twins, values_of, warned, zero
 from tests.truth.test_averages import Run as Averaged
 from tests.truth.test_averages import Shadow, assert_sees
 from tests.truth.test_wrapped_optimizers import MOVING, Run, adamw
-from tests.truth.twin import Twin, assert_one, backward, subnets_of, twins, values_of, warned, zero
-from tests.truth.wrappers import ClassicLookahead
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 

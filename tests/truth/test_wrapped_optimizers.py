@@ -15,9 +15,18 @@ from torch.optim import Optimizer
 
 import losia_fx
 from losia_fx import OptimizerError
-from tests.loop.pair import PERIOD, Pair
-from tests.toys import Toy, batch
-from tests.truth.twin import (
+from tests.support.optimizers import (
+    Chained,
+    Clipping,
+    Failing,
+    Passing,
+    Sam,
+    TimmLookahead,
+    Twice,
+)
+from tests.support.pair import PERIOD, Pair
+from tests.support.toys import Toy, batch
+from tests.support.twin import (
     Twin,
     assert_one,
     assert_subnets,
@@ -30,15 +39,6 @@ from tests.truth.twin import (
     values_of,
     warned,
     zero,
-)
-from tests.truth.wrappers import (
-    Chained,
-    Clipping,
-    Failing,
-    Passing,
-    Sam,
-    TimmLookahead,
-    Twice,
 )
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")

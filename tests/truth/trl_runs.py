@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import losia_fx
-from tests.reference import block_index
+from tests.support.reference import block_index
 
 ASSETS = Path(losia_fx.__file__).parent / "assets" / "default_model"
 PERIOD = 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import losia_fx
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
 
 PERIOD = 4
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "output_rank_factor": 0.25, "period": PERIOD}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
-from tests.models import table
-from tests.models.table import BERT, BERT_UNTIED, CASES, LLAMA, VIT, Case
+from tests.support import table
+from tests.support.table import BERT, BERT_UNTIED, CASES, LLAMA, VIT, Case
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 slow = pytest.mark.slow

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 import losia_fx
 from losia_fx.method.subnet import gather
 from losia_fx.passes import LoosenViews
-from tests import graphs
-from tests.passes.joint_graphs import Stack, drawn, lively, loss_of, plain_gradients
+from tests.support import graphs
+from tests.support.joint_graphs import Stack, drawn, lively, loss_of, plain_gradients
 
 EXPERTS, WIDTH, TOKENS = 3, 6, 5
 

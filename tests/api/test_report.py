@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx.errors import LosiaWarning
 from losia_fx.method.schedule import round_length
-from tests import toys
+from tests.support import toys
 
 EXPERTS = 3
 

@@ -16,8 +16,8 @@ from losia_fx.ops.linear import subnet_linear
 from losia_fx.passes import graph_modules
 from losia_fx.tools.graphs.capture import BACKWARD, DYNAMO, FORWARD, capture
 from losia_fx.tools.graphs.owners import GROUP, OWNER, WEIGHT
+from tests.support.toys import Toy, batch, fingerprint
 from tests.tools.shown import captured
-from tests.toys import Toy, batch, fingerprint
 
 STAGES = (DYNAMO, "subnet-rewrite", "insert-localization", FORWARD, BACKWARD)
 

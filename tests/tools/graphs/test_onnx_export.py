@@ -20,8 +20,8 @@ import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.tools import dump
 from losia_fx.tools.graphs.onnx_export import export_onnx
+from tests.support.toys import Toy, batch, needs_traced_experts
 from tests.tools.shown import EACH, argument, linears, loaded
-from tests.toys import Toy, batch, needs_traced_experts
 
 CONFIG = LosiaConfig(rank_factor=0.25)
 

@@ -17,10 +17,10 @@ from losia_fx import _compat
 from losia_fx.compile import backend
 from losia_fx.passes import SinkGathers
 from losia_fx.passes.joint import graph as joint
-from tests.models import table
-from tests.passes.joint_graphs import BLOCKS, WIDTH, Counted, Mlp, Stack, count, drawn, lively, losia, loss_of, rms
-from tests.passes.joint_graphs import plain_gradients as plain
-from tests.toys import assert_subnet_gradients
+from tests.support import table
+from tests.support.joint_graphs import BLOCKS, WIDTH, Counted, Mlp, Stack, count, drawn, lively, losia, loss_of, rms
+from tests.support.joint_graphs import plain_gradients as plain
+from tests.support.toys import assert_subnet_gradients
 
 Seen = list[tuple[Counted, Counted]]
 

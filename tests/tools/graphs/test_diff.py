@@ -17,8 +17,8 @@ from losia_fx.tools import diff as command
 from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.graphs.changes import Diff, diff
 from losia_fx.tools.graphs.costs import flops_by_weight, saved_for_backward
+from tests.support.toys import Toy, batch
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
-from tests.toys import Toy, batch
 
 __all__ = ["captured_once"]
 SHARED = pytest.mark.usefixtures("captured_once")

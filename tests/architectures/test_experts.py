@@ -15,9 +15,9 @@ import losia_fx
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
 from losia_fx.tools.tiny.architectures import SEED, TinyModel, build
-from tests.models.table import TEXT, Case, tokens
-from tests.runtime.forms import EXPERT_FORMS, EXPERTS, Model
 from tests.runtime.test_trajectory import PERIOD, Run
+from tests.support.forms import EXPERT_FORMS, EXPERTS, Model
+from tests.support.table import TEXT, Case, tokens
 
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe")
 slow = pytest.mark.slow

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import losia_fx
-from tests.reference import MakeOptimizer, Reference
-from tests.toys import Toy, batch, loss_of
+from tests.support.reference import MakeOptimizer, Reference
+from tests.support.toys import Toy, batch, loss_of
 
 PERIOD = 3
 OPTIONS: dict[str, Any] = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": PERIOD}

@@ -17,8 +17,8 @@ import losia_fx
 from losia_fx.method.localize import importance_of
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
-from tests import toys
-from tests.runtime.forms import FORMS, Model
+from tests.support import toys
+from tests.support.forms import FORMS, Model
 
 SEED = 5
 Context = Callable[[], AbstractContextManager[Any]]

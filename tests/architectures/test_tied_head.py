@@ -13,9 +13,9 @@ from torch import nn
 
 import losia_fx
 from losia_fx.runtime.state import states_of
-from tests import toys
-from tests.models.table import Case, ToyWithLoss, toy_tokens
 from tests.runtime.test_trajectory import Run
+from tests.support import toys
+from tests.support.table import Case, ToyWithLoss, toy_tokens
 
 TIED = "embed.weight"
 TOY = Case("tied", lambda: ToyWithLoss(tied=True), toy_tokens, 7)

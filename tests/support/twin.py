@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 import losia_fx
 from losia_fx import LosiaWarning
-from tests.reference import Index, block_index
-from tests.toys import Toy, batch
+from tests.support.reference import Index, block_index
+from tests.support.toys import Toy, batch
 
 STILL: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "output_rank_factor": 0.25, "schedule": "static"}
 """Options under which no subnet ever moves."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import losia_fx
 from losia_fx import LosiaWarning, TransformError
 from losia_fx.runtime.registry import CONTROLLERS
-from tests.toys import (
+from tests.support.toys import (
     Toy,
     assert_subnet_gradients,
     batch,

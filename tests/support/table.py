@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from tests import toys
+from tests.support import toys
 
 VOCABULARY = 64
 IMAGE = 16

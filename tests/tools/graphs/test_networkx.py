@@ -18,8 +18,8 @@ from losia_fx.tools.graphs.networkx import (
     loss_of,
     to_networkx,
 )
+from tests.support.toys import Toy, batch
 from tests.tools.shown import CONFIG, EACH, captured
-from tests.toys import Toy, batch
 
 
 class WithLoss(Toy):

@@ -22,8 +22,8 @@ from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.graphs.documents import dump_graph
 from losia_fx.tools.graphs.networkx import to_networkx
 from losia_fx.tools.graphs.records import records
+from tests.support.toys import VOCABULARY, Toy, batch
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
-from tests.toys import VOCABULARY, Toy, batch
 
 __all__ = ["captured_once"]
 STAGES = ["dynamo", "subnet-rewrite", "insert-localization", "forward", "backward"]

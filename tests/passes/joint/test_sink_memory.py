@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx.passes import RemakeInputs, SinkGathers
-from tests.models import table
-from tests.models.test_exact import recorded_bytes, storages
-from tests.passes.joint_graphs import BLOCKS, WIDTH, Stack, drawn, lively, losia
+from tests.architectures.test_exact import recorded_bytes, storages
+from tests.support import table
+from tests.support.joint_graphs import BLOCKS, WIDTH, Stack, drawn, lively, losia
 
 
 def kept_by(model: nn.Module, *known: Tensor) -> int:

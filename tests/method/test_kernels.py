@@ -17,7 +17,7 @@ from losia_fx.method import kernels
 from losia_fx.method.kernels import update_importance, write_back
 from losia_fx.method.subnet import gather, scatter
 from losia_fx.tools.bench.memory import allocated_peak
-from tests.toys import Toy, batch, loss_of
+from tests.support.toys import Toy, batch, loss_of
 
 KINDS = [kind for kind in IMPORTANCES if kind != "random"]
 BETAS = (0.85, 0.7)

@@ -15,9 +15,9 @@ import losia_fx
 from losia_fx import _compat
 from losia_fx.compile import backend
 from losia_fx.passes import RemakeInputs
-from tests.models import table
-from tests.passes.joint_graphs import Gated, lively, losia, loss_of, plain_gradients, rms
-from tests.toys import assert_subnet_gradients
+from tests.support import table
+from tests.support.joint_graphs import Gated, lively, losia, loss_of, plain_gradients, rms
+from tests.support.toys import assert_subnet_gradients
 
 Seen = list[list[str]]
 
