@@ -1,0 +1,88 @@
+"""Every private or young torch name that losia_fx needs, and every difference between the versions of torch that it
+runs on (2.11 and newer), with the reason; tests/test_compat.py fails when one goes.
+
+What is there for one version's sake says which version ends it.
+"""
+
+from torch._dynamo import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
+
+from .calls import (
+    ISOLATES_RECOMPILES,
+    be_called_while_traced,
+    compile_call,
+    compile_own_code,
+    compiled_call,
+    exchange_calls,
+    install_call,
+    not_installed,
+    own_code,
+    plain_call,
+    runs_uncompiled,
+)
+from .graphs import (
+    aot_compiler,
+    compiled_apart,
+    current_node,
+    fake_inputs,
+    graph_counts,
+    graph_task_id,
+    grouped_products,
+    inner_compiler,
+    input_index,
+    is_exporting,
+    is_jit_tracing,
+    keep_saved_tensors,
+    leaves,
+    no_view,
+    on_joint_graph,
+    region_inputs,
+    untraced,
+)
+from .parallel import (
+    active_ddp,
+    ddp_group,
+    ddp_ignores,
+    is_flattened,
+    whole_graphs,
+)
+
+__all__ = [
+    "ISOLATES_RECOMPILES",
+    "CompilerFailed",
+    "OptimizedModule",
+    "active_ddp",
+    "aot_compiler",
+    "be_called_while_traced",
+    "compile_call",
+    "compile_own_code",
+    "compiled_apart",
+    "compiled_call",
+    "current_node",
+    "ddp_group",
+    "ddp_ignores",
+    "exchange_calls",
+    "fake_inputs",
+    "graph_counts",
+    "graph_task_id",
+    "grouped_products",
+    "inner_compiler",
+    "input_index",
+    "install_call",
+    "is_exporting",
+    "is_flattened",
+    "is_jit_tracing",
+    "keep_saved_tensors",
+    "leaves",
+    "no_view",
+    "not_installed",
+    "on_joint_graph",
+    "own_code",
+    "plain_call",
+    "region_inputs",
+    "runs_uncompiled",
+    "untraced",
+    "whole_graphs",
+]
+# OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
+# backend raises; it is unwrapped so that users read our error and not Dynamo's.

@@ -1,0 +1,124 @@
+"""What calling a module runs: torch's own call, and what is installed in its place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+
+if TYPE_CHECKING:
+    pass  # not in every build of torch
+
+
+def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What calling ``module`` does when nothing is compiled: hooks and forward."""
+    return type(module)._call_impl(module, *args, **kwargs)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def runs_uncompiled(function: Function) -> Function:
+    """``function``, which Dynamo may inline but never compiles as a frame of its own.
+
+    Where Dynamo gives up on a frame it goes on with the functions called from there; compiled, ours would take its
+    "is a compiler at work" branch in eager runs too. torch.compiler.disable would break the graphs that inline it.
+    """
+    skip_code(function.__code__)
+    return function
+
+
+ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""torch.compile can count the graphs of one call apart from those of others: 2.13 and newer."""
+
+
+@runs_uncompiled
+def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
+    """``plain_call`` of the module, compiled.
+
+    The limit is raised and held apart from that of other modules: the code that is compiled here, Module._call_impl,
+    is the same for all modules of a process, and so would be its limit of 8 graphs.
+    """
+    if not ISOLATES_RECOMPILES:
+        return compile_own_code(module, backend, recompile_limit)
+    limits: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True}  # not in the overloads
+    compiled: Callable[..., Any] = torch.compile(MethodType(type(module)._call_impl, module), backend=backend, **limits)
+    return compiled
+
+
+@runs_uncompiled
+def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
+    """compile_call for torch 2.11 and 2.12; ends with 2.13, where torch.compile isolates and takes the limit.
+
+    Dynamo counts graphs by code object, so every module gets one of its own. It cannot be a new _call_impl: Dynamo
+    passes over that frame, as torch's, and counts the ones that it calls. (So it does with frames that a graph break
+    leaves: those share their count with other modules.)
+    """
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return type(self)._call_impl(self, *args, **kwargs)
+
+    compiled = torch.compile(MethodType(own_code(call), module), backend=backend)
+
+    @runs_uncompiled
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+            return compiled(*args, **kwargs)
+
+    return limited
+
+
+_CALL = "_compiled_call_impl"
+
+
+def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
+    if call is None:
+        module.__dict__.pop(_CALL, None)
+    else:
+        module.__dict__[_CALL] = call
+
+
+_IMPL = "_call_impl"
+
+
+def be_called_while_traced(module: nn.Module, really: bool) -> None:
+    """Has Dynamo, where another's graph calls ``module``, look at what was installed: of a module whose _call_impl is
+    the class's it takes the forward at once. really: False undoes it."""
+    if really:
+        module.__dict__[_IMPL] = partial(type(module)._call_impl, module)
+    else:
+        module.__dict__.pop(_IMPL, None)
+
+
+def exchange_calls(places: Iterable[dict[str, Any]], calls: Iterable[Callable[..., Any] | None]) -> None:
+    """As ``install_call``, of many modules, given by their __dict__, whose calls will be exchanged again soon: None is
+    left standing in the place, where Module's own None is."""
+    for place, call in zip(places, calls, strict=True):
+        place[_CALL] = call
+
+
+def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:
+    """The modules that run something else than what ``install_call`` gave them."""
+    return [module for module, call in calls.items() if module.__dict__.get(_CALL) is not call]
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, by which Dynamo tells frames and counts their graphs."""
+    assert isinstance(function, FunctionType)
+    code, defaults = function.__code__.replace(), function.__defaults__
+    own = FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What runs instead of the module's own call: that of Module.compile(), or what ``install_call`` put there."""
+    found: Callable[..., Any] | None = module._compiled_call_impl
+    return found
