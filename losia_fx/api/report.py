@@ -13,8 +13,8 @@ from losia_fx.errors import listed
 from losia_fx.method.schedule import round_length
 from losia_fx.model.blocks import plain_name
 from losia_fx.model.kinds import EXPERTS
+from losia_fx.registry import GRAPH_USES
 from losia_fx.runtime.controller import Controller, Role
-from losia_fx.runtime.registry import GRAPH_USES
 
 if TYPE_CHECKING:
     from rich.console import Group
