@@ -111,7 +111,7 @@ def report_of(controller: Controller) -> Report:
         state = states.get(name)
         role = controller.roles.get(name, Role("full" if parameter.requires_grad else "frozen", "requires_grad", None))
         trained, why = role.trained, role.why
-        if state is not None and controller.by_string:
+        if state is not None and controller.train.by_string:
             trained, why = "subnet", "output head: rows only" if state.whole_cols else "linear"
         subnet, group = (None, None) if state is None else (tuple(state.values.shape), state.group)
         shape, kind = tuple(parameter.shape), role.kind if state is None else role.kind or "linear"

@@ -97,7 +97,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
             controller.states.append(state)
-            first = state.random_selection(controller.generator)
+            first = state.random_selection(controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             controller.watch([name for name, _, _ in plan.owners])
     states = controller.states
@@ -241,12 +241,12 @@ class CompiledCall:
             refuse_wrappers(self.root)
             return call_with_others(controller.train, args, kwargs)
         if not learns:
-            with plain_forward(controller.watches.values()):
+            with plain_forward(controller.train.watches.values()):
                 return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
             refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
-        under_ddp = controller.ranks.notice(controller.states, controller.generator)
+        under_ddp = controller.ranks.notice(controller.states, controller.train.progress.generator)
         _free_input_gradients(self.root)
         try:
             with asking_for_gradients(controller.states), whole_graphs(under_ddp):

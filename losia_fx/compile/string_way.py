@@ -62,7 +62,7 @@ def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None
         if learns and id(plan.parameter) in weights:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
-            first = state.random_selection(controller.generator)
+            first = state.random_selection(controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])

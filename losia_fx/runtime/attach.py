@@ -18,7 +18,7 @@ from losia_fx import registry
 from losia_fx.errors import StateError, listed
 
 from .agreement import agreement_of
-from .look import look_at, mend, trained
+from .look import look_at, mend, train_state_of
 from .state import ATTRIBUTE, SubnetState, own_states
 
 
@@ -50,7 +50,7 @@ def detach(state: SubnetState) -> None:
 
 def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     for state in own_states(module).values():
-        if (train := trained(state)) is not None:
+        if (train := train_state_of(state)) is not None:
             mend(train)
         look_at(state, values=True, shown=True)
 

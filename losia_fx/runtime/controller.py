@@ -29,7 +29,6 @@ from .outside import watch
 from .ranks import Ranks
 from .state import SubnetState, states_of
 from .train_state import Event, Progress, TrainState
-from .watch import Watch
 
 log = logging.getLogger("losia_fx")
 
@@ -78,7 +77,7 @@ class Controller:
         """Lets go of the model: no step is followed any more."""
         registry.TRAINED.discard(self.train)
         registry.changed()
-        for watching in self.watches.values():
+        for watching in self.train.watches.values():
             watching.remove()
         self.train.states, self.train.groups = [], []
         self.root.__dict__.pop(CONTROLLER, None)
@@ -92,10 +91,6 @@ class Controller:
     @property
     def config(self) -> LosiaConfig:
         return self.train.config
-
-    @property
-    def by_string(self) -> bool:
-        return self.train.by_string
 
     @property
     def step(self) -> int:
@@ -112,15 +107,6 @@ class Controller:
     @property
     def left_out(self) -> int:
         return self.train.progress.left_out
-
-    @property
-    def generator(self) -> torch.Generator:
-        return self.train.progress.generator
-
-    @property
-    def stepped(self) -> frozenset[SubnetState]:
-        """Subnets that an optimizer has stepped, and another's have not been yet: the step is not complete."""
-        return frozenset(self.train.progress.stepped)
 
     @property
     def states(self) -> list[SubnetState]:
@@ -148,10 +134,6 @@ class Controller:
     def ranks(self) -> Ranks:
         return self.train.ranks
 
-    @property
-    def watches(self) -> dict[nn.Module, Watch]:
-        return self.train.watches
-
     def members(self, group: int) -> list[SubnetState]:
         return self.train.members(group)
 
@@ -176,12 +158,12 @@ class Controller:
         holders = [modules[name] for name in names]
         parents = [modules[name.rpartition(".")[0]] for name in names if name]
         fresh = [[m for m in dict.fromkeys(some) if self._is_to_watch(m)] for some in (holders, parents)]
-        self.watches.update((watching.module, watching) for watching in watch(*fresh))
+        self.train.watches.update((watching.module, watching) for watching in watch(*fresh))
 
     def _is_to_watch(self, module: nn.Module) -> bool:
         """The root sees to itself, and so does what backend="losia" compiles in place."""
-        compiled = self.by_string and compiled_call(module) is not None
-        return module is not self.root and module not in self.watches and not compiled
+        compiled = self.train.by_string and compiled_call(module) is not None
+        return module is not self.root and module not in self.train.watches and not compiled
 
     def select(self, group: int) -> Event:
         """Re-selects the subnets of ``group`` now, from the importance gathered so far (or at random, if so set).

@@ -109,7 +109,7 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
     values: whether to compare those in any case; shown: the weight is evaluated or saved.
     """
     alone = state.agreement is not None and not shown and not steps.others()
-    train = None if alone else trained(state)
+    train = None if alone else train_state_of(state)
     if train is None:
         _look_at(state, None, values, shown)
         return
@@ -133,7 +133,7 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
         note(train, written, learns=False, shown=shown)
 
 
-def trained(state: SubnetState) -> TrainState | None:
+def train_state_of(state: SubnetState) -> TrainState | None:
     """The model in training that a subnet is of; None of a copy without a controller."""
     models: list[TrainState] = list(registry.TRAINED)
     return next((train for train in models if state in train.states), None)
