@@ -111,18 +111,6 @@ Source: LoSiA-Pro, arXiv 2507.04487, section 3.4.
 """
 
 
-def subnet_linear_reference(x: Tensor, weight: Tensor, values: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
-    """The same value and the same gradient of ``values`` in plain autograd, at full cost: what the tests hold against.
-
-    W enters as a constant in which the subnet's elements depend on ``values``.
-    """
-    cols = torch.arange(weight.shape[1], device=weight.device) if cols is None else cols
-    subnet = weight.detach()[rows][:, cols]
-    through = torch.zeros_like(weight).index_put((rows[:, None], cols), (values - values.detach()).to(weight.dtype))
-    assert subnet.shape == values.shape
-    return F.linear(x, weight.detach() + through)
-
-
 class _SubnetWeight(torch.autograd.Function):
     """W itself; of what comes back for all of it, the subnet's part goes on to S."""
 

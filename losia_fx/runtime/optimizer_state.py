@@ -34,18 +34,18 @@ CONSTRUCTED: MutableMapping[Optimizer, MutableMapping[SubnetState, dict[str, Ent
 
 
 def restart_states(optimizers: Iterable[Optimizer], state: SubnetState) -> None:
-    """As restart_state for each; of those that share a state, a wrapper and what it stands around, for the inner."""
+    """As _restart for each; of those that share a state, a wrapper and what it stands around, for the inner."""
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     ordered = dict.fromkeys((*reversed(inner), *optimizers))
     done: set[int] = set()
     for optimizer in ordered:
         if id(optimizer.state) not in done:
             done.add(id(optimizer.state))
-            restart_state(optimizer, state)
+            _restart(optimizer, state)
         _renew_copies(optimizer, state.values)
 
 
-def restart_state(optimizer: Optimizer, state: SubnetState) -> None:
+def _restart(optimizer: Optimizer, state: SubnetState) -> None:
     """Moments and step count of a subnet that has moved start anew: the optimizer makes them again at its next step.
 
     What it makes in its constructor only (Adagrad's sum, a seed for each parameter, Lookahead's slow copy) is put back
