@@ -58,7 +58,7 @@ class Tapped:
     (E,) where each expert's rows of a grouped product's x end."""
 
 
-PROFILED: MutableMapping[int, Profiled] = registry.PROFILED
+BY_HANDLE: MutableMapping[int, Profiled] = registry.BY_HANDLE
 TAPPED: MutableMapping[int, Tapped] = registry.TAPPED
 
 # A CUDA graph would replay the kernels and leave out what these do on the host.
@@ -73,7 +73,7 @@ library.define("localize_whole(Tensor grad, Tensor handle, int call) -> Tensor",
 
 
 def _profiled(handle: Tensor) -> Profiled | None:
-    subnet = PROFILED.get(int(handle))
+    subnet = BY_HANDLE.get(int(handle))
     return subnet if subnet is not None and subnet.profiling else None
 
 
