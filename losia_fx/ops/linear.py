@@ -1,7 +1,7 @@
 """``losia::subnet_linear``, the product of a rewritten graph, and ``losia::subnet_weight``, any other use of a weight.
 
 Forward and dL/dx are the dense ones; the gradient of the weight is that of its subnet alone. The products of expert
-weights are in expert_ops.py.
+weights are in experts.py.
 """
 
 from __future__ import annotations
