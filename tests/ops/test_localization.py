@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.ops.localization import PROFILES, drop_taps, localize, tap, tapped_bytes
+from losia_fx.ops.localization import BY_HANDLE, drop_taps, localize, tap, tapped_bytes
 
 HANDLE = 10**9  # far from what real subnets count up to
 
 
 class Gatherer:
     """Stands in for a subnet: adds up what localize hands over."""
+
+    registered = False
 
     def __init__(self, profiling: bool = True) -> None:
         self.profiling, self.shape = profiling, (5, 6)
@@ -38,9 +40,9 @@ def gatherer() -> Any:
     gc.collect()
     drop_taps([HANDLE])
     made = Gatherer()
-    PROFILES[HANDLE] = made
+    BY_HANDLE[HANDLE] = made
     yield made
-    PROFILES.pop(HANDLE, None)
+    BY_HANDLE.pop(HANDLE, None)
     drop_taps([HANDLE])
 
 
@@ -201,7 +203,7 @@ def test_a_backward_after_the_slot_is_not_counted(gatherer: Gatherer, handle: Te
 def test_a_subnet_that_is_gone_is_no_error(gatherer: Gatherer, handle: Tensor) -> None:
     layer = Layer(handle)
     y = layer(torch.randn(4, 6))
-    PROFILES.pop(HANDLE)
+    BY_HANDLE.pop(HANDLE)
     y.sum().backward()
     assert layer.values.grad is not None
 
