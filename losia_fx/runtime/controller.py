@@ -47,7 +47,7 @@ from losia_fx.runtime import notices, registry, snapshot, step_hooks, steps
 
 from .agreement import Agreement, Torn
 from .attach import Watch, watch
-from .bases import FullBases, keep_places
+from .bases import Bases
 from .module_tree import ModuleTree
 from .optimizers import (
     found_inf,
@@ -125,7 +125,8 @@ class Controller:
         self.step = 0
         self.history: list[Event] = []
         self.left_out = 0
-        self.full = FullBases()
+        self.bases = Bases() if config.track_delta else None
+        """What the weights were before training; None where that is not tracked."""
         self.states: list[SubnetState] = []
         self.groups: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -764,7 +765,8 @@ class Controller:
         return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
 
     def _move(self, selections: Mapping[SubnetState, Selection]) -> None:
-        keep_places({state: (selection.rows, selection.cols) for state, selection in selections.items()})
+        if self.bases is not None:
+            self.bases.before_move({state: (found.rows, found.cols) for state, found in selections.items()})
         self._moving = True
         for state, selection in selections.items():
             state.rewarm_from = self.step

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from losia_fx.errors import OptimizerError, listed
 from losia_fx.runtime import notices, steps
 
-from .bases import remember_base
 from .optimizers import Owned, adopt_subnets, follow_optimizers, owned
 from .state import SubnetState
 
@@ -39,7 +38,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "model, or restore it first"
         )
     for controller in list(theirs.full):
-        remember_base(controller, optimizer, [])
+        _keep_base(controller, optimizer, [])
     if not theirs.mine:
         return
     running = steps.enter(optimizer)
@@ -64,8 +63,13 @@ def _begin(controller: Controller, step: steps.Followed, fresh: list[SubnetState
     if not step.closure:
         notices.warn_blind(fresh)
     controller.before(step.optimizers[0], fresh, step.closure)
-    remember_base(controller, step.optimizers[-1], fresh)  # after it, S and W agree
+    _keep_base(controller, step.optimizers[-1], fresh)  # after it, S and W agree
     step.states += fresh
+
+
+def _keep_base(controller: Controller, optimizer: Optimizer, mine: list[SubnetState]) -> None:
+    if controller.bases is not None:
+        controller.bases.before_step(controller.root, optimizer, controller.states, mine)
 
 
 @torch.compiler.disable

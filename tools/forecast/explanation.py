@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx.api.report import Report
 from losia_fx.config import LosiaConfig
+from losia_fx.console import make_table
 from losia_fx.errors import LosiaWarning
 
 from ..graphs.capture import Captured
@@ -127,7 +128,9 @@ def show(found: Explanation, console: Console | None = None) -> None:
 
 
 def _groups(facts: Facts) -> Table:
-    table = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
+    table = make_table(
+        "Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets", left=("",)
+    )
     for number, names in enumerate(facts.groups):
         members = [weight for weight in facts.weights if weight.group == number]
         elements = sum(weight.elements for weight in members)
@@ -138,7 +141,7 @@ def _groups(facts: Facts) -> Table:
 
 def _memory(found: Explanation) -> Table:
     said = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found.inputs.items())
-    table = _table(
+    table = make_table(
         f"Memory of a step ({said})", "part", "forecast", *(("measured", "off by") if found.measured else ())
     )
     ours = found.methods[0].memory
@@ -158,18 +161,10 @@ def _memory(found: Explanation) -> Table:
 
 
 def _methods(methods: Sequence[Method]) -> Table:
-    table = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
+    table = make_table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
     for method in methods:
         memory = size_text(method.bytes), size_text(method.memory["activations"])
         table.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        text = number == 0 or not column
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
     return table
 
 
