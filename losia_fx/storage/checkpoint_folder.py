@@ -22,7 +22,7 @@ CAUSAL_LM = "AutoModelForCausalLM"
 
 def load_config(path: Path, argument: str = "--model") -> PretrainedConfig:
     """The configuration in a folder, or in a file such as config.json."""
-    if path.is_dir():
+    if not path.is_file():
         _check_checkpoint(path, argument)
     transformers = _transformers(path, argument)
     try:
