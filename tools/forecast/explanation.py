@@ -129,8 +129,8 @@ def visits_of(fit: RoundFit, config: LosiaConfig) -> tuple[int, ...]:
 def base_text(fit: RoundFit, facts: Facts) -> str:
     costs = (f"{size_text(facts.base_bytes(n))} after {n}" for n in visits_of(fit, facts.config))
     return (
-        f"track_delta=True, which save_delta needs, keeps base values in host memory: {', '.join(costs)} visits by each "
-        "subnet, if every place is drawn anew; less where they overlap more"
+        f"track_delta=True, which save_delta needs, keeps base values in host memory: {', '.join(costs)} visits by "
+        "each subnet, if every place is drawn anew; less where they overlap more"
     )
 
 
