@@ -39,6 +39,8 @@ class LosiaConfig:
     profile_steps: how many steps of a slot, its last, measure importance; at most ``period``, None for the whole slot.
     train_tied_head: whether an output head that shares its weight with the embedding learns too, by rows, from both
         uses; by default it stays as it is.
+    track_delta: whether to keep what the weights were before training, so that save_delta can tell what has changed;
+        it costs host memory, up to one copy of every weight that learns (losia-fx explain says how much).
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
@@ -60,6 +62,7 @@ class LosiaConfig:
     compiler: str = "inductor"
     train_tied_head: bool = False
     profile_steps: int | None = None
+    track_delta: bool = False
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -73,7 +76,7 @@ class LosiaConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("importance", self.importance, IMPORTANCES)
         _choice("compiler", self.compiler, COMPILERS)
-        for option in ("rewarm", "train_tied_head"):
+        for option in ("rewarm", "train_tied_head", "track_delta"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
         for option in ("target", "exclude", "trainable"):

@@ -16,7 +16,6 @@ from losia_fx.method.selection import Selection, select_experts, select_rows, se
 from losia_fx.method.transfers import numbers_of
 
 from . import notices
-from .bases import keep_places
 from .optimizer_state import restart_states
 from .profile import Profile
 from .state import SubnetState
@@ -99,7 +98,8 @@ def _select(state: SubnetState, score: Tensor) -> Selection:
 
 
 def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> None:
-    keep_places({state: (selection.rows, selection.cols) for state, selection in selections.items()})
+    if train.bases is not None:
+        train.bases.before_move({state: (selection.rows, selection.cols) for state, selection in selections.items()})
     train.pending.moving = True
     for state, selection in selections.items():
         state.rewarm_from = train.progress.step

@@ -272,3 +272,16 @@ def test_experts_that_a_tensor_names(gatherer: Gatherer, handle: Tensor, index: 
     ((grad, expert),) = gatherer.parts
     found = grad if expert is None else torch.zeros_like(weight).index_add(0, expert, grad.unsqueeze(0))  # type: ignore[arg-type]
     torch.testing.assert_close(found, weight.grad)
+
+
+def test_an_index_is_kept_as_it_was(gatherer: Gatherer, handle: Tensor) -> None:
+    """The compilers reuse the memory of what the graph computed, an index too."""
+    gatherer.shape = (3, 5, 6)
+    chosen, x, grad_y = torch.tensor([2, 0]), torch.randn(2, 4, 6), torch.randn(2, 4, 5)
+    ticket = tap(x, handle, 0, "batched", True, None, chosen)
+    expected = torch.stack([grad_y[1].mT @ x[1], torch.zeros(5, 6), grad_y[0].mT @ x[0]])
+    chosen.fill_(1)
+    localize(grad_y, ticket, handle, 0)
+    ((grad, expert),) = gatherer.parts
+    assert expert is None
+    torch.testing.assert_close(grad, expected)

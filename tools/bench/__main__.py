@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import set_verbosity_error
 
-from losia_fx.delta.show import wide_console
+from losia_fx.console import wide_console
 from losia_fx.errors import ConfigError, LosiaError
 
 from .. import bench as package

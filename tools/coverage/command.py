@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils.logging import set_verbosity_error
 
 from losia_fx.config import COMPILERS
+from losia_fx.console import progress_bar
 from losia_fx.errors import LosiaError
 
 from .check import DIED, INEXACT, Result, check
@@ -86,13 +86,11 @@ def exit_code(results: Sequence[Result]) -> int:
 
 def shown(console: Console, results: Iterator[Result], total: int) -> Iterator[Result]:
     """``results``, with a progress bar; where there is no terminal, a line each."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
+    with progress_bar(console, total, transient=True) as advance:
         for number, result in enumerate(results, 1):
             said = f"{result.architecture}: {result.verdict}"
-            progress.update(task, advance=1, description=said)
+            advance(said)
             if not console.is_terminal:
                 minutes = (time.monotonic() - began) / number * (total - number) / 60
                 print(f"{number}/{total}  {said}  (about {minutes:.0f} min left)", flush=True)

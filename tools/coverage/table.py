@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
+
+from losia_fx.console import make_table
 
 from ..tiny.model import ALONE
 from .check import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result
@@ -16,11 +17,9 @@ STYLES = {EXACT: "green", INEXACT: "bold red", REFUSED: "yellow", UNBUILT: "dim"
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    table = Table(title="losia_fx: gradients against plain autograd", title_justify="left")
-    for column in ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why"):
-        table.add_column(
-            column, overflow="fold", justify="right" if column in ("subnets", "of the linears") else "left"
-        )
+    columns = ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why")
+    text = ("model", "dtype", "verdict", "why")
+    table = make_table("losia_fx: gradients against plain autograd", *columns, left=text)
     for result in results:
         share = "" if result.share is None else f"{100 * result.share:.1f}%"
         subnets = str(result.subnets) if result.subnets else ""

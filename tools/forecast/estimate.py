@@ -15,6 +15,7 @@ from torch import nn
 
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.method.schedule import round_length
+from losia_fx.method.visits import INDEX_BYTES, expected_bytes
 from losia_fx.model.roles import plan_model
 from losia_fx.model.weight_plan import WeightPlan
 
@@ -31,7 +32,7 @@ PARTS = {
     "profile": "one group's I, U and G",
     "tapped": "its inputs, tapped",
 }
-INDEX_BYTES, FLOAT_BYTES, STEP_BYTES = 8, 4, 4
+FLOAT_BYTES, STEP_BYTES = 4, 4
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Facts:
             kept_columns(captured.graphs),
             tapped(captured.graphs),
         )
+
+    def base_bytes(self, visits: int) -> int:
+        """Host memory that track_delta=True takes, once every subnet has been in that many places drawn anew."""
+        subnets = ((weight, weight.subnet(self.config)) for weight in self.weights)
+        kept = sum(expected_bytes(weight.shape, subnet, weight.itemsize, visits) for weight, subnet in subnets)
+        return kept + sum(count * itemsize for count, itemsize in self.full)
 
     def at(self, config: LosiaConfig) -> Facts:
         """The same model and step at other factors: what each product keeps of x grows and shrinks with them."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx.api.report import Report
 from losia_fx.config import LosiaConfig
+from losia_fx.console import make_table
 from losia_fx.errors import LosiaWarning
+from losia_fx.method.schedule import round_length
 
 from ..graphs.capture import Captured
 from ..load_model import Example
@@ -24,6 +26,7 @@ from .estimate import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, lo
 from .measure import measure
 
 RANKS = (8, 64)  # of LoRA, for comparison
+VISITS = (1, 10, 50)  # places of a subnet, for what track_delta costs
 ACTIVATIONS_NOTE = (
     "kept for the backward: forecast from the shapes in the captured forward graph; measured with autograd's "
     "saved_tensors_hooks, each storage once, weights and inputs aside. Not in the table: what the backward needs for a "
@@ -53,6 +56,7 @@ class Explanation:
             "forecast": dict(self.methods[0].memory),
             "measured": None if self.measured is None else dict(self.measured),
             "profiled_group": profiled_group(facts),
+            "track_delta": {visits: facts.base_bytes(visits) for visits in visits_of(self.fit, facts.config)},
             "methods": [asdict(method) for method in self.methods],
         }
 
@@ -115,6 +119,21 @@ def round_text(fit: RoundFit, config: LosiaConfig) -> str:
     return f"{said}: more than {fit.steps} steps, so some subnets never move; --period {fit.fitting_period} would fit"
 
 
+def visits_of(fit: RoundFit, config: LosiaConfig) -> tuple[int, ...]:
+    """By how many visits of a subnet to forecast its base: by those of the run, where that is known."""
+    if config.schedule == "static":
+        return (1,)
+    return VISITS if fit.steps is None else (1 + fit.steps // round_length(config, fit.groups),)
+
+
+def base_text(fit: RoundFit, facts: Facts) -> str:
+    costs = (f"{size_text(facts.base_bytes(n))} after {n}" for n in visits_of(fit, facts.config))
+    return (
+        f"track_delta=True, which save_delta needs, keeps base values in host memory: {', '.join(costs)} visits by "
+        "each subnet, if every place is drawn anew; less where they overlap more"
+    )
+
+
 def show(found: Explanation, console: Console | None = None) -> None:
     console = console or Console()
     facts = found.facts
@@ -123,11 +142,14 @@ def show(found: Explanation, console: Console | None = None) -> None:
     console.print(round_text(found.fit, facts.config), highlight=False, soft_wrap=True)
     console.print(_memory(found))
     console.print(ACTIVATIONS_NOTE, highlight=False)
+    console.print(base_text(found.fit, facts), highlight=False, soft_wrap=True)
     console.print(_methods(found.methods))
 
 
 def _groups(facts: Facts) -> Table:
-    table = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
+    table = make_table(
+        "Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets", left=("",)
+    )
     for number, names in enumerate(facts.groups):
         members = [weight for weight in facts.weights if weight.group == number]
         elements = sum(weight.elements for weight in members)
@@ -138,7 +160,7 @@ def _groups(facts: Facts) -> Table:
 
 def _memory(found: Explanation) -> Table:
     said = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found.inputs.items())
-    table = _table(
+    table = make_table(
         f"Memory of a step ({said})", "part", "forecast", *(("measured", "off by") if found.measured else ())
     )
     ours = found.methods[0].memory
@@ -158,18 +180,10 @@ def _memory(found: Explanation) -> Table:
 
 
 def _methods(methods: Sequence[Method]) -> Table:
-    table = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
+    table = make_table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
     for method in methods:
         memory = size_text(method.bytes), size_text(method.memory["activations"])
         table.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        text = number == 0 or not column
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
     return table
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import ConfigError
+from losia_fx.storage.atomic import write_file
 
 from .capture import Captured, capture
 from .dot import dot
@@ -112,11 +112,13 @@ def write_documents(captured: Captured, found: Sequence[Document], format: str, 
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Writes the file whole or not at all. Raises ConfigError as check_file does."""
+    """Writes the file, atomically. Raises ConfigError as check_file does."""
     check_file(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
+
+    def write(draft: Path) -> None:
+        draft.write_text(content, encoding="utf-8")
+
+    write_file(path, write)
     return path
 
 

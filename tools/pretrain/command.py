@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from losia_fx.console import progress_bar
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.loss import cosine_schedule, held_out_loss
 from losia_fx.finetune.text import (
@@ -131,9 +131,7 @@ def pretrain(model: LlamaForCausalLM, blocks: Tensor, *, steps: int, seed: int, 
     factor = cosine_schedule(steps, warm_up=max(1, steps // 20), floor=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
-    columns = (TextColumn("pretraining"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps, loss="")
+    with progress_bar(console, steps, text="pretraining") as advance:
         for step, batch in enumerate(itertools.islice(batches(blocks, BATCH, seed=seed), steps), 1):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
@@ -141,7 +139,7 @@ def pretrain(model: LlamaForCausalLM, blocks: Tensor, *, steps: int, seed: int, 
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            progress.update(task, advance=1, loss=f"loss {loss.item():.3f}")
+            advance(f"pretraining  loss {loss.item():.3f}")
             if not console.is_terminal and step % 100 == 0:
                 console.print(f"step {step}/{steps}  loss {loss.item():.3f}")
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
+import torch
 
+import losia_fx
 from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
 from losia_fx.tools import explain
@@ -76,6 +79,27 @@ def test_the_methods_by_hand(facts: Facts) -> None:
     assert full.memory["activations"] > ours.memory["activations"]
 
 
+@pytest.mark.parametrize("model", ["decoder", "experts"])
+def test_what_track_delta_costs_is_what_is_held(model: str) -> None:
+    """Random subnets, which all move at once; where they move to is kept before they do."""
+    found, example = getattr(tiny, model)()
+    options: dict[str, Any] = {"rank_factor": 0.25, "trainable": ("*norm*",)}
+    forecast = Facts.of(found, capture(found, example, LosiaConfig(compiler="aot_eager", **options)))
+    steps = {"schedule": "sync", "period": 1, "importance": "random", "compiler": "eager"}
+    losia_fx.transform(found, track_delta=True, **steps, **options)
+    controller = losia_fx.controller(found)
+    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(60):
+        found(**example).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        places = 1 + len(controller.history) // len(controller.groups)
+        held = sum(state.base.nbytes for state in controller.states if state.base is not None)
+        held += sum(history.nbytes for history in controller.bases.full.values())
+        assert forecast.base_bytes(places) == pytest.approx(held, rel=0.05), places
+    assert places > 20
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "fits", "period"),
     [
@@ -99,6 +123,7 @@ def test_the_tables_say_it(capsys: pytest.CaptureFixture[str]) -> None:
     for label in PARTS.values():
         assert f"│ {label} " in text
     assert "full fine-tuning" in text
+    assert re.search(r"track_delta=True, which save_delta needs, .* in host memory: [0-9.]+ kB after 1 visits", text)
     assert "measured" not in text.split("Memory of a step")[1].split("kept for the backward:")[0]
 
 
