@@ -1,4 +1,4 @@
-"""The Dynamo backend: copy the graph -> plan -> passes -> inner compiler -> a callable that looks state up at run time."""
+"""The Dynamo backend: copy the graph -> plan -> passes -> inner compiler -> a callable that looks up state as it runs."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class LosiaBackend:
         observe = self._rewrite(gm, copy, example_inputs, plan)
         others = [names.index(name) for name in parameters if name not in {slot.weight for slot in plan.slots}]
         state_inputs = StateInputs(plan.slots, self.config.profiles, others, fresh, self.give_subnets)
-        state = state_inputs.of(example_inputs)
-        assert state is not None
-        compiled = self._compile(copy, [*example_inputs, *fake_inputs(state)], observe)
+        extra = state_inputs.of(example_inputs)
+        assert extra is not None
+        compiled = self._compile(copy, [*example_inputs, *fake_inputs(extra)], observe)
         plain = self.inner is None and self.config.compiler == "eager"
         return CompiledGraph(gm, compiled, state_inputs, first_order=not plain)
 
@@ -89,9 +89,7 @@ class LosiaBackend:
         forward_pipeline(plan, self.config, observe)(copy)
         return observe
 
-    def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], observe: Observer | None
-    ) -> Callable[..., Any]:
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], observe: Observer | None) -> Callable[..., Any]:
         inner = self.inner or inner_compiler(self.config.compiler)
         with ExitStack() as compiling:
             compiling.enter_context(keep_saved_tensors())

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import set_verbosity_error
 
 from losia_fx.delta.show import wide_console
 from losia_fx.errors import ConfigError, LosiaError
 
 from .. import bench as package
+from ..terminal import progress
 from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
@@ -78,7 +76,7 @@ def _compare(
     clock = clock_of(device)
     entries = entries_of(size, methods, args.modes)
     bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
-    with new_cache(), reporting(console) as report:
+    with new_cache(), progress(console, file=sys.stderr) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
         else:
@@ -114,25 +112,13 @@ def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: s
     console = wide_console()
     axes = list(AXES) if args.grow == ALL else [args.grow]
     mode = args.modes[-1]
-    with reporting(console) as report:
+    with progress(console, file=sys.stderr) as report:
         points = grow(axes, base, device, mode, clock_of(device), report)
     growth = Growth(command, base, environment(device), points)
     write_json(args.out / "grow.json", growth.as_dict())
     write_text(args.out / "grow.md", growth_markdown(growth))
     draw_growth(args.out / "grow.png", points)
     console.print(f"written: {args.out}/grow.json, grow.md, grow.png", highlight=False)
-
-
-@contextmanager
-def reporting(console: Console) -> Iterator[Report]:
-    """What is under way, in one line on a terminal; elsewhere a line for each piece of work, on stderr."""
-    if not console.is_terminal:
-        yield lambda what: print(what, file=sys.stderr, flush=True)
-        return
-    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda what: progress.update(task, description=what)
 
 
 def parser() -> argparse.ArgumentParser:

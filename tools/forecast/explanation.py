@@ -20,7 +20,8 @@ from losia_fx.errors import LosiaWarning
 
 from ..graphs.capture import Captured
 from ..load_model import Example
-from .estimate import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, losia, profiled_group
+from ..terminal import table
+from .estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia, profiled_group
 from .measure import measure
 
 RANKS = (8, 64)  # of LoRA, for comparison
@@ -34,9 +35,9 @@ ACTIVATIONS_NOTE = (
 @dataclass(frozen=True)
 class Explanation:
     report: Report
-    facts: Facts
+    facts: StepFacts
     fit: RoundFit
-    methods: tuple[Method, ...]
+    methods: tuple[MethodCost, ...]
     """LoSiA as configured, full fine-tuning of the same weights, and LoRA."""
     measured: Mapping[str, int] | None
     """Bytes by part, as forecast in methods[0].memory."""
@@ -62,7 +63,7 @@ def explain(
 ) -> Explanation:
     """captured: of this model with this example. steps: of a run, if known. The model is left as it was."""
     config = captured.config
-    facts = Facts.of(model, captured)
+    facts = StepFacts.of(model, captured)
     counted = measure(model, example, config, profiled_group(facts)) if measured else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)  # the report says it too
@@ -126,19 +127,19 @@ def show(found: Explanation, console: Console | None = None) -> None:
     console.print(_methods(found.methods))
 
 
-def _groups(facts: Facts) -> Table:
-    table = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
+def _groups(facts: StepFacts) -> Table:
+    shown = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
     for number, names in enumerate(facts.groups):
         members = [weight for weight in facts.weights if weight.group == number]
         elements = sum(weight.elements for weight in members)
         inside = sum(math.prod(weight.subnet(facts.config)) for weight in members)
-        table.add_row(str(number), group_label(names), str(len(names)), f"{elements:,}", f"{inside:,}")
-    return table
+        shown.add_row(str(number), group_label(names), str(len(names)), f"{elements:,}", f"{inside:,}")
+    return shown
 
 
 def _memory(found: Explanation) -> Table:
     said = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found.inputs.items())
-    table = _table(
+    shown = _table(
         f"Memory of a step ({said})", "part", "forecast", *(("measured", "off by") if found.measured else ())
     )
     ours = found.methods[0].memory
@@ -146,31 +147,28 @@ def _memory(found: Explanation) -> Table:
         cells = [size_text(ours[part])]
         if found.measured:
             cells += [size_text(found.measured[part]), _off(ours[part], found.measured[part])]
-        table.add_row(label, *cells)
+        shown.add_row(label, *cells)
     total = sum(ours.values())
     cells = [size_text(total)]
     if found.measured:
         counted = sum(found.measured.values())
         cells += [size_text(counted), _off(total, counted)]
-    table.add_section()
-    table.add_row("all of it", *cells)
-    return table
+    shown.add_section()
+    shown.add_row("all of it", *cells)
+    return shown
 
 
-def _methods(methods: Sequence[Method]) -> Table:
-    table = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
+def _methods(methods: Sequence[MethodCost]) -> Table:
+    shown = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
     for method in methods:
         memory = size_text(method.bytes), size_text(method.memory["activations"])
-        table.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
-    return table
+        shown.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
+    return shown
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        text = number == 0 or not column
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    return table
+    """All columns but the first and those without a heading are of numbers."""
+    return table(title, columns, numbers=[column for column in columns[1:] if column])
 
 
 def _off(forecast: int, measured: int) -> str:
