@@ -1,4 +1,4 @@
-"""The Dynamo backend: copy the graph -> plan -> passes -> inner compiler -> a callable that looks up state as it runs."""
+"""The Dynamo backend: copy the graph -> plan -> passes -> inner compiler -> a callable that finds state as it runs."""
 
 from __future__ import annotations
 
