@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import posixpath
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import losia_fx
 from losia_fx.api.report import Report
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaWarning
+from losia_fx.finetune.record import group_label
 
 from ..graphs.capture import Captured
 from ..load_model import Example
@@ -49,7 +49,7 @@ class Explanation:
             "config": asdict(facts.config),
             "inputs": {name: list(shape) for name, shape in self.inputs.items()},
             "weights": [asdict(weight) for weight in self.report.weights],
-            "groups": [{"label": group_label(names), "weights": list(names)} for names in facts.groups],
+            "groups": [{"label": group_label(names) or names[0], "weights": list(names)} for names in facts.groups],
             "round": {**asdict(self.fit), "fits": self.fit.fits},
             "forecast": dict(self.methods[0].memory),
             "measured": None if self.measured is None else dict(self.measured),
@@ -78,12 +78,6 @@ def explain(
 def shapes_of(example: Example) -> dict[str, tuple[int, ...]]:
     named = {**{f"input {number}": value for number, value in enumerate(example.args)}, **example.kwargs}
     return {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
-
-
-def group_label(names: Sequence[str]) -> str:
-    """What the names of a group share: "model.layers.0", or "lm_head" for a group of one."""
-    paths = [name.removesuffix(".weight").replace(".", "/") for name in names]
-    return posixpath.commonpath(paths).replace("/", ".") or names[0]
 
 
 def size_text(count: float) -> str:
@@ -133,7 +127,7 @@ def _groups(facts: StepFacts) -> Table:
         members = [weight for weight in facts.weights if weight.group == number]
         elements = sum(weight.elements for weight in members)
         inside = sum(math.prod(weight.subnet(facts.config)) for weight in members)
-        shown.add_row(str(number), group_label(names), str(len(names)), f"{elements:,}", f"{inside:,}")
+        shown.add_row(str(number), group_label(names) or names[0], str(len(names)), f"{elements:,}", f"{inside:,}")
     return shown
 
 
