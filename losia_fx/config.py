@@ -14,6 +14,8 @@ from losia_fx.errors import ConfigError
 SCHEDULES = ("async", "sync", "static")
 IMPORTANCES = ("mixed", "first", "second", "gradient", "random")
 COMPILERS = ("inductor", "aot_eager", "eager")
+CHOICES = {"schedule": SCHEDULES, "importance": IMPORTANCES, "compiler": COMPILERS}
+"""Of the options that are one word of several."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,8 @@ class LosiaConfig:
         _integer("seed", self.seed, least=0)
         if self.profile_steps is not None:
             _integer("profile_steps", self.profile_steps, least=1, most=self.period)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("importance", self.importance, IMPORTANCES)
-        _choice("compiler", self.compiler, COMPILERS)
+        for option, allowed in CHOICES.items():
+            _choice(option, getattr(self, option), allowed)
         for option in ("rewarm", "train_tied_head", "track_delta"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -31,19 +42,40 @@ def make_table(title: str | None, *columns: str, left: Collection[str] = ()) -> 
 
 
 @contextmanager
-def progress_bar(
-    console: Console, total: int, done: int = 0, text: str = "", transient: bool = False
+def progress(
+    console: Console,
+    total: int | None = None,
+    *,
+    done: int = 0,
+    text: str = "",
+    every: int = 1,
+    file: TextIO | None = None,
+    transient: bool = True,
 ) -> Iterator[Callable[[str], None]]:
-    """A bar of ``total`` steps, ``done`` of them made, beside ``text``; no output where there is no terminal.
+    """Yields a function that is told of each piece of work: the last one that is done, beside a bar of all ``total``,
+    of which ``done`` are made already; without a total the one under way, beside a clock.
 
-    Yields what is to be called after each step, with the text from then on. transient: the bar goes when it is full.
+    text: until the first is told. transient: the bar goes when all is done. Where there is no terminal, every so
+    many-th is a line in ``file`` (default: stdout), none with 0.
     """
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, transient=transient, disable=not console.is_terminal) as progress:
-        task = progress.add_task(text, total=total, completed=done)
-        yield lambda text: progress.update(task, advance=1, description=text)
+    columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), TimeElapsedColumn())
+    if total is not None:
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    began, made = time.monotonic(), 0
+    shown = console.is_terminal
+    columns = (*columns, TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=transient, disable=not shown) as bar:
+        task = bar.add_task(text, total=total, completed=done)
+
+        def tell(said: str) -> None:
+            nonlocal made
+            made += 1
+            bar.update(task, advance=1, description=said)
+            if not shown and every and (done + made) % every == 0:
+                print(said if total is None else of_all(total, said), file=file, flush=True)
+
+        def of_all(total: int, said: str) -> str:
+            minutes = (time.monotonic() - began) / made * (total - done - made) / 60
+            return f"{done + made}/{total}  {said}  (about {minutes:.0f} min left)"
+
+        yield tell

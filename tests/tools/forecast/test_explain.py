@@ -14,7 +14,7 @@ import losia_fx
 from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
 from losia_fx.tools import explain
-from losia_fx.tools.forecast.estimate import PARTS, Facts, RoundFit, full_fine_tuning, lora, losia
+from losia_fx.tools.forecast.estimate import PARTS, RoundFit, StepFacts, full_fine_tuning, lora, losia
 from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
@@ -45,13 +45,13 @@ def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.Cap
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
+def facts() -> StepFacts:
     """Of the decoder, as captured with the default options."""
     model, example = tiny.decoder()
-    return Facts.of(model, capture(model, example, LosiaConfig(compiler="aot_eager")))
+    return StepFacts.of(model, capture(model, example, LosiaConfig(compiler="aot_eager")))
 
 
-def test_other_factors_are_forecast_without_another_capture(facts: Facts) -> None:
+def test_other_factors_are_forecast_without_another_capture(facts: StepFacts) -> None:
     model, example = tiny.decoder()
     other = LosiaConfig(compiler="aot_eager", rank_factor=0.25, output_rank_factor=0.5)
     measured = measure(model, Example.of(example), other, 0)
@@ -60,7 +60,7 @@ def test_other_factors_are_forecast_without_another_capture(facts: Facts) -> Non
         assert forecast[part] == pytest.approx(measured[part], rel=0.1), part
 
 
-def test_the_methods_by_hand(facts: Facts) -> None:
+def test_the_methods_by_hand(facts: StepFacts) -> None:
     """Tokens 4 x 16; of the decoder's weights q (32, 32), k and v (16, 32), o, gate, up, down and the head (64, 32)."""
     shapes = [weight.shape for weight in facts.weights]
     assert len(shapes) == 8
@@ -84,7 +84,7 @@ def test_what_track_delta_costs_is_what_is_held(model: str) -> None:
     """Random subnets, which all move at once; where they move to is kept before they do."""
     found, example = getattr(tiny, model)()
     options: dict[str, Any] = {"rank_factor": 0.25, "trainable": ("*norm*",)}
-    forecast = Facts.of(found, capture(found, example, LosiaConfig(compiler="aot_eager", **options)))
+    forecast = StepFacts.of(found, capture(found, example, LosiaConfig(compiler="aot_eager", **options)))
     steps = {"schedule": "sync", "period": 1, "importance": "random", "compiler": "eager"}
     losia_fx.transform(found, track_delta=True, **steps, **options)
     controller = losia_fx.controller(found)
