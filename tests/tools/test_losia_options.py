@@ -28,6 +28,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "compiler": (["--compiler", "inductor"], "inductor"),
     "train_tied_head": (["--train-tied-head"], True),
     "profile_steps": (["--profile-steps", "5"], 5),
+    "track_delta": (["--track-delta"], True),
 }
 
 
