@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from losia_fx.errors import LosiaError
-from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.settings import EMBEDDED_MODEL
 from losia_fx.finetune.text import (
     PIECE,
     Document,

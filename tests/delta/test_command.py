@@ -18,7 +18,7 @@ from losia_fx.cli import main
 from losia_fx.delta.format import fingerprint, write_delta
 from losia_fx.delta.read import DeltaFile
 from losia_fx.finetune import job as finetune_job
-from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.settings import EMBEDDED_MODEL
 
 
 @pytest.fixture(scope="module")

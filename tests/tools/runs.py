@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from losia_fx.finetune.command import FinetuneSettings
 from losia_fx.finetune.record import Evaluation, Move, RunRecord, Selection, StepRecord
 from losia_fx.finetune.report import Names, write_json
+from losia_fx.finetune.settings import FinetuneSettings
 from losia_fx.method.subnet import draw
 
 PERIOD, STEPS = 4, 30

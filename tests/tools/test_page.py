@@ -14,9 +14,9 @@ import torch
 
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode
-from losia_fx.finetune.command import FinetuneSettings
 from losia_fx.finetune.record import Move, RunRecord, Selection, StepRecord
 from losia_fx.finetune.report import Names, write_json
+from losia_fx.finetune.settings import FinetuneSettings
 from losia_fx.method.subnet import draw
 from losia_fx.tools import page
 from tests.tools import tiny
