@@ -80,8 +80,9 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     old, new = before["options"], identity["options"]
     names = sorted(name for name in {*old, *new} if name not in FREE and not name.startswith(FREE_KINDS))
     differ = [f"{flag(n)} was {old.get(n)} and is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
-    if before["processes"] != identity["processes"]:
-        differ.append(f"there were {before['processes']} processes and are {identity['processes']}")
+    differ += [
+        f"{n}: was {before[n]} and is {identity[n]}" for n in ("processes", "device") if before[n] != identity[n]
+    ]
     if differ:
         raise StateError(f"{folder}: a run goes on with the settings it began with: {listed(differ)}")
 

@@ -17,7 +17,7 @@ from losia_fx.storage.checkpoint_folder import check_output
 from . import options
 from .settings import CONFIG_FILE, RUN_FILE, FinetuneSettings, read_config
 
-NEVER_FETCH = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "1"}
+NEVER_FETCH = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 """Nothing comes from a network, or goes there, unless the environment says otherwise (HF_HUB_OFFLINE=0)."""
 
 

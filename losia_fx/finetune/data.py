@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,16 @@ CHARACTERS = 8  # that no token is longer than, on the average
 
 @dataclass(frozen=True)
 class RunData:
-    """To train on, to judge by (new None: by nothing), and text of the old domain; and what to call their sources."""
+    """To train on, to judge by (new None: by nothing), and text of the old domain; and what to call their sources.
+
+    judged_whole: whether the user chose what to judge by, so that all of it counts.
+    """
 
     train: Examples
     new: Examples | None
     old: Examples | None
     names: Names
+    judged_whole: bool
 
 
 def load_data(settings: FinetuneSettings, say: Say) -> RunData:
@@ -56,7 +60,7 @@ def load_data(settings: FinetuneSettings, say: Say) -> RunData:
         old = read_examples(settings.old_texts, None, (lambda line: None) if quiet else say)
         if old.shape != TEXT:
             raise LosiaError(f"--old-data holds {old.shape}: give plain text, or a column text")
-    return RunData(found, new, old, names_of(settings))
+    return RunData(found, new, old, names_of(settings), bool(settings.eval_data))
 
 
 def standard_library() -> Examples:
@@ -114,12 +118,25 @@ def spread(prepared: datasets.Dataset, most: int = JUDGED_BY) -> datasets.Datase
     return prepared.select(torch.linspace(0, len(prepared) - 1, count, device="cpu").long().tolist())
 
 
+def lengths(prepared: datasets.Dataset) -> list[int]:
+    """Tokens of each example."""
+    return [length for column in _columns(prepared, "input_ids") for length in column.value_lengths().to_pylist()]
+
+
 def fingerprint(prepared: datasets.Dataset) -> str:
     """sha256 of the tokens and labels, in their order."""
     hashed = hashlib.sha256()
-    for batch in prepared.select_columns(["input_ids", "labels"]).iter(1000):
-        hashed.update(repr((batch["input_ids"], batch["labels"])).encode())
+    for name in ("input_ids", "labels"):
+        for column in _columns(prepared, name):
+            for part in (column.value_lengths(), column.flatten()):
+                hashed.update(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
     return hashed.hexdigest()
+
+
+def _columns(prepared: datasets.Dataset, name: str) -> Iterator[Any]:
+    """A column of lists as Arrow arrays, a thousand examples each."""
+    for table in prepared.select_columns([name]).with_format("arrow").iter(1000):
+        yield table[name].combine_chunks()
 
 
 def _hash(row: dict[str, Any]) -> bytes:

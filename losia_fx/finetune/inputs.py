@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -29,6 +30,8 @@ EMBEDDED_STEPS, EMBEDDED_LENGTH = 400, 128
 ROUNDS = 4  # re-selections of each group that a run should have room for
 LONGEST_PERIOD = LosiaConfig().period
 CHECKPOINTS_OF_A_RUN, EVALUATIONS = 10, 4
+MACHINE = ("use_cpu", "bf16", "ddp_find_unused_parameters", "disable_tqdm")
+"""Chosen for the machine that runs: what repeats a run does not say them, so that it may be another one."""
 # The rates that were good for the embedded model and, by the method's authors, for one of seven billion parameters
 # (arXiv 2507.04487); in between and beyond it is the line through both on a scale of logarithms.
 SMALL_RATE, SMALL_SIZE, LARGE_RATE, LARGE_SIZE = 1e-2, 1.3e6, 5e-5, 7e9
@@ -119,7 +122,7 @@ def training_options(
         "gradient_checkpointing": False,
         "packing": data.shape == TEXT,
         "packing_strategy": "wrapped",
-        "assistant_only_loss": data.chats and "{% generation" in (template or "").replace("{%-", "{%"),
+        "assistant_only_loss": data.chats and re.search(r"{%-?\s*generation", template or "") is not None,
         "eval_strategy": "steps",
         "save_strategy": "steps" if settings.keeps_checkpoints else "no",
         "save_total_limit": 2,
@@ -138,13 +141,15 @@ def settle(
 
     Says which rate and period were chosen, where the compiler is not the fastest, and where the head stays frozen.
     """
-    training, losia = dict(options), dict(settings.losia)
+    kept = {name: value for name, value in options.items() if name not in MACHINE or name in settings.training}
+    training, losia = kept, dict(settings.losia)
     parameters = sum(p.numel() for p in model.parameters())
     training.setdefault("learning_rate", SMALL_RATE if settings.model is None else default_rate(parameters))
     groups = count_groups(model, settings)
     losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * groups))))
     training.setdefault("eval_steps", max(1, steps // EVALUATIONS))
-    training.setdefault("save_steps", max(1, steps // CHECKPOINTS_OF_A_RUN))
+    best = training["eval_steps"] if training.get("load_best_model_at_end") else max(1, steps // CHECKPOINTS_OF_A_RUN)
+    training.setdefault("save_steps", best)  # what is to be the best one has to be judged and saved at once
     if "compiler" not in losia:
         obstacle = inductor_obstacle()
         losia["compiler"] = "inductor" if obstacle is None else "aot_eager"

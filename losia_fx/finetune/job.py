@@ -29,7 +29,7 @@ from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
 from .checkpoints import check_identity, folders, newest_whole
 from .command import is_finished
-from .data import RunData, as_dataset, fingerprint, load_data, spread
+from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread
 from .inputs import choose_device, load, put_chat_template, settle, sft_config, training_options
 from .plots import plot_losses, plot_subnets
 from .reading import TEXT, Examples
@@ -109,10 +109,12 @@ def make_trainer(
     trainer.train_dataset = whole_blocks(trainer.train_dataset, args)
     if not len(trainer.train_dataset):
         raise LosiaError(f"{data.names.new}: nothing is left to learn within --seq-length {args.max_length}: raise it")
-    if isinstance(trainer.eval_dataset, dict):
-        trainer.eval_dataset = {name: spread(whole_blocks(d, args)) for name, d in trainer.eval_dataset.items()}
-    elif trainer.eval_dataset is not None:
-        trainer.eval_dataset = spread(whole_blocks(trainer.eval_dataset, args))
+    judged = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"new": trainer.eval_dataset}
+    judged = {name: whole_blocks(prepared, args) for name, prepared in judged.items() if prepared is not None}
+    judged = {n: d if n == "new" and data.judged_whole else spread(d) for n, d in judged.items()}
+    trainer.eval_dataset = judged if "old" in judged else judged.get("new")
+    if "old" in judged and args.metric_for_best_model == "loss":
+        args.metric_for_best_model = "eval_new_loss"
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -121,7 +123,7 @@ def whole_blocks(prepared: datasets.Dataset, args: SFTConfig) -> datasets.Datase
     """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not."""
     if not args.packing or args.packing_strategy != "wrapped":
         return prepared
-    full = [number for number, ids in enumerate(prepared["input_ids"]) if len(ids) == args.max_length]
+    full = [number for number, length in enumerate(lengths(prepared)) if length == args.max_length]
     return prepared.select(full) if full else prepared
 
 
@@ -183,7 +185,7 @@ def _loss_of(job: Job) -> str:
 
 def _say_cut(job: Job, examples: Examples, prepared: datasets.Dataset) -> None:
     length = job.trainer.args.max_length
-    cut = sum(len(ids) >= length for ids in prepared["input_ids"])
+    cut = sum(found >= length for found in lengths(prepared))
     left = len(examples.rows) - len(prepared) if examples.shape != TEXT else 0
     if cut:
         say(job.console, f"{cut:,} of them reach --seq-length {length} and end there", style="yellow")
@@ -209,7 +211,8 @@ def train(job: Job) -> None:
     out, trainer = job.settings.output_dir, job.trainer
     options = job.settings.flat()
     data = fingerprint(trainer.train_dataset)
-    identity = {"options": options, "data": data, "processes": trainer.args.world_size}
+    machine = {"processes": trainer.args.world_size, "device": trainer.args.device.type}
+    identity = {"options": options, "data": data, **machine}
     resumed = newest_whole(out, partial(say, job.console)) if job.settings.resume else None
     if resumed is not None:
         check_identity(resumed, identity)
@@ -237,8 +240,8 @@ def prepare_out(out: Path, resumed: Path | None, options: Mapping[str, Any]) -> 
     """Makes the folder; what an earlier run left goes, and so does what was cut short after the one to go on from."""
     out.mkdir(parents=True, exist_ok=True)
     (out / RUN_FILE).unlink(missing_ok=True)
-    after = folders(out)
-    for folder in after if resumed is None else after[after.index(resumed) + 1 :]:
+    found = folders(out) if (out / CONFIG_FILE).is_file() else []  # else they are another program's
+    for folder in found if resumed is None else found[found.index(resumed) + 1 :]:
         remove_folder(folder)
     write_config(out / CONFIG_FILE, options)
 

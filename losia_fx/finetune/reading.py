@@ -110,6 +110,7 @@ def _read_dataset(name: str, text_column: str | None) -> _Read:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         if Path(name).is_dir():
             found = datasets.load_from_disk(name)

@@ -139,7 +139,11 @@ def write_config(path: Path, options: Mapping[str, Any]) -> None:
 
     head = f"# losia-fx finetune --config {path.name} --out FOLDER repeats this run\n"
     text = head + yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-    write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def write(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+
+    write_file(path, write)
 
 
 def read_config(path: Path) -> dict[str, Any]:

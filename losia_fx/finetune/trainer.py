@@ -65,6 +65,11 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types for it
         self.step_loss, self.step_tokens = self.step_loss + loss, self.step_tokens + tokens
         return loss
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a README.md beside every checkpoint; here only what is asked for is written."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
     def take_step(self) -> tuple[float, int]:
         """(mean loss, tokens) of the step that was made, over all processes."""
         loss = self._mean(self.step_loss)

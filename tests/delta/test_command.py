@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_before_a_step_leaves_no_delta(
 
     for name in ("plot_losses", "plot_subnets"):
         monkeypatch.setattr(finetune_job, name, lambda path, *record: path.write_bytes(b""))
-    monkeypatch.setattr(finetune_job, "evaluate", interrupt)
+    monkeypatch.setattr(finetune_job.RunTrainer, "training_step", interrupt)
     out = tmp_path / "out"
     size = ("--batch-size", "2", "--seq-length", "32", "--compiler", "eager", "--steps", "2")
     assert main(["finetune", "--model", str(base), "--out", str(out), *size]) == 130
