@@ -30,7 +30,7 @@ EMBEDDED_STEPS, EMBEDDED_LENGTH = 400, 128
 ROUNDS = 4  # re-selections of each group that a run should have room for
 LONGEST_PERIOD = LosiaConfig().period
 CHECKPOINTS_OF_A_RUN, EVALUATIONS = 10, 4
-MACHINE = ("use_cpu", "bf16", "ddp_find_unused_parameters", "disable_tqdm")
+MACHINE = ("use_cpu", "bf16", "ddp_find_unused_parameters", "disable_tqdm", "log_level_replica")
 """Chosen for the machine that runs: what repeats a run does not say them, so that it may be another one."""
 # The rates that were good for the embedded model and, by the method's authors, for one of seven billion parameters
 # (arXiv 2507.04487); in between and beyond it is the line through both on a scale of logarithms.
@@ -128,6 +128,7 @@ def training_options(
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
+        "log_level_replica": "error",  # else every process but the first says what transformers thinks of
     }
     if embedded and "max_steps" not in given and "num_train_epochs" not in given:
         chosen["max_steps"] = EMBEDDED_STEPS

@@ -92,23 +92,16 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
         help="files, folders, globs, names of datasets in the local cache: text, jsonl, json, csv, parquet, also .gz, "
         ".bz2, .xz, .zst; columns text, prompt and completion, or messages (default: the Python standard library)",
     )  # fmt: skip
-    data.add_argument("--eval-data", nargs="+", metavar="DATA", help="what to judge by (default: a share held out)")
-    data.add_argument("--held-out", type=float, metavar="SHARE", help=f"of --data (default: {HELD_OUT_SHARE}; 0: none)")
-    data.add_argument("--old-data", nargs="+", metavar="DATA", help="text that the model must not forget")
+    _add(data, "eval_data", "what to judge by (default: a share held out)", nargs="+", metavar="DATA")
+    _add(data, "held_out", f"of --data (default: {HELD_OUT_SHARE}; 0: none)", type=float, metavar="SHARE")
+    _add(data, "old_data", "text that the model must not forget", nargs="+", metavar="DATA")
     for name, help_text in (
         ("dataset_text_field", "column that holds the text (default: text)"),
         ("chat_template_path", "Jinja template of chats, where the tokenizer has none"),
     ):
-        data.add_argument(*flags(name), dest=name, help=help_text, **NAMES[name])
-    data.add_argument(*flags("show_example"), **_switch(), help="show an example as the model sees it")
-    data.add_argument(
-        "--out",
-        "--output-dir",
-        "--output_dir",
-        dest="output_dir",
-        type=Path,
-        help="folder to write (default: losia-out)",
-    )
+        _add(data, name, help_text, **NAMES[name])
+    _add(data, "show_example", "show an example as the model sees it", **_switch())
+    _add(data, "output_dir", "folder to write (default: losia-out)", type=Path, metavar="FOLDER")
     data.add_argument("--overwrite", **_switch(), help="write into --out though it is not empty")
     data.add_argument("--resume", **_switch(), help="go on from the last checkpoint in --out (none yet: begin)")
     data.add_argument(
@@ -125,38 +118,46 @@ def _add_losia(group: argparse._ArgumentGroup) -> None:
         ("beta1", float, "decay of the importance (default: 0.85)"),
         ("beta2", float, "decay of its uncertainty (default: 0.85)"),
     ):
-        group.add_argument(*flags(name), dest=name, type=kind, help=help_text)
+        _add(group, name, help_text, type=kind, metavar="VALUE")
     for name, choices, default in (
         ("schedule", SCHEDULES, "async"),
         ("importance", IMPORTANCES, "mixed"),
         ("compiler", COMPILERS, "inductor where it can run, else aot_eager"),
     ):
-        group.add_argument(*flags(name), dest=name, choices=choices, help=f"default: {default}")
+        _add(group, name, f"default: {default}", choices=choices)
     for name, help_text in (
         ("target", "modules whose linears learn (default: every linear in the blocks, and the head)"),
         ("exclude", "modules that stay as they are"),
         ("trainable", "other parameters to train in full"),
     ):
-        group.add_argument(*flags(name), dest=name, nargs="+", metavar="PATTERN", help=help_text)
+        _add(group, name, help_text, nargs="+", metavar="PATTERN")
     for name, help_text in (
         ("rewarm", "raise the learning rate anew after a re-selection (default: yes)"),
         ("train_tied_head", "train a head that is tied to the embedding, by rows"),
     ):
-        group.add_argument(*flags(name), dest=name, **_switch(), help=help_text)
+        _add(group, name, help_text, **_switch())
 
 
 def _add_training(group: argparse._ArgumentGroup, option: TrainingOption, help_text: str) -> None:
     kind: dict[str, Any]
     if "bool" in option.types and "str" not in option.types:
         kind = _switch()
-    elif any(name.startswith("list[") for name in option.types):
-        kind = {"nargs": "+"}
-    else:
-        kind = {"type": _number(option)}
-    group.add_argument(*flags(option.name), dest=option.name, help=help_text, metavar=_metavar(kind), **kind)
-    if "bool" in option.types and "str" not in option.types:
-        no = (f"--no_{option.name}", f"--no-{option.name.replace('_', '-')}")
+        no = (f"--no-{option.name.replace('_', '-')}", f"--no_{option.name}")
         group.add_argument(*dict.fromkeys(no), dest=option.name, action="store_false", help=argparse.SUPPRESS)
+    elif any(name.startswith("list[") for name in option.types):
+        kind = {"nargs": "+", "metavar": "VALUE"}
+    else:
+        kind = {"type": _number(option), "metavar": "VALUE"}
+    _add(group, option.name, help_text, **kind)
+
+
+def _add(group: argparse._ArgumentGroup, name: str, help_text: str, **kind: Any) -> None:
+    """An option by its short name; its long name and those with underscores are taken too, and not shown."""
+    first, *others = flags(name)
+    long = f" (also --{name.replace('_', '-')})" if name in SHORT and help_text is not argparse.SUPPRESS else ""
+    group.add_argument(first, dest=name, help=help_text + long, **kind)
+    if others:
+        group.add_argument(*others, dest=name, help=argparse.SUPPRESS, **kind)
 
 
 def flags(name: str) -> list[str]:
@@ -165,12 +166,8 @@ def flags(name: str) -> list[str]:
     return list(dict.fromkeys("--" + form for n in names for form in (n.replace("_", "-"), n)))
 
 
-def _metavar(kind: dict[str, Any]) -> str:
-    return "BOOL" if kind.get("type") is truth else "VALUE"
-
-
 def _switch() -> dict[str, Any]:
-    return {"nargs": "?", "const": True, "type": truth}
+    return {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
 
 
 def truth(text: str) -> bool:
@@ -230,8 +227,10 @@ class _HelpAll(argparse.Action):
         self.summaries = summaries
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        shown = {action.dest for action in parser._actions if action.help is not argparse.SUPPRESS}
         for action in parser._actions:
-            if action.help is argparse.SUPPRESS and not action.option_strings[0].startswith("--no"):
+            if action.dest not in shown and action.nargs != 0:
+                shown.add(action.dest)
                 action.help = self.summaries.get(action.dest, "").replace("%", "%%") or None
         parser.print_help()
         parser.exit()

@@ -372,7 +372,7 @@ def test_a_run_writes_the_yaml_that_repeats_it(tmp_path: Path, tiny: Path, data:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lr: fast\n", "options.yaml: argument --lr/"),
+        ("lr: fast\n", "options.yaml: argument --lr: invalid float value: 'fast'"),
         ("colour: red\n", "options.yaml: unrecognized arguments: --colour red"),
         ("- lr\n", "options.yaml: give names of options and their values"),
         ("lr: [\n", "options.yaml: not YAML"),
