@@ -136,7 +136,7 @@ def training_options(
 
 
 def settle(
-    settings: FinetuneSettings, options: Mapping[str, Any], model: PreTrainedModel, steps: int, say: Say
+    settings: FinetuneSettings, options: Mapping[str, Any], model: PreTrainedModel, steps: int, groups: int, say: Say
 ) -> FinetuneSettings:
     """The settings with every option filled in that depends on the model and on how many steps the run has.
 
@@ -146,7 +146,6 @@ def settle(
     training, losia = kept, dict(settings.losia)
     parameters = sum(p.numel() for p in model.parameters())
     training.setdefault("learning_rate", SMALL_RATE if settings.model is None else default_rate(parameters))
-    groups = count_groups(model, settings)
     losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * groups))))
     training.setdefault("eval_steps", max(1, steps // EVALUATIONS))
     best = training["eval_steps"] if training.get("load_best_model_at_end") else max(1, steps // CHECKPOINTS_OF_A_RUN)
@@ -169,7 +168,7 @@ def settle(
 
 
 def count_groups(model: PreTrainedModel, settings: FinetuneSettings) -> int:
-    """Of subnets that re-select together, as transform will find them."""
+    """Of subnets that re-select together, as transform finds them. Raises ConfigError for a pattern that fits none."""
     plans = [p for p in plan_model(model, LosiaConfig(**settings.losia)) if p.trained == "subnet"]
     heads = [plan.name for plan in plans if plan.whole_cols]
     return max(1, len(group_names([plan.name for plan in plans], heads, find_blocks(model))))
@@ -178,7 +177,7 @@ def count_groups(model: PreTrainedModel, settings: FinetuneSettings) -> int:
 def default_rate(parameters: int) -> float:
     """By the size of the model, to one digit; nothing beyond the two ends."""
     slope = math.log(LARGE_RATE / SMALL_RATE) / math.log(LARGE_SIZE / SMALL_SIZE)
-    rate = SMALL_RATE * (max(parameters, SMALL_SIZE) / SMALL_SIZE) ** slope
+    rate: float = SMALL_RATE * (max(parameters, SMALL_SIZE) / SMALL_SIZE) ** slope
     return round(rate, -math.floor(math.log10(rate)))
 
 

@@ -30,7 +30,7 @@ from losia_fx.storage.atomic import remove_folder, write_file, write_files
 from .checkpoints import check_identity, folders, newest_whole
 from .command import is_finished
 from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread
-from .inputs import choose_device, load, put_chat_template, settle, sft_config, training_options
+from .inputs import choose_device, count_groups, load, put_chat_template, settle, sft_config, training_options
 from .plots import plot_losses, plot_subnets
 from .reading import TEXT, Examples
 from .record import RunRecord
@@ -72,12 +72,13 @@ def finetune(settings: FinetuneSettings) -> int:
     started = time.perf_counter()
     on_cpu = choose_device(settings)
     model, tokenizer = load(settings, on_cpu)
+    groups = count_groups(model, settings)
     data = load_data(settings, partial(say, console))
     put_chat_template(settings, tokenizer, data.train)
     options = training_options(settings, model, tokenizer.chat_template, data.train, on_cpu)
     trainer = make_trainer(model, tokenizer, data, sft_config(options, settings))
     steps = total_steps(trainer)
-    settings = settle(settings, options, model, steps, partial(say, console))
+    settings = settle(settings, options, model, steps, groups, partial(say, console))
     job = Job(trainer, data, settings, steps, transform(trainer, settings), console)
     announce(job)
     train(job)

@@ -151,11 +151,10 @@ class RunCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: Mapping[str, float],
         **kwargs: Any,
     ) -> None:
         """Of two domains a Trainer evaluates one after the other, the new one first."""
-        self._losses |= metrics
+        self._losses |= kwargs["metrics"]
         pair = isinstance(self.trainer.eval_dataset, dict)
         new, old = self._losses.get("eval_new_loss" if pair else "eval_loss"), self._losses.get("eval_old_loss")
         if new is not None and (old is not None or not pair):
@@ -166,7 +165,10 @@ class RunCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # every process writes its generator's state there
         if args.should_save:
             seal(
-                Path(args.output_dir, f"checkpoint-{state.global_step}"), self.trainer.model, self.record, self.identity
+                Path(str(args.output_dir), f"checkpoint-{state.global_step}"),
+                self.trainer.model,
+                self.record,
+                self.identity,
             )
 
 
