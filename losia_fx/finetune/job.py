@@ -134,7 +134,8 @@ def total_steps(trainer: RunTrainer) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     batches = len(trainer.get_train_dataloader())
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    updates: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(float(args.num_train_epochs) * updates)
 
 
 def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:

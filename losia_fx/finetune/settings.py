@@ -115,6 +115,10 @@ class FinetuneSettings:
         own = {name: value for name, value in own.items() if value not in (None, ())}
         own |= {"held_out": self.held_out, "seed": self.seed}
         found = {name: _plain(value) for name, value in {**own, **self.losia, **self.training}.items()}
+        steps = {
+            n: int(v) for n, v in found.items() if n.endswith("_steps") and isinstance(v, float) and v.is_integer()
+        }
+        found |= steps  # SFTConfig has floats there, for those that are shares of the run
         for name in PATHS & found.keys():
             value = found[name]
             found[name] = [_whole_path(p) for p in value] if isinstance(value, list) else _whole_path(value)
