@@ -15,7 +15,7 @@ from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.storage.checkpoint_folder import check_output
 
 from . import options
-from .settings import CONFIG_FILE, RUN_FILE, FinetuneSettings, read_config
+from .settings import CONFIG_FILE, FinetuneSettings, flag, read_config
 
 NEVER_FETCH = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 """Nothing comes from a network, or goes there, unless the environment says otherwise (HF_HUB_OFFLINE=0)."""
@@ -52,7 +52,7 @@ def from_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: config: a file of options names no other")
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         if value != []:
-            argv += ["--" + name.replace("_", "-"), *("none" if v is None else str(v) for v in values)]
+            argv += [flag(name), *("none" if v is None else str(v) for v in values)]
     try:
         found = vars(parser.parse_args(argv))
     except LosiaError as error:
@@ -67,12 +67,3 @@ def check_out(settings: FinetuneSettings) -> None:
     if settings.resume and not settings.overwrite and not resumable and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
     check_output(out, settings.model_folder, settings.overwrite or settings.resume)
-
-
-def is_finished(out: Path) -> bool:
-    """Whether a run has come to its end here: its record says so. A run that begins removes the record of another."""
-    path = out / RUN_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["interrupted"] is False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

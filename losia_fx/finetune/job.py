@@ -28,14 +28,13 @@ from losia_fx.errors import LosiaError
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
 from .checkpoints import check_identity, folders, newest_whole
-from .command import is_finished
 from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread
 from .inputs import choose_device, count_groups, load, put_chat_template, settle, sft_config, training_options
 from .plots import plot_losses, plot_subnets
 from .reading import TEXT, Examples
 from .record import RunRecord
 from .report import print_table, write_json
-from .settings import CONFIG_FILE, RUN_FILE, SHORT, FinetuneSettings, write_config
+from .settings import CONFIG_FILE, RUN_FILE, SHORT, FinetuneSettings, is_finished, write_config
 from .trainer import RunCallback, RunTrainer, finish_step_on_interrupt, record_subnets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -168,6 +169,15 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: give names of options and their values, a line each: learning_rate: 1e-4")
     names = {name: name.replace("-", "_") for name in found}
     return {ALIASES.get(names[name], names[name]): value for name, value in found.items()}
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end here: its record says so. A run that begins removes the record of another."""
+    path = out / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["interrupted"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def flag(name: str) -> str:
