@@ -35,7 +35,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 the machine failed it (a full disk), 2 wrong use, 130 interrupted."""
     try:
-        args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+        args, unknown = _parser(sys.argv[1:] if argv is None else argv).parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return int(args.run(args))
     except LosiaError as error:
         return _fail(str(error), 2)
@@ -64,7 +66,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(run=module.run, parser=subparser)
     return parser
 
 

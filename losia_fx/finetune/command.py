@@ -15,7 +15,7 @@ from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.storage.checkpoint_folder import check_output
 
 from . import options
-from .settings import CONFIG_FILE, FinetuneSettings, read_config
+from .settings import CONFIG_FILE, FinetuneSettings, flag, read_config
 
 NEVER_FETCH = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 """Nothing comes from a network, or goes there, unless the environment says otherwise (HF_HUB_OFFLINE=0)."""
@@ -52,7 +52,7 @@ def from_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: config: a file of options names no other")
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         if value != []:
-            argv += ["--" + name.replace("_", "-"), *("none" if v is None else str(v) for v in values)]
+            argv += [flag(name), *("none" if v is None else str(v) for v in values)]
     try:
         found = vars(parser.parse_args(argv))
     except LosiaError as error:

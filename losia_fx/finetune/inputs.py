@@ -92,7 +92,9 @@ def put_chat_template(settings: FinetuneSettings, tokenizer: PreTrainedTokenizer
     if not data.chats:
         return
     if tokenizer.chat_template is None:
-        raise ConfigError("the data holds chats, and the tokenizer has no template for them: give --chat-template FILE")
+        raise ConfigError(
+            "the data holds chats, and the tokenizer has no template for them: give --chat-template FILE (Jinja)"
+        )
     first = data.rows[0]
     messages = first["prompt"] + first["completion"] if data.shape == COMPLETIONS else first["messages"]
     try:

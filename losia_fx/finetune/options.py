@@ -65,7 +65,6 @@ class TrainingOption:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every option is left out of the namespace unless it is given, so that what was asked for can be told."""
-    parser.set_defaults(parser=parser)
     parser.argument_default = argparse.SUPPRESS
     _add_data(parser.add_argument_group("what to train on what"))
     run = parser.add_argument_group("the run", "these and all options of trl.SFTConfig (--help-all), - or _ in names")

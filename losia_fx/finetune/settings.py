@@ -171,6 +171,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return {ALIASES.get(names[name], names[name]): value for name, value in found.items()}
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end here: its record says so. A run that begins removes the record of another."""
+    path = out / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["interrupted"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def flag(name: str) -> str:
     """How an option is written on the command line, by its short name where it has one."""
     return "--" + SHORT.get(name, name).replace("_", "-")
