@@ -198,12 +198,3 @@ def _plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     return str(getattr(value, "value", value))
-
-
-def is_finished(out: Path) -> bool:
-    """Whether a run has come to its end here: its record says so. A run that begins removes the record of another."""
-    path = out / RUN_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["interrupted"] is False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
