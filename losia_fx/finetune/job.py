@@ -110,7 +110,9 @@ def make_trainer(
     if not len(trainer.train_dataset):
         raise LosiaError(f"{data.names.new}: nothing is left to learn within --seq-length {args.max_length}: raise it")
     judged = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"new": trainer.eval_dataset}
-    judged = {name: whole_blocks(prepared, args) for name, prepared in judged.items() if prepared is not None}
+    judged = {
+        name: whole_blocks(prepared, args, name == "old") for name, prepared in judged.items() if prepared is not None
+    }
     judged = {n: d if n == "new" and data.judged_whole else spread(d) for n, d in judged.items()}
     trainer.eval_dataset = judged if "old" in judged else judged.get("new")
     if "old" in judged and args.metric_for_best_model == "loss":
@@ -119,9 +121,12 @@ def make_trainer(
     return trainer
 
 
-def whole_blocks(prepared: datasets.Dataset, args: SFTConfig) -> datasets.Dataset:
-    """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not."""
-    if not args.packing or args.packing_strategy != "wrapped":
+def whole_blocks(prepared: datasets.Dataset, args: SFTConfig, old: bool = False) -> datasets.Dataset:
+    """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not.
+
+    old: text of the old domain, which is packed in any case; so every run judges by the same blocks of it.
+    """
+    if not old and (not args.packing or args.packing_strategy != "wrapped"):
         return prepared
     full = [number for number, length in enumerate(lengths(prepared)) if length == args.max_length]
     return prepared.select(full) if full else prepared
