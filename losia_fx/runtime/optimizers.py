@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from losia_fx.runtime import registry
 
 from .living import living
+from .moves import KeepsOverMoves
 from .state import SubnetState
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ def restart_states(optimizers: Iterable[Optimizer], state: SubnetState) -> None:
     for optimizer in ordered:
         if id(optimizer.state) not in done:
             done.add(id(optimizer.state))
-            restart_state(optimizer, state)
+            if isinstance(optimizer, KeepsOverMoves):
+                optimizer.after_subnet_move(state.values)
+            else:
+                restart_state(optimizer, state)
         _renew_copies(optimizer, state.values)
 
 
@@ -175,7 +179,7 @@ def note_made_state(optimizer: Optimizer, states: Sequence[SubnetState]) -> None
     State that is there already may also have been loaded, so another optimizer of the kind is asked; where none can be
     made, copies of the parameters and zeros are recognised.
     """
-    if optimizer in registry.MADE:
+    if optimizer in registry.MADE or isinstance(optimizer, KeepsOverMoves):
         return
     there = [state for state in states if optimizer.state.get(state.values)]
     twin = _twin(optimizer) if there else None
