@@ -15,7 +15,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
 
 from .api.report import Report
 from .api.transform import restore, transform
-from .api.views import controller, dense, report, stepped, subnets
+from .api.views import Subnet, controller, dense, report, stepped, subnets
 from .checkpoint.state import load_state_dict, state_dict
 from .config import LosiaConfig
 from .delta.apply import load_delta, save_delta
@@ -32,8 +32,8 @@ from .errors import (
     TransformError,
     UnsupportedGraphError,
 )
-from .runtime.controller import Controller, Event
-from .runtime.state import Subnet
+from .runtime.controller import Controller
+from .runtime.train_state import Event
 
 if _TYPE_CHECKING:
     from .checkpoint.trainer import LosiaCallback

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -15,8 +14,8 @@ from losia_fx._compat import foreach
 from losia_fx.api.views import controller
 from losia_fx.errors import ConfigError, OptimizerError, StateError
 from losia_fx.method.factored import Means, Place, root, take_in
-from losia_fx.runtime import registry
 from losia_fx.runtime.moves import KeepsOverMoves
+from losia_fx.runtime.owners import owned
 from losia_fx.runtime.state import SubnetState
 
 MEANS = ("row_means", "col_means", "row_visits", "col_visits")
@@ -70,16 +69,6 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         if not learning:
             raise OptimizerError(f"SubnetRMS: nothing in {type(model).__name__} requires grad, so nothing would learn")
         super().__init__(learning, options)
-        self._forget_subnets()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_subnets()
-
-    def _forget_subnets(self) -> None:
-        self._generation = -1
-        self._subnets: weakref.WeakValueDictionary[int, SubnetState] = weakref.WeakValueDictionary()
-        """By the id of S, found again whenever the subnets of the process change."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -94,7 +83,7 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        subnets = self._find_subnets()
+        subnets = {id(state.values): state for states in owned(self).mine.values() for state in states}
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in learning):
@@ -112,14 +101,6 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         kept = self.state.get(values, {})
         for name in ("momentum", "step"):
             kept.pop(name, None)
-
-    def _find_subnets(self) -> weakref.WeakValueDictionary[int, SubnetState]:
-        if self._generation != registry.generation():
-            mine = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-            found = {id(state.values): state for state in registry.live_states()}
-            self._subnets = weakref.WeakValueDictionary({key: state for key, state in found.items() if key in mine})
-            self._generation = registry.generation()
-        return self._subnets
 
     # -- the roots of v, with the present gradient taken in --------------------------------------------------------
 

@@ -13,8 +13,8 @@ from losia_fx.errors import listed
 from losia_fx.method.schedule import round_length
 from losia_fx.model.blocks import plain_name
 from losia_fx.model.kinds import EXPERTS
+from losia_fx.registry import GRAPH_USES
 from losia_fx.runtime.controller import Controller, Role
-from losia_fx.runtime.registry import GRAPH_USES
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -111,7 +111,7 @@ def report_of(controller: Controller) -> Report:
         state = states.get(name)
         role = controller.roles.get(name, Role("full" if parameter.requires_grad else "frozen", "requires_grad", None))
         trained, why = role.trained, role.why
-        if state is not None and controller.by_string:
+        if state is not None and controller.train.by_string:
             trained, why = "subnet", "output head: rows only" if state.whole_cols else "linear"
         subnet, group = (None, None) if state is None else (tuple(state.values.shape), state.group)
         shape, kind = tuple(parameter.shape), role.kind if state is None else role.kind or "linear"

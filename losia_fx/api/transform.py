@@ -29,15 +29,18 @@ from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError, LosiaWarning, TransformError, listed
 from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.kinds import EXPERTS
-from losia_fx.model.roles import ADAPTER, WeightPlan, plan_model
+from losia_fx.model.roles import ADAPTER, plan_model
+from losia_fx.model.weight_plan import WeightPlan
 from losia_fx.ops.first_order import watch_functions
 from losia_fx.runtime import notices
 from losia_fx.runtime.agreement import Swapped
-from losia_fx.runtime.attach import asking_for_gradients, attach, detach, plain_forward
+from losia_fx.runtime.attach import attach, detach
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
 from losia_fx.runtime.functional import call_with_others
+from losia_fx.runtime.outside import asking_for_gradients
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.state import SubnetState, states_of
+from losia_fx.runtime.watch import plain_forward
 from losia_fx.runtime.wrappers import refuse_wrappers
 
 log = logging.getLogger("losia_fx")
@@ -94,7 +97,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
             controller.states.append(state)
-            first = state.random_selection(controller.generator)
+            first = state.random_selection(controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             controller.watch([name for name, _, _ in plan.owners])
     states = controller.states
@@ -236,14 +239,14 @@ class CompiledCall:
             controller.look(learns)
         except Swapped:
             refuse_wrappers(self.root)
-            return call_with_others(controller, args, kwargs)
+            return call_with_others(controller.train, args, kwargs)
         if not learns:
-            with plain_forward(controller.watches.values()):
+            with plain_forward(controller.train.watches.values()):
                 return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
             refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
-        under_ddp = controller.ranks.notice(controller.states, controller.generator)
+        under_ddp = controller.ranks.notice(controller.states, controller.train.progress.generator)
         _free_input_gradients(self.root)
         try:
             with asking_for_gradients(controller.states), whole_graphs(under_ddp):
@@ -253,7 +256,7 @@ class CompiledCall:
             if isinstance(inner, LosiaError):
                 raise inner from None
             raise
-        notices.warn_outside(controller)
+        notices.warn_outside(controller.train)
         watch_functions(leaves(result), leaves((args, kwargs)))
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -12,9 +13,25 @@ from losia_fx.errors import LosiaError, TransformError
 from losia_fx.model.blocks import plain_name
 from losia_fx.runtime.controller import Controller, find_controller
 from losia_fx.runtime.functional import whole_weight
-from losia_fx.runtime.state import Subnet
 
 from .report import Report, report_of
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """A weight's subnet as the user sees it: live tensors, not copies."""
+
+    name: str
+    """Of the weight, in named_parameters() before the transformation."""
+    weight: nn.Parameter
+    """W as the module stores it, dense and up to date: (out, in), or (E, out, in) where it holds E experts."""
+    values: nn.Parameter
+    """S = W[rows][:, cols], (r, c), or (E, r, c): one block an expert; float32 where W is narrower."""
+    rows: Tensor
+    """(r,) or (E, r), sorted int64: indices into dimension -2 of W."""
+    cols: Tensor
+    """(c,) or (E, c), sorted int64: indices into dimension -1 of W."""
+    group: int
 
 
 def controller(model: nn.Module) -> Controller:
@@ -68,7 +85,7 @@ def dense(model: nn.Module, name: str) -> Tensor:
         kind = type(followed.root).__name__
         raise LosiaError(f"dense: {kind} has no parameter {name!r}; there is {', '.join(close)}")
     state = next((state for state in followed.states if state.holds(parameters[name])), None)
-    return parameters[name] if state is None else whole_weight(followed, state)
+    return parameters[name] if state is None else whole_weight(followed.train, state)
 
 
 def stepped(model: nn.Module) -> None:

@@ -37,9 +37,9 @@ from losia_fx.passes import (
     region_of,
 )
 from losia_fx.plan import SubnetPlan, SubnetSlot
-from losia_fx.runtime.attach import compiled_region, eager_linear, eager_weight
-from losia_fx.runtime.registry import GRAPH_USES, RAN_BLIND, GraphUses, find, resolve
-from losia_fx.runtime.state import SubnetState
+from losia_fx.registry import GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
+from losia_fx.runtime.outside import compiled_region, eager_linear, eager_weight
+from losia_fx.runtime.state import SubnetState, find, resolve
 
 log = logging.getLogger("losia_fx")
 
@@ -71,7 +71,7 @@ class LosiaBackend:
         _refuse_options(options)
         if not torch.is_grad_enabled():
             found = (resolve(value) for value in example_inputs if _is_weight(value))
-            RAN_BLIND.update(state for state in found if state is not None)
+            RAN_WITHOUT_GRAD.update(state for state in found if state is not None)
             return gm.forward  # nothing learns here: the plain graph, uncompiled
         names = [node.name for node in placeholders(gm)]
         parameters = {n: value for n, value in zip(names, example_inputs, strict=True) if _is_weight(value)}

@@ -13,12 +13,15 @@ from losia_fx.config import LosiaConfig
 from losia_fx.errors import TransformError
 from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import judge_weights, refuse_float8
-from losia_fx.runtime.attach import Watch, ask_for_gradients, attach
+from losia_fx.registry import DENSE, TRAINED
+from losia_fx.runtime.attach import attach
 from losia_fx.runtime.controller import Controller, controller_of
 from losia_fx.runtime.living import living
-from losia_fx.runtime.optimizers import adopt_subnets, live_optimizers
-from losia_fx.runtime.registry import CONTROLLERS, DENSE, resolve
-from losia_fx.runtime.state import SubnetState
+from losia_fx.runtime.optimizer_state import adopt_subnets
+from losia_fx.runtime.optimizers import live_optimizers
+from losia_fx.runtime.outside import ask_for_gradients
+from losia_fx.runtime.state import SubnetState, resolve
+from losia_fx.runtime.watch import Watch
 
 
 def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
@@ -59,7 +62,7 @@ def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None
         if learns and id(plan.parameter) in weights:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
-            first = state.random_selection(controller.generator)
+            first = state.random_selection(controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])
@@ -75,10 +78,10 @@ def _by_root(weights: Sequence[nn.Parameter]) -> list[tuple[nn.Module, set[int]]
     """The outermost modules around the weights, each with the ids of the parameters that are to get subnets."""
     found: list[tuple[nn.Module, set[int]]] = []
     missing = {id(weight) for weight in weights}
-    for controller in list(CONTROLLERS):
-        known = missing & {id(parameter) for parameter in controller.root.parameters()}
+    for train in list(TRAINED):
+        known = missing & {id(parameter) for parameter in train.root.parameters()}
         if known:
-            found.append((controller.root, _whole_modules(controller.root, known)))
+            found.append((train.root, _whole_modules(train.root, known)))
             missing -= known
     return found + (_ModuleTree().by_root(missing) if missing else [])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from losia_fx._compat import own_code
 
-from .localize import importance_of, smooth
+from .importance import importance_of, smooth
 from .subnet import scatter
 
 log = logging.getLogger("losia_fx")
@@ -79,10 +79,9 @@ def write_back(
     rows: Sequence[Tensor],
     cols: Sequence[Tensor | None],
     values: Sequence[Tensor],
-    compiled: bool,
 ) -> None:
-    """W[rows, cols] = S for a block's weights, each in W's dtype; shapes as in subnet.scatter."""
-    if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+    """W[rows, cols] = S for a block's weights, each in W's dtype, compiled where it pays; shapes of subnet.scatter."""
+    if sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
         block = tuple((weight.shape, weight.dtype, weight.device) for weight in weights)
         written = _compiled_form(_write_back, block, dynamic=False)
         arguments = ([w.detach() for w in weights], list(rows), list(cols), [v.detach() for v in values])

@@ -40,6 +40,44 @@ def flat_index(full: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return torch.add(cols, rows.unsqueeze(-1), alpha=full.shape[1]).view(-1)
 
 
+SMALL = 2**12
+"""Elements of a block up to which its place is kept as one index: beyond, that would cost twice the block's memory."""
+
+
+class PlacedBlock:
+    """A small block of a matrix and where it goes, ready to be written: of many small weights, the calls are what takes
+    the time."""
+
+    def __init__(self, full: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
+        self._tensors = (full, rows, cols, values)
+        self._marks = self._read()
+        self._target, self._source = full.detach().view(-1), values.detach().view(-1)
+        self._index = flat_index(full, rows, cols)
+
+    @staticmethod
+    def of(full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> PlacedBlock | None:
+        """None for what is not small, or does not lie in memory as it is numbered."""
+        flat = full.dim() == 2 and full.is_contiguous() and values.is_contiguous() and values.numel() <= SMALL
+        return None if cols is None or not flat else PlacedBlock(full, rows, cols, values)
+
+    def _read(self) -> tuple[int, ...]:
+        full, rows, cols, values = self._tensors
+        return full.data_ptr(), rows._version, cols._version, values.data_ptr()
+
+    def holds(self, full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> bool:
+        """Whether these are the same tensors, where they were, and rows and cols say what they said."""
+        mine = self._tensors
+        same = full is mine[0] and rows is mine[1] and cols is mine[2] and values is mine[3]
+        return same and self._read() == self._marks
+
+    def write(self) -> None:
+        """full[rows][:, cols] = values, in full's dtype."""
+        source = self._source
+        if source.dtype != self._target.dtype:
+            source = source.to(self._target.dtype)
+        self._target.index_copy_(0, self._index, source)
+
+
 def among(indices: Tensor, others: Tensor) -> Tensor:
     """Which of ``indices`` (..., n) are in ``others`` (..., m), each row of either sorted; bool (..., n)."""
     found = torch.searchsorted(others, indices).clamp_(max=others.shape[-1] - 1)

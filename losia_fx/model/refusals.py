@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
+from losia_fx import registry
 from losia_fx._compat import is_flattened
 from losia_fx.config import LosiaConfig, matches
-from losia_fx.errors import StateError, TransformError, listed
-from losia_fx.runtime.registry import resolve
+from losia_fx.errors import TransformError, listed
 
 from .kinds import is_sharded
-
-if TYPE_CHECKING:
-    from losia_fx.runtime.state import SubnetState
-
-    from .roles import WeightPlan
+from .weight_plan import WeightPlan
 
 DDP_INSTEAD = "transform the whole model first, and spread it with DistributedDataParallel"
 
@@ -40,21 +33,10 @@ def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
         "disk_offload of accelerate's), and transform it then",
     )
     _refuse(
-        [plan for plan in plans if resolve(plan.parameter) is not None],
+        [plan for plan in plans if registry.resolve(plan.parameter) is not None],
         "shared with another model that is transformed already, whose subnets they have: transform one module that "
         "holds both models, or losia_fx.restore() the other first",
     )
-
-
-def refuse_spread(states: Iterable[SubnetState]) -> None:
-    """Raises StateError where a transformed model's weights or subnets have become parts of tensors."""
-    spread = [state.name for state in states if is_sharded(state.weight) or is_sharded(state.values)]
-    if spread:
-        raise StateError(
-            f"{listed(spread)}: sharded over processes after losia_fx.transform (a DTensor, as fully_shard and tensor "
-            "parallel make them), where no subnet can be followed: spread the transformed model with "
-            "DistributedDataParallel instead"
-        )
 
 
 def _refuse(plans: list[WeightPlan], why: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,35 +14,16 @@ from losia_fx.errors import ConfigError, LosiaWarning, TransformError, listed
 from .blocks import block_of, find_blocks, find_heads, plain_name
 from .kinds import adapters_in, is_embedding, kind_of, reparametrised
 from .refusals import refuse_weights
+from .weight_plan import WeightPlan
 
 ADAPTER = "adapter of PEFT's: name it in trainable to train it, or merge_and_unload() the adapters first"
-
-
-@dataclass
-class WeightPlan:
-    """One parameter of the model."""
-
-    name: str
-    parameter: nn.Parameter
-    owners: list[tuple[str, nn.Module, str]]
-    """(module name, module, name of the parameter in it) of everything that holds it."""
-    trained: str
-    """"subnet", "full" or "frozen"."""
-    why: str
-    whole_cols: bool = False
-    kind: str | None = None
-    """Of linear weight (losia_fx.model.kinds.kind_of); None for any other parameter."""
-    outside: bool = False
-    """A linear outside the repeated blocks that nobody excluded: a classification head, most often."""
-    chosen: bool = False
-    """The configuration asks for a linear to stay frozen: exclude, target or output_rank_factor."""
 
 
 def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     """What transform() does with every parameter, in the order of named_parameters().
 
     Raises TransformError for a model without linears, one in which none would learn, weights that cannot be trained
-    where they are (losia_fx.refusals) or a float8 weight that would; ConfigError for patterns that match nothing.
+    where they are (refusals.py) or a float8 weight that would; ConfigError for patterns that match nothing.
     """
     plans = judge_weights(root, config)
     refuse_weights(plans, config)

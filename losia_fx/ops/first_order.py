@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from losia_fx import registry
 from losia_fx._compat import current_node
 from losia_fx.errors import GradientError
-from losia_fx.runtime import registry
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 

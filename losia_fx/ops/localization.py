@@ -7,20 +7,20 @@ group is being profiled, so that the full gradient can be made there, and cost a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from losia_fx.runtime.registry import PROFILES, TAPPED, tickets
+from losia_fx import registry
 
 from .grouped import ends_for, grouped_outer
 from .library import library
 
 
-class Profile(Protocol):
+class Profiled(Protocol):
     """What a subnet offers to tap and localize: losia_fx.runtime.state.SubnetState in training, stand-ins in tests."""
 
     @property
@@ -58,6 +58,9 @@ class Tapped:
     (E,) where each expert's rows of a grouped product's x end."""
 
 
+PROFILED: MutableMapping[int, Profiled] = registry.PROFILED
+TAPPED: MutableMapping[int, Tapped] = registry.TAPPED
+
 # A CUDA graph would replay the kernels and leave out what these do on the host.
 _HOST = (torch.Tag.cudagraph_unsafe,)
 library.define(
@@ -69,9 +72,9 @@ library.define("localize(Tensor grad_y, Tensor ticket, Tensor handle, int call) 
 library.define("localize_whole(Tensor grad, Tensor handle, int call) -> Tensor", tags=_HOST)
 
 
-def _profile(handle: Tensor) -> Profile | None:
-    profile = PROFILES.get(int(handle))
-    return profile if profile is not None and profile.profiling else None
+def _profiled(handle: Tensor) -> Profiled | None:
+    subnet = PROFILED.get(int(handle))
+    return subnet if subnet is not None and subnet.profiling else None
 
 
 def _tap(
@@ -83,9 +86,9 @@ def _tap(
     expert: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    if _profile(handle) is None:
+    if _profiled(handle) is None:
         return torch.zeros(1, dtype=torch.int64, device="cpu")
-    number = next(tickets)
+    number = next(registry.tickets)
     ticket = torch.tensor([number], device="cpu")
     # Copies: the compilers reuse memory as soon as the graph has no further use for it. They go when their ticket does,
     # that is with the autograd graph, whether a backward came or not.
@@ -98,19 +101,19 @@ def _tap(
 def _localize(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
     number = int(ticket)
     tapped = TAPPED.get(number) if number else None
-    profile = _profile(handle)
-    if tapped is not None and profile is not None:
-        profile.begin_use()
-        grad, expert = _full(grad_y, tapped, profile.shape)
-        profile.accumulate(grad, expert, owned=True)
+    subnet = _profiled(handle)
+    if tapped is not None and subnet is not None:
+        subnet.begin_use()
+        grad, expert = _full(grad_y, tapped, subnet.shape)
+        subnet.accumulate(grad, expert, owned=True)
     return grad_y.new_zeros(1)
 
 
 def _localize_whole(grad: Tensor, handle: Tensor, call: int) -> Tensor:
-    profile = _profile(handle)
-    if profile is not None:
-        profile.begin_use()
-        profile.accumulate(grad, None, owned=False)
+    subnet = _profiled(handle)
+    if subnet is not None:
+        subnet.begin_use()
+        subnet.accumulate(grad, None, owned=False)
     return grad.new_zeros(1)
 
 

@@ -7,30 +7,23 @@ where none of these tells (``.data`` writes, fused kernels called by hand), the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
+from losia_fx import registry
 from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.subnet import scatter
-from losia_fx.model.refusals import refuse_spread
-from losia_fx.runtime import registry
+from losia_fx.model.kinds import is_sharded
 
-if TYPE_CHECKING:
-    from .state import SubnetState
-
-WITNESSES = 256
-"""Elements of W outside of a subnet, at most, that tell whether all of W was written or S alone."""
+from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled
+from .state import SubnetState
 
 VIGILANT = 64
 """Comparisons in a row that find nothing, after which values are no longer compared at every look."""
-
-_version = attrgetter("_version")
 
 
 class Swapped(StateError):
@@ -52,11 +45,11 @@ class Agreement:
         self._homes = [state.owner._parameters for state in states] * 2
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
-        self._witnesses: dict[SubnetState, _Witness | None] = {}
+        self._witnesses: dict[SubnetState, Witness | None] = {}
         self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
         """rows and picked cols, by number of the subnet."""
-        self._samples = _Samples(())
-        self._lines = _Samples(())
+        self._samples = Samples(())
+        self._lines = Samples(())
         self._turn = False
         self.averaged = False
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
@@ -80,21 +73,21 @@ class Agreement:
         whole = states is None or len(chosen) == len(self.states)
         if whole:
             self._seen = self._tensors()
-            self._versions, self._places = _marks(self._seen)
+            self._versions, self._places = marks_of(self._seen)
         else:
             for state in chosen:
-                for at in self._slots(state):
+                for at in self._positions(state):
                     self._seen[at] = tensor = self._homes[at].get(self._keys[at])
-                    (self._versions[at],), (self._places[at],) = _marks([tensor])
+                    (self._versions[at],), (self._places[at],) = marks_of([tensor])
         if self._samples.places != (held := self._places[len(self.states) :]):
-            self._samples = _Samples([state.values for state in self.states], held)
+            self._samples = Samples([state.values for state in self.states], held)
             self._sample = self._samples.take()
         elif whole:
             self._sample = self._samples.take()
         else:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
-            self._witnesses.update((state, _Witness.of(state)) for state in chosen)
+            self._witnesses.update((state, Witness.of(state)) for state in chosen)
             self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
@@ -105,17 +98,17 @@ class Agreement:
     def _remember_lines(self, chosen: Sequence[SubnetState], whole: bool, moved: bool) -> None:
         most = sampled(len(self.states))
         if whole and (moved or not self._has_lines):
-            self._lines = _Samples([_line_of(state, most) for state in self.states], self._places[: len(self.states)])
+            self._lines = Samples([line_of(state, most) for state in self.states], self._places[: len(self.states)])
             self._line = self._lines.take()
         elif whole:
             self._line = self._lines.take()
         elif self._has_lines:  # else W by W is going somewhere else: the next look compares values
             numbers = [self._index[state] for state in chosen]
             if moved:
-                self._lines.look_at({number: _line_of(self.states[number], most) for number in numbers})
+                self._lines.look_at({number: line_of(self.states[number], most) for number in numbers})
             self._lines.renew(self._line, numbers)
 
-    def _slots(self, state: SubnetState) -> tuple[int, int]:
+    def _positions(self, state: SubnetState) -> tuple[int, int]:
         number = self._index[state]
         return number, number + len(self.states)
 
@@ -126,7 +119,7 @@ class Agreement:
         """
         tensors = self._tensors()
         if all(map(is_, tensors, self._seen)):
-            versions, places = _marks(tensors)
+            versions, places = marks_of(tensors)
             if versions == self._versions and places == self._places:
                 return []
         elif not all(isinstance(tensor, nn.Parameter) for tensor in tensors if tensor is not None):
@@ -137,12 +130,12 @@ class Agreement:
 
     def moved(self, state: SubnetState) -> tuple[bool, bool]:
         """Whether W, and whether S, is another tensor, version or storage than when they last agreed."""
-        w, s = (self._is_new(at) for at in self._slots(state))
+        w, s = (self._is_new(at) for at in self._positions(state))
         return w, s
 
     def _is_new(self, at: int) -> bool:
         tensor = self._homes[at].get(self._keys[at])
-        return tensor is not self._seen[at] or _marks([tensor]) != ([self._versions[at]], [self._places[at]])
+        return tensor is not self._seen[at] or marks_of([tensor]) != ([self._versions[at]], [self._places[at]])
 
     @torch.no_grad()
     def settle(self, states: Iterable[SubnetState], idle: bool = False) -> list[SubnetState]:
@@ -153,12 +146,12 @@ class Agreement:
         Raises StateError that names the weights where both moved, with those left as they are.
         """
         moved = {state: self.moved(state) for state in states}
-        refuse_spread(list(moved))
+        _refuse_spread(moved)
         for state, (w, _) in moved.items():
             if w:
                 self._take_in(state)
         written, torn = [], []
-        for (state, (w, s)), same in zip(moved.items(), self._same(list(moved)), strict=True):
+        for (state, (w, s)), same in zip(moved.items(), _same(list(moved)), strict=True):
             if same:
                 continue
             if s and not w:
@@ -169,7 +162,7 @@ class Agreement:
             else:
                 state.gather_anew()
         done = [state for state in moved if state not in torn]
-        self._witnesses.update((state, _Witness.of(state)) for state in done if moved[state][0])
+        self._witnesses.update((state, Witness.of(state)) for state in done if moved[state][0])
         self.remember(done)
         _refuse_torn(torn)
         return written
@@ -184,7 +177,7 @@ class Agreement:
         """
         # Of a meta tensor (offloaded, or a rehearsal without a device) there is no value to compare.
         chosen = [state for state in (self.states if states is None else states) if not state.weight.is_meta]
-        stale = [state for state, same in zip(chosen, self._same(chosen), strict=True) if not same]
+        stale = [state for state, same in zip(chosen, _same(chosen), strict=True) if not same]
         written, torn = [], []
         for state in stale:
             s, w = self._were_written(state)
@@ -192,7 +185,7 @@ class Agreement:
                 torn.append(state)
             elif w or self._is_average(state):
                 state.gather_anew()
-                self._witnesses[state] = _Witness.of(state)
+                self._witnesses[state] = Witness.of(state)
             else:
                 state.write_back()
                 written.append(state)
@@ -218,17 +211,17 @@ class Agreement:
         for state in states:
             number = self._index[state]
             now = self._lines.of(self._lines.take([number]), number, alone=True)
-            if not _equal(now, self._lines.of(self._line, number)):
-                self._witnesses[state] = _Witness.of(state)
+            if not equal(now, self._lines.of(self._line, number)):
+                self._witnesses[state] = Witness.of(state)
                 self._lines.renew(self._line, [number])
 
     def follow_beneath(self) -> None:
         """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""
-        now, _ = _marks(self._seen)
-        moved = [[now[at] != self._versions[at] for at in self._slots(state)] for state in self.states]
+        now, _ = marks_of(self._seen)
+        moved = [[now[at] != self._versions[at] for at in self._positions(state)] for state in self.states]
         _refuse_torn([state for state, (w, s) in zip(self.states, moved, strict=True) if w and s])
         for number, (_, s) in enumerate(moved):
-            weight, values = (self._seen[at] for at in self._slots(self.states[number]))
+            weight, values = (self._seen[at] for at in self._positions(self.states[number]))
             if s and weight is not None and values is not None:
                 with untraced():
                     scatter(weight.detach(), *self._indices[number], values.detach().to(weight.dtype))
@@ -247,7 +240,7 @@ class Agreement:
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
         """Whether W has yet to follow S: what a copy of both has to know, which cannot tell by itself."""
-        if state in self.waiting or state.weight.is_meta or self._same([state])[0]:
+        if state in self.waiting or state.weight.is_meta or _same([state])[0]:
             return False
         w, s = self.moved(state)
         if w or s:
@@ -262,8 +255,8 @@ class Agreement:
         now = self._samples.of(self._samples.take([number]), number, alone=True)
         block = state.block_of(state.weight.detach()).reshape(-1)[:: self._samples.strides[number]]
         witness = self._witnesses.get(state)
-        s = not bool(_equal(now, before))
-        w = not bool(_equal(block, before.to(block.dtype))) or (witness is not None and not witness.holds(state))
+        s = not bool(equal(now, before))
+        w = not bool(equal(block, before.to(block.dtype))) or (witness is not None and not witness.holds(state))
         return s, w
 
     def _is_average(self, state: SubnetState) -> bool:
@@ -272,7 +265,7 @@ class Agreement:
 
     def _take_in(self, state: SubnetState) -> None:
         """A W that may be another tensor than before takes its place, or is refused."""
-        weight, before = state.weight, self._seen[self._slots(state)[0]]
+        weight, before = state.weight, self._seen[self._positions(state)[0]]
         if weight.is_meta:
             raise StateError(
                 f"{state.name}: is on the meta device now, without values (accelerate's cpu_offload and disk_offload "
@@ -288,12 +281,34 @@ class Agreement:
             if before is not None:
                 weight.requires_grad_(before.requires_grad)
 
-    @staticmethod
-    def _same(states: Sequence[SubnetState]) -> list[bool]:
-        found = []
-        for state in states:
-            found.append(_equal(state.block_of(state.weight), state.values.to(state.weight.dtype)))
-        return torch.stack(found).tolist() if found else []
+
+def agreement_of(state: SubnetState) -> Agreement | None:
+    """The Agreement that ``state`` is part of; None of a copy without a controller."""
+    return state.agreement if isinstance(state.agreement, Agreement) else None
+
+
+@torch.no_grad()
+def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
+    """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
+    chosen = list(states)
+    return [state for state, same in zip(chosen, _same(chosen), strict=True) if not same]
+
+
+def _same(states: Sequence[SubnetState]) -> list[bool]:
+    """Whether W[rows, cols] is S as W can hold it, of each; the device is waited for once."""
+    found = [equal(state.block_of(state.weight), state.values.to(state.weight.dtype)) for state in states]
+    return torch.stack(found).tolist() if found else []
+
+
+def _refuse_spread(states: Iterable[SubnetState]) -> None:
+    """Raises StateError where a transformed model's weights or subnets have become parts of tensors."""
+    spread = [state.name for state in states if is_sharded(state.weight) or is_sharded(state.values)]
+    if spread:
+        raise StateError(
+            f"{listed(spread)}: sharded over processes after losia_fx.transform (a DTensor, as fully_shard and tensor "
+            "parallel make them), where no subnet can be followed: spread the transformed model with "
+            "DistributedDataParallel instead"
+        )
 
 
 def _refuse_torn(states: Sequence[SubnetState]) -> None:
@@ -303,130 +318,3 @@ def _refuse_torn(states: Sequence[SubnetState]) -> None:
             "since they last agreed, and they differ. Write one of them only (the weight by its own name, or the "
             "parameter in losia_fx.subnets(model)[name].values); model.load_state_dict(...) makes a model whole again"
         )
-
-
-def _marks(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
-    """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none."""
-    try:
-        return list(map(_version, tensors)), list(map(torch.Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except (AttributeError, TypeError, RuntimeError):
-        return [_mark(tensor, _version) for tensor in tensors], [
-            _mark(tensor, torch.Tensor.data_ptr) for tensor in tensors
-        ]
-
-
-def _mark(tensor: Tensor | None, read: Callable[[Any], Any]) -> int:
-    try:
-        return int(read(tensor))
-    except (AttributeError, TypeError, RuntimeError):
-        return -1
-
-
-class _Samples:
-    """Some elements of every S, of small ones all: read in one call a step, they tell later whether S was written."""
-
-    def __init__(self, values: Sequence[Tensor], places: Sequence[int] = ()) -> None:
-        """places: of the values in memory, for which the samples hold."""
-        self.places = list(places)
-        most = sampled(len(values))
-        self.strides = [max(1, -(-tensor.numel() // most)) for tensor in values]
-        self._views = [t.detach().view(-1)[::stride] for t, stride in zip(values, self.strides, strict=True)]
-        self._kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        self._at: list[tuple[tuple[torch.device, torch.dtype], slice]] = []
-        ends: dict[tuple[torch.device, torch.dtype], int] = {}
-        for number, view in enumerate(self._views):
-            kind = (view.device, view.dtype)
-            self._kinds.setdefault(kind, []).append(number)
-            start = ends.get(kind, 0)
-            ends[kind] = start + view.numel()
-            self._at.append((kind, slice(start, ends[kind])))
-
-    def take(self, numbers: Sequence[int] | None = None) -> Sample:
-        """The elements as they are, of all or of some."""
-        chosen = self._kinds if numbers is None else {self._at[number][0]: [number] for number in numbers}
-        return {kind: torch.cat([self._views[number] for number in each]) for kind, each in chosen.items()}
-
-    def renew(self, sample: Sample, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            self.of(sample, number).copy_(self._views[number])
-
-    def look_at(self, views: Mapping[int, Tensor]) -> None:
-        """Other elements than before, as many."""
-        for number, view in views.items():
-            self._views[number] = view
-
-    def differ(self, sample: Sample) -> bool:
-        """Whether those on the CPU are others now."""
-        at_hand = [kind for kind in sample if kind[0].type == "cpu"]
-        now = self.take() if at_hand else {}
-        return any(not torch.equal(now[kind], sample[kind]) for kind in at_hand)
-
-    def of(self, sample: Sample, number: int, alone: bool = False) -> Tensor:
-        """The elements of one S. alone: the sample was taken of it only."""
-        kind, place = self._at[number]
-        return sample[kind] if alone else sample[kind][place]
-
-
-Sample = dict[tuple[torch.device, torch.dtype], Tensor]
-
-SAMPLED = 2**12
-"""Elements of all S together that are kept to tell whether they were written, about, and as many of all W."""
-MOST_SAMPLED = 128
-"""Of one S or W, at most."""
-READ_AT_ONCE = 256
-"""Tensors, S and W, of which elements are read at every look: a read of one takes a sixth of a microsecond."""
-
-
-def sampled(count: int) -> int:
-    """Elements that are kept of each of ``count`` tensors."""
-    return min(MOST_SAMPLED, max(1, SAMPLED // max(1, count)))
-
-
-def _line_of(state: SubnetState, most: int) -> Tensor:
-    """The beginning of a row of W, (n,), in the midst of its subnet: elements side by side cost a third of as many that
-    are apart. Nothing where the host would wait for it."""
-    weight = state.weight.detach()
-    if weight.device.type != "cpu":
-        return torch.empty(0, dtype=weight.dtype, device="cpu")
-    row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])
-    return (weight[0] if weight.dim() == 3 else weight)[row, :most]
-
-
-@dataclass(frozen=True)
-class _Witness:
-    """Some elements of one line of W, a row or a column that is not in the subnet: nothing of ours writes them."""
-
-    dim: int
-    line: Tensor
-    """(1,) int64, on W's device: no host waits for it."""
-    values: Tensor
-
-    @staticmethod
-    def of(state: SubnetState) -> _Witness | None:
-        """None where the subnet is all of the weight."""
-        for dim, indices in ((-2, state.rows), (-1, state.cols)):
-            if indices.shape[-1] < state.weight.shape[dim]:
-                line = _first_gap(indices)
-                return _Witness(dim, line, _read(state.weight, dim, line).clone())
-        return None
-
-    def holds(self, state: SubnetState) -> bool:
-        now = _read(state.weight, self.dim, self.line.to(state.weight.device))
-        return now.dtype == self.values.dtype and bool(_equal(now, self.values.to(now.device)))
-
-
-def _read(weight: Tensor, dim: int, line: Tensor) -> Tensor:
-    matrix = weight.detach()
-    elements = (matrix[0] if matrix.dim() == 3 else matrix).index_select(dim, line).flatten()
-    return elements[:: -(-elements.numel() // WITNESSES)]
-
-
-def _first_gap(indices: Tensor) -> Tensor:
-    """The lowest index that is not among the sorted ``indices``, (1,); of experts', of the first's."""
-    first = indices[0] if indices.dim() == 2 else indices
-    return (first == torch.arange(first.numel(), device=first.device)).sum().view(1)
-
-
-def _equal(one: Tensor, other: Tensor) -> Tensor:
-    """Whether all elements are the same, NaN being NaN; 0-dim bool."""
-    return ((one == other) | (one.isnan() & other.isnan())).all()

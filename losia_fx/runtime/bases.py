@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,8 @@ from losia_fx.method.transfers import copies
 from losia_fx.method.visits import BaseHistory, Piece, is_plain
 from losia_fx.model.blocks import plain_name
 
-from .optimizers import Owned, owned, parameters_of
+from .optimizers import parameters_of, signature
 from .state import SubnetState
-
-if TYPE_CHECKING:
-    from .controller import Controller
 
 
 class FullBases:
@@ -34,8 +31,8 @@ class FullBases:
     def __init__(self) -> None:
         self.histories: dict[str, BaseHistory] = {}
         self._seen = WeakIdKeyDictionary()
-        self._met: weakref.WeakKeyDictionary[Optimizer, Owned] = weakref.WeakKeyDictionary()
-        """Optimizers whose parameters have all been seen, with what they owned of ours then."""
+        self._met: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+        """Optimizers whose parameters have all been seen, as they were then."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"histories": self.histories}
@@ -50,7 +47,7 @@ class FullBases:
 
     def remember(self, root: nn.Module, optimizer: Optimizer, subnets: Iterable[SubnetState]) -> None:
         """Copies what ``optimizer`` steps of ``root``, beside the subnets, and is met for the first time."""
-        if self._met.get(optimizer) is (now := owned(optimizer)):  # all but the first step
+        if self._met.get(optimizer) == (now := signature(optimizer)):  # all but the first step
             return
         self._met[optimizer] = now
         hidden = {id(state.values) for state in subnets}
@@ -64,15 +61,28 @@ class FullBases:
                 self.histories[name] = BaseHistory.of_whole(parameter)
 
 
-def remember_base(controller: Controller, optimizer: Optimizer, mine: list[SubnetState]) -> None:
+class Trained(Protocol):
+    """A transformed model, as far as its base goes: a TrainState, or the Controller."""
+
+    @property
+    def root(self) -> nn.Module: ...
+
+    @property
+    def states(self) -> list[SubnetState]: ...
+
+    @property
+    def full(self) -> FullBases: ...
+
+
+def remember_base(model: Trained, optimizer: Optimizer, mine: list[SubnetState]) -> None:
     """Before a step of ``optimizer``, whose subnets are ``mine``: what it is about to change first is kept."""
-    if _restarted(controller):
-        controller.full.clear()
-        for state in controller.states:
+    if _restarted(model):
+        model.full.clear()
+        for state in model.states:
             state.base.restarted = False
     for state in mine:
         state.base.open(state.weight, state.rows, state.cols)
-    controller.full.remember(controller.root, optimizer, controller.states)
+    model.full.remember(model.root, optimizer, model.states)
 
 
 def keep_places(places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
@@ -88,28 +98,28 @@ def keep_places(places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
         state.base.visit(state.weight, rows, cols, block)
 
 
-def _restarted(controller: Controller) -> bool:
-    return any(state.base.restarted for state in controller.states)
+def _restarted(model: Trained) -> bool:
+    return any(state.base.restarted for state in model.states)
 
 
-def base_histories(controller: Controller) -> dict[str, tuple[nn.Parameter, BaseHistory]]:
+def base_histories(model: Trained) -> dict[str, tuple[nn.Parameter, BaseHistory]]:
     """Every weight that training may have changed, by name, with its base."""
-    found = {state.name: (state.weight, state.base) for state in controller.states if state.base.pieces}
-    if not _restarted(controller):
-        parameters = {plain_name(name): parameter for name, parameter in controller.root.named_parameters()}
-        found |= {name: (parameters[name], history) for name, history in controller.full.histories.items()}
+    found = {state.name: (state.weight, state.base) for state in model.states if state.base.pieces}
+    if not _restarted(model):
+        parameters = {plain_name(name): parameter for name, parameter in model.root.named_parameters()}
+        found |= {name: (parameters[name], history) for name, history in model.full.histories.items()}
     return found
 
 
-def history_tensors(controller: Controller) -> dict[str, Tensor]:
+def history_tensors(model: Trained) -> dict[str, Tensor]:
     """The base of the model as plain tensors on the CPU, for a checkpoint that a run goes on from.
 
     With it, save_delta after a resumed run tells the difference to the first base, not to the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
-    histories = {f"subnet/{state.name}": state.base for state in controller.states}
-    if not _restarted(controller):
-        histories |= {f"full/{name}": history for name, history in controller.full.histories.items()}
+    histories = {f"subnet/{state.name}": state.base for state in model.states}
+    if not _restarted(model):
+        histories |= {f"full/{name}": history for name, history in model.full.histories.items()}
     for name, history in histories.items():
         if history.checksum is not None:
             tensors[f"{name}/checksum"] = torch.tensor(history.checksum, device="cpu")
@@ -120,13 +130,13 @@ def history_tensors(controller: Controller) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_history(controller: Controller, tensors: Mapping[str, Tensor]) -> None:
+def restore_history(model: Trained, tensors: Mapping[str, Tensor]) -> None:
     """Takes back what ``history_tensors`` gave. Weights may be loaded before or after: those of the run keep the base.
 
     Raises DeltaError, with nothing changed, for tensors of another model.
     """
-    subnets = {f"subnet/{state.name}": state for state in controller.states}
-    parameters = {f"full/{plain_name(name)}" for name, _ in controller.root.named_parameters()}
+    subnets = {f"subnet/{state.name}": state for state in model.states}
+    parameters = {f"full/{plain_name(name)}" for name, _ in model.root.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
@@ -136,8 +146,8 @@ def restore_history(controller: Controller, tensors: Mapping[str, Tensor]) -> No
     histories = {name: _history(parts) for name, parts in found.items()}
     for name, state in subnets.items():
         state.base = histories.pop(name, BaseHistory())
-    controller.full.clear()
-    controller.full.histories = {name.removeprefix("full/"): history for name, history in histories.items()}
+    model.full.clear()
+    model.full.histories = {name.removeprefix("full/"): history for name, history in histories.items()}
 
 
 def _history(parts: Mapping[str, Tensor]) -> BaseHistory:

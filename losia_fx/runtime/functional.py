@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from losia_fx._compat import plain_call
-from losia_fx.ops.linear import subnet_weight
 
-from .attach import plain_forward
-from .controller import Controller
+from .look import look
+from .outside import whole_of
 from .state import SubnetState
+from .train_state import TrainState
+from .watch import plain_forward
 
 
-def call_with_others(controller: Controller, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_with_others(train: TrainState, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The plain forward with the tensors that are there.
 
     Each S is put into its W, but for a W that was given by itself: so all that was given gets its gradient, a dense
     one, and so does an S that was not.
     """
-    with _subnets_in_place(controller.states), plain_forward(controller.watches.values()):
-        return plain_call(controller.root, *args, **kwargs)
+    with _subnets_in_place(train.states), plain_forward(train.watches.values()):
+        return plain_call(train.root, *args, **kwargs)
 
 
 @contextmanager
@@ -51,9 +52,8 @@ def _with_values(weight: Tensor, values: Tensor, state: SubnetState) -> Tensor:
     return weight.index_put(index, values.to(weight.dtype))
 
 
-def whole_weight(controller: Controller, state: SubnetState) -> Tensor:
-    """W as a differentiable tensor, (out, in) or (E, out, in), whose gradient goes to S, and to G while profiled."""
-    controller.look(torch.is_grad_enabled())
+def whole_weight(train: TrainState, state: SubnetState) -> Tensor:
+    """outside.whole_of, after a look at the model."""
+    look(train, torch.is_grad_enabled())
     state.ran = True
-    whole: Tensor = subnet_weight(state.weight, state.values, state.rows, state.picked_cols, state.handle, 0)
-    return whole
+    return whole_of(state)

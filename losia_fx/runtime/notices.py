@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from losia_fx import registry
 from losia_fx.errors import LosiaWarning, listed
-from losia_fx.runtime import registry
 
 from .state import SubnetState
-
-if TYPE_CHECKING:
-    from .controller import Controller
+from .train_state import TrainState
 
 
 def _warn(text: str) -> None:
     warnings.warn(f"losia_fx: {text}", LosiaWarning, stacklevel=2)
 
 
-def _once(controller: Controller, what: str) -> bool:
-    if what in controller.told:
+def _once(train: TrainState, what: str) -> bool:
+    if what in train.told:
         return False
-    controller.told.add(what)
+    train.told.add(what)
     return True
 
 
@@ -33,10 +30,10 @@ def _names(states: Sequence[SubnetState]) -> str:
     return listed([state.name for state in states])
 
 
-def warn_outside(controller: Controller) -> None:
+def warn_outside(train: TrainState) -> None:
     """Weights that ran outside a rewritten graph since the last look. Heads by themselves are none: a loss that takes
     the head's weight in pieces is meant to run as it does."""
-    ran = [state for state in controller.states if state in registry.RAN_OUTSIDE] if registry.RAN_OUTSIDE else []
+    ran = [state for state in train.states if state in registry.RAN_OUTSIDE] if registry.RAN_OUTSIDE else []
     registry.RAN_OUTSIDE.difference_update(ran)
     fresh = [state for state in ran if not state.ran_outside]
     for state in ran:
@@ -50,13 +47,13 @@ def warn_outside(controller: Controller) -> None:
         )
 
 
-def warn_blind(states: Sequence[SubnetState]) -> None:
+def warn_without_grad(states: Sequence[SubnetState]) -> None:
     """Weights that ran with gradients off within a forward, and have none."""
-    blind = [state for state in states if state in registry.RAN_BLIND and state.values.grad is None]
-    registry.RAN_BLIND.difference_update(states)
-    fresh = [state for state in blind if not state.ran_blind]
+    silent = [state for state in states if state in registry.RAN_WITHOUT_GRAD and state.values.grad is None]
+    registry.RAN_WITHOUT_GRAD.difference_update(states)
+    fresh = [state for state in silent if not state.ran_without_grad]
     for state in fresh:
-        state.ran_blind = True
+        state.ran_without_grad = True
     if fresh:
         _warn(
             f"{len(fresh)} weights do not learn: {_names(fresh)} ran with gradients off, under no_grad or in a "
@@ -77,8 +74,8 @@ def warn_kept(group: int) -> None:
     _warn(f"group {group} keeps its subnets: no step of its slot gave a gradient to score by")
 
 
-def warn_standing(controller: Controller, written: Sequence[SubnetState]) -> None:
-    if _once(controller, "standing"):
+def warn_standing(train: TrainState, written: Sequence[SubnetState]) -> None:
+    if _once(train, "standing"):
         _warn(
             f"{len(written)} subnets ({_names(written)}) are moved by something that is no optimizer step of theirs (a "
             "step written by hand, an optimizer of flat or master copies). The weights follow, but t stands still: no "
@@ -87,12 +84,12 @@ def warn_standing(controller: Controller, written: Sequence[SubnetState]) -> Non
         )
 
 
-def warn_averaged(controller: Controller, written: Sequence[SubnetState]) -> None:
+def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
     """S was written from elsewhere and is now evaluated or saved: where it has been in several places, the average of
     what it held is that of no weight."""
-    origin = registry.numbered(controller.copied_from)
-    moved = controller.history if origin is None else origin.history[len(controller.history) :]
-    if moved and _once(controller, "averaged"):
+    origin = registry.numbered(train.copied_from)
+    moved = train.progress.history if origin is None else origin.progress.history[len(train.progress.history) :]
+    if moved and _once(train, "averaged"):
         _warn(
             f"{len(written)} subnets ({_names(written)}) were written from outside of a step, and have been elsewhere "
             "in their weights before. An average of them that was begun before they moved mixes different weights: "
@@ -101,26 +98,27 @@ def warn_averaged(controller: Controller, written: Sequence[SubnetState]) -> Non
         )
 
 
-def warn_silent(controller: Controller) -> None:
-    """At a slot's end: subnets that are in use and do not learn: no gradient reaches them, or no optimizer."""
-    stepped = set(controller.owned())
-    by_group = {group: controller.members(group) for group in range(len(controller.groups))}
-    quiet = [s for s in controller.states if not s.learned and not s.ran_blind]
+def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
+    """At a slot's end: subnets that are in use and do not learn: no gradient reaches them, or no optimizer (``owned``:
+    those that one steps)."""
+    stepped = set(owned)
+    by_group = {group: train.members(group) for group in range(len(train.groups))}
+    quiet = [s for s in train.states if not s.learned and not s.ran_without_grad]
     idle = {group for group, members in by_group.items() if not any(state.learned for state in members)}
     deaf = [s for s in quiet if s in stepped and (s.ran or s.group in idle)]
     ownerless = [s for s in quiet if s not in stepped and s.ran]
-    for state in controller.states:
+    for state in train.states:
         state.ran = state.learned = False
-    if deaf and _once(controller, "deaf"):
+    if deaf and _once(train, "deaf"):
         _warn(
-            f"{len(deaf)} weights have had no gradient in the last {controller.config.period} steps: {_names(deaf)}. "
+            f"{len(deaf)} weights have had no gradient in the last {train.config.period} steps: {_names(deaf)}. "
             "Nothing of them learns. Where a loss takes a weight by hand, take losia_fx.dense(model, name) instead; a "
             "part that another compiler runs, or that this loss has no use for, is named in exclude"
         )
-    if ownerless and _once(controller, "ownerless"):
+    if ownerless and _once(train, "ownerless"):
         _warn(
             f"{len(ownerless)} weights are in use, and no optimizer has stepped their subnets in the last "
-            f"{controller.config.period} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
+            f"{train.config.period} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
             "name these weights in exclude"
         )
 

@@ -1,21 +1,22 @@
-"""A controller's state as plain values and tensors, and back; checked to the last entry before anything changes."""
+"""A TrainState as plain values and tensors, and back; checked to the last entry before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from losia_fx.config import LosiaConfig
 from losia_fx.errors import StateError, listed
 from losia_fx.method.schedule import profiled_groups
 
-from .state import Profile, SubnetState
-
-if TYPE_CHECKING:
-    from .controller import Controller
+from .agreement import strays
+from .profile import Profile
+from .state import SubnetState
+from .train_state import Event, TrainState
 
 FORMAT = 1
 PLAIN = ("format", "config", "groups", "step", "left_out", "history", "rewarm_from", "stepped")
@@ -29,72 +30,65 @@ BINDING = (
 )  # fmt: skip
 
 
-def collect(controller: Controller) -> dict[str, Any]:
+def collect(train: TrainState) -> dict[str, Any]:
     """Plain values under the names in PLAIN, tensors under "<weight>:<part>"; the tensors are copies on the CPU."""
+    progress = train.progress
     state: dict[str, Any] = {
         "format": FORMAT,
-        "config": collect_config(controller),
-        "groups": [list(names) for names in controller.groups],
-        "step": controller.step,
-        "left_out": controller.left_out,
-        "history": [list(asdict(event).values()) for event in controller.history],
-        "rewarm_from": {s.name: s.rewarm_from for s in controller.states if s.rewarm_from is not None},
-        "stepped": sorted(s.name for s in controller.stepped),
-        GENERATOR: controller.generator.get_state(),
+        "config": _plain_config(train.config),
+        "groups": [list(names) for names in train.groups],
+        "step": progress.step,
+        "left_out": progress.left_out,
+        "history": [list(asdict(event).values()) for event in progress.history],
+        "rewarm_from": {s.name: s.rewarm_from for s in train.states if s.rewarm_from is not None},
+        "stepped": sorted(s.name for s in progress.stepped),
+        GENERATOR: progress.generator.get_state(),
     }
-    profiled = _profiled(controller, controller.step)
-    for subnet in controller.states:
+    profiled = _profiled(train, progress.step)
+    for subnet in train.states:
         for part, tensor in _parts(subnet, subnet.group in profiled):
             state[f"{subnet.name}:{part}"] = tensor.detach().to("cpu", copy=True)
     return state
 
 
-def collect_config(controller: Controller) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in asdict(controller.config).items()}
+def _plain_config(config: LosiaConfig) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
-def check(controller: Controller, state: Mapping[str, Any]) -> None:
+def check(train: TrainState, state: Mapping[str, Any]) -> None:
     """Raises StateError, naming every entry that is unknown, missing or does not fit; changes nothing."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise StateError(f"no state of losia_fx that this version can read: its format is {found!r}, not {FORMAT}")
     problems: list[str] = []
     for look in (_options, _names, _plain_values, _tensors_fit):  # each may rely on what those before it found right
-        problems = problems or [*look(controller, state)]
+        problems = problems or [*look(train, state)]
     if problems:
         raise StateError(f"this state does not fit the model, so nothing was loaded: {listed(problems)}")
 
 
 @torch.no_grad()
-def apply(controller: Controller, state: Mapping[str, Any]) -> None:
-    """Makes a checked state the controller's own. Tensors that graphs and optimizers hold change in place."""
-    profiled = _profiled(controller, state["step"])
-    profiles = {s: _profile(s, state) if s.group in profiled else None for s in controller.states}
+def apply(train: TrainState, state: Mapping[str, Any]) -> None:
+    """Makes a checked state the model's own. Tensors that graphs and optimizers hold change in place."""
+    profiled = _profiled(train, state["step"])
+    profiles = {s: _profile(s, state) if s.group in profiled else None for s in train.states}
     for subnet, profile in profiles.items():  # what could fail for want of memory is done
         subnet.rows.copy_(state[f"{subnet.name}:rows"])
         subnet.cols.copy_(state[f"{subnet.name}:cols"])
         subnet.values.copy_(state[f"{subnet.name}:values"])
         subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
         subnet.profile = profile
-    controller.generator.set_state(state[GENERATOR].cpu())
-    controller.resume(
-        state["step"], state["left_out"], state["history"], {s for s in profiles if s.name in state["stepped"]}
-    )
-
-
-@torch.no_grad()
-def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
-    """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
-    return [state for state in states if not _same(state.block_of(state.weight.detach()), state.values)]
-
-
-def _same(weight: Tensor, values: Tensor) -> bool:
-    rounded = values.to(weight.dtype)
-    return bool(((weight == rounded) | (weight.isnan() & rounded.isnan())).all())
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    progress = train.progress
+    progress.generator.set_state(state[GENERATOR].cpu())
+    progress.step, progress.left_out = state["step"], state["left_out"]
+    progress.history = [Event(*event) for event in state["history"]]
+    progress.stepped = {subnet for subnet in profiles if subnet.name in state["stepped"]}
+    progress.selecting = []
+    train.pending.forget_step()
+    train.pending.open.clear()
+    train.agreement.waiting = set(strays(train.states))
+    train.agreement.remember(places=True)
+    train.resumed = True
 
 
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
@@ -106,9 +100,9 @@ def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
             yield part, tensor
 
 
-def _profiled(controller: Controller, step: int) -> tuple[int, ...]:
+def _profiled(train: TrainState, step: int) -> tuple[int, ...]:
     """The groups that are being profiled after ``step`` steps."""
-    return profiled_groups(controller.config, len(controller.groups), step)
+    return profiled_groups(train.config, len(train.groups), step)
 
 
 def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
@@ -123,25 +117,25 @@ def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
 # -- the checks, each yielding what is wrong --------------------------------------------------------------------------
 
 
-def _options(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+def _options(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     missing = [name for name in (*PLAIN, GENERATOR) if name not in state]
     yield from (f"{name} is missing" for name in missing)
-    own, config = collect_config(controller), state.get("config")
+    own, config = _plain_config(train.config), state.get("config")
     if isinstance(config, Mapping):
         differ = (name for name in BINDING if config.get(name) != own[name])
         yield from (f"{name} was {config.get(name)!r} and is {own[name]!r}" for name in differ)
     elif "config" in state:
         yield "config is no table of options"
-    if not missing and state["groups"] != [list(names) for names in controller.groups]:
+    if not missing and state["groups"] != [list(names) for names in train.groups]:
         yield f"groups are not those of this model: {state['groups']!r:.200}"
     yield from (f"{name} is {state[name]!r}" for name in ("step", "left_out") if not _is_count(state.get(name, 0)))
 
 
-def _names(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
-    profiled = _profiled(controller, state["step"])
+def _names(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
+    profiled = _profiled(train, state["step"])
     expected: set[str] = {*PLAIN, GENERATOR}
     optional: set[str] = set()
-    for subnet in controller.states:
+    for subnet in train.states:
         expected.update(f"{subnet.name}:{part}" for part in SUBNET)
         if subnet.group in profiled:
             optional.update(f"{subnet.name}:{part}" for part in PROFILE)
@@ -152,21 +146,21 @@ def _names(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
     yield from sorted(f"{name} is unknown" for name in state.keys() - expected - optional)
 
 
-def _plain_values(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
+def _plain_values(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     step = state["step"]
-    names, rewarm, stepped = {s.name for s in controller.states}, state["rewarm_from"], state["stepped"]
+    names, rewarm, stepped = {s.name for s in train.states}, state["rewarm_from"], state["stepped"]
     known = isinstance(rewarm, Mapping) and rewarm.keys() <= names
     if not known or not all(_is_count(at) and at <= step for at in rewarm.values()):
         yield "rewarm_from does not name weights and steps"
     if not isinstance(stepped, list) or not all(isinstance(name, str) and name in names for name in stepped):
         yield "stepped does not name weights"
     events = state["history"]
-    if not isinstance(events, list) or not all(_is_event(event, step, len(controller.groups)) for event in events):
+    if not isinstance(events, list) or not all(_is_event(event, step, len(train.groups)) for event in events):
         yield "history is no list of re-selections"
 
 
-def _tensors_fit(controller: Controller, state: Mapping[str, Any]) -> Iterator[str]:
-    for subnet in controller.states:
+def _tensors_fit(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
+    for subnet in train.states:
         for part in (*SUBNET, *PROFILE):
             name = f"{subnet.name}:{part}"
             if name in state and (misfit := _misfit(subnet, part, state[name])):

@@ -7,103 +7,30 @@ pickle of the module carries it along.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from losia_fx._compat import graph_task_id
+from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
-from losia_fx.method.localize import Selection
-from losia_fx.method.subnet import draw, flat_index, gather, scatter
+from losia_fx.method.selection import Selection
+from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
-from losia_fx.runtime import registry
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from .agreement import Agreement
+from .profile import Profile
 
 ATTRIBUTE = "_losia_subnets"
 """Of an owner module: its SubnetStates by the name of the weight within it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Subnet:
-    """A weight's subnet as the user sees it: live tensors, not copies."""
+class _Agreement(Protocol):
+    """losia_fx.runtime.agreement.Agreement, which is about these states."""
 
-    name: str
-    """Of the weight, in named_parameters() before the transformation."""
-    weight: nn.Parameter
-    """W as the module stores it, dense and up to date: (out, in), or (E, out, in) where it holds E experts."""
-    values: nn.Parameter
-    """S = W[rows][:, cols], (r, c), or (E, r, c): one block an expert; float32 where W is narrower."""
-    rows: Tensor
-    """(r,) or (E, r), sorted int64: indices into dimension -2 of W."""
-    cols: Tensor
-    """(c,) or (E, c), sorted int64: indices into dimension -1 of W."""
-    group: int
-
-
-@dataclass
-class Profile:
-    """What a profiled slot gathers, shape of W; each is made when first needed, on W's device."""
-
-    importance: Tensor | None = None
-    """I, float32."""
-    uncertainty: Tensor | None = None
-    """U, float32."""
-    grad: Tensor | None = None
-    """G, the full gradient of the optimizer step under way: as the first product made it, float32 from the second."""
-    backward: int = -1
-    """The backward pass that last added to G."""
-
-    def to(self, device: torch.device) -> None:
-        for name in ("importance", "uncertainty", "grad"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(device))
-
-    def average_ranks(self, weight: Tensor, ranks: ProcessGroup) -> None:
-        """G of the joined batch. A rank on which the weight had no use takes part with zeros: others wait for it."""
-        grad = torch.zeros_like(weight, dtype=torch.float32) if self.grad is None else self.grad.float()
-        dist.all_reduce(grad, group=ranks)
-        self.grad = grad.div_(dist.get_world_size(ranks))
-
-
-SMALL = 2**12
-"""Elements of an S up to which its place in W is kept as one index: beyond, that would cost twice the memory of S."""
-
-
-class _Place:
-    """Where a small S goes in W, ready to be written: of many small weights, the calls are what takes the time."""
-
-    def __init__(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
-        self._tensors = (weight, rows, cols, values)
-        self._marks = self._read()
-        self._target, self._source = weight.detach().view(-1), values.detach().view(-1)
-        self._index = flat_index(weight, rows, cols)
-
-    def _read(self) -> tuple[int, ...]:
-        weight, rows, cols, values = self._tensors
-        return weight.data_ptr(), rows._version, cols._version, values.data_ptr()
-
-    def holds(self, weight: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> bool:
-        """Whether these are the same tensors, where they were, and rows and cols say what they said."""
-        mine = self._tensors
-        same = weight is mine[0] and rows is mine[1] and cols is mine[2] and values is mine[3]
-        return same and self._read() == self._marks
-
-    def write(self) -> None:
-        """W[rows, cols] = S."""
-        source = self._source
-        if source.dtype != self._target.dtype:
-            source = source.to(self._target.dtype)
-        self._target.index_copy_(0, self._index, source)
+    def is_ahead(self, state: SubnetState) -> bool: ...
 
 
 class SubnetState:
@@ -119,7 +46,7 @@ class SubnetState:
         self.profile: Profile | None = None
         self.rewarm_from: int | None = None
         self.ran_outside = False
-        self.ran_blind = False
+        self.ran_without_grad = False
         self.ran = False
         """A graph or a module used the weight with gradients on, since the slot began."""
         self.learned = False
@@ -128,11 +55,11 @@ class SubnetState:
         """Uses by a part of the model called by itself that have compared S with W."""
         self.pending: tuple[Tensor, Tensor] | None = None
         """Where S is moving to: rows and cols, until every part of the move is done."""
-        self.agreement: Agreement | None = None
-        """Of the controller that follows this subnet."""
+        self.agreement: _Agreement | None = None
+        """What knows whether S and W agree (agreement.agreement_of); None of a copy without a controller."""
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
-        self._place: _Place | None = None
+        self._placed: PlacedBlock | None = None
         self.hooks: list[RemovableHandle] = []
         self.base = BaseHistory()
         self.shape = tuple(self.weight.shape)
@@ -249,17 +176,17 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._place = None
-        registry.leave(self, int(self.handle))
+        self._placed = None
+        registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_place")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_placed")}
         return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.agreement = self._place = None
+        self.agreement = self._placed = None
         self._enlist()
         registry.COPIES.add(self)
 
@@ -270,34 +197,12 @@ class SubnetState:
         return self.profile is not None
 
     def begin_use(self) -> None:
-        """G lives and dies with S.grad: the first use of W in a backward that finds no gradient on S starts it anew."""
-        profile = self.profile
-        assert profile is not None
-        backward, seen = graph_task_id(), self.values.grad
-        if backward != profile.backward:
-            profile.backward = backward
-            if seen is None:
-                profile.grad = None
-            elif profile.grad is not None:  # without asking whether there is any: the host would wait for the device
-                profile.grad.masked_fill_(~seen.any(), 0.0)
+        assert self.profile is not None
+        self.profile.begin_use(self.values.grad)
 
     def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
-        """Adds ``grad`` to G: shape of W, or of one expert's (out, in) of it, whose number may be a tensor (1,) on W's
-        device. ``owned``: nobody else has it."""
-        profile = self.profile
-        assert profile is not None
-        if profile.grad is None and expert is None:
-            # A sum needs float32; a single product has the width that it was made in.
-            narrow = grad if grad.itemsize <= 4 else grad.float()
-            profile.grad = narrow.contiguous() if owned else narrow.clone(memory_format=torch.contiguous_format)
-            return
-        if profile.grad is None:
-            profile.grad = torch.zeros_like(self.weight, dtype=torch.float32)
-        profile.grad = profile.grad.float()
-        if isinstance(expert, Tensor):
-            profile.grad.index_add_(0, expert, grad.float().unsqueeze(0))
-        else:
-            (profile.grad if expert is None else profile.grad[expert]).add_(grad)
+        assert self.profile is not None
+        self.profile.accumulate(self.weight, grad, expert, owned)
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:
@@ -316,12 +221,11 @@ class SubnetState:
     def write_back(self) -> None:
         """W[rows, cols] = S. To be called with gradients off."""
         weight, rows, cols, values = self.written()
-        if self._place is not None and cols is not None and self._place.holds(weight, rows, cols, values):
-            self._place.write()
+        if self._placed is not None and self._placed.holds(weight, rows, cols, values):
+            self._placed.write()
             return
         scatter(weight, rows, cols, values.detach().to(weight.dtype))
-        flat = weight.dim() == 2 and weight.is_contiguous() and values.is_contiguous() and values.numel() <= SMALL
-        self._place = None if cols is None or not flat else _Place(weight, rows, cols, values)
+        self._placed = PlacedBlock.of(weight, rows, cols, values)
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
@@ -357,6 +261,22 @@ class SubnetState:
         return Selection(rows, cols, torch.zeros((), device=device))
 
 
+def own_states(module: nn.Module) -> dict[str, SubnetState]:
+    """The states of the weights that ``module`` itself holds, by the weight's name within it."""
+    states: dict[str, SubnetState] = module.__dict__.get(ATTRIBUTE, {})
+    return states
+
+
 def states_of(module: nn.Module) -> list[SubnetState]:
     """The states of all subnets in ``module``, in the order of its modules."""
-    return [state for owner in module.modules() for state in owner.__dict__.get(ATTRIBUTE, {}).values()]
+    return [state for owner in module.modules() for state in own_states(owner).values()]
+
+
+def find(weight: Tensor) -> SubnetState | None:
+    """registry.find: what is entered there is a SubnetState."""
+    return cast("SubnetState | None", registry.find(weight))
+
+
+def resolve(weight: Tensor) -> SubnetState | None:
+    """registry.resolve: what is entered there is a SubnetState."""
+    return cast("SubnetState | None", registry.resolve(weight))

@@ -1,24 +1,24 @@
 """The two hooks around every optimizer step of the process: whose step it is, and whether it can be followed.
 
-A controller hears of the steps that own its subnets and of no others, and never raises in anybody else's.
+A model hears of the steps of optimizers that hold its subnets and of no others, and never raises in anybody else's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from losia_fx.errors import OptimizerError, listed
-from losia_fx.runtime import notices, steps
 
+from . import notices, step, steps
 from .bases import remember_base
-from .optimizers import Owned, adopt_subnets, follow_optimizers, owned
+from .optimizer_state import adopt_subnets
+from .optimizers import follow_optimizers
+from .owners import Owned, owned
 from .state import SubnetState
-
-if TYPE_CHECKING:
-    from .controller import Controller
+from .train_state import TrainState
 
 
 def follow() -> None:
@@ -38,34 +38,34 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "no controller follows the copy: its subnet would train without ever reaching the weight. Copy the whole "
             "model, or restore it first"
         )
-    for controller in list(theirs.full):
-        remember_base(controller, optimizer, [])
+    for train in list(theirs.full):
+        remember_base(train, optimizer, [])
     if not theirs.mine:
         return
     running = steps.enter(optimizer)
     _refuse_kinds(optimizer)
-    for controller, states in list(theirs.mine.items()):
-        step = steps.step_of(controller)
-        if step is None:
+    for train, states in list(theirs.mine.items()):
+        followed = steps.step_of(train)
+        if followed is None:
             closure = any(callable(value) for value in (*args, *kwargs.values()))
-            step = steps.Followed(closure, steps.caller_of(running))
-        fresh = [state for state in states if state not in step.states] if step.states else states
-        if not step.optimizers and controller.is_rehearsal(optimizer, fresh):
+            followed = steps.Followed(closure, steps.caller_of(running))
+        fresh = [state for state in states if state not in followed.states] if followed.states else states
+        if not followed.optimizers and step.is_rehearsal(optimizer, fresh):
             continue
-        step.optimizers.append(optimizer)
-        if len(step.optimizers) == 1:
-            running.made[controller] = step
+        followed.optimizers.append(optimizer)
+        if len(followed.optimizers) == 1:
+            running.made[train] = followed
         if fresh:
-            _begin(controller, step, fresh)
+            _begin(train, followed, fresh)
 
 
-def _begin(controller: Controller, step: steps.Followed, fresh: list[SubnetState]) -> None:
-    notices.warn_outside(controller)
-    if not step.closure:
-        notices.warn_blind(fresh)
-    controller.before(step.optimizers[0], fresh, step.closure)
-    remember_base(controller, step.optimizers[-1], fresh)  # after it, S and W agree
-    step.states += fresh
+def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]) -> None:
+    notices.warn_outside(train)
+    if not followed.closure:
+        notices.warn_without_grad(fresh)
+    step.before(train, followed.optimizers[0], fresh, followed.closure)
+    remember_base(train, followed.optimizers[-1], fresh)  # after it, S and W agree
+    followed.states += fresh
 
 
 @torch.compiler.disable
@@ -74,22 +74,17 @@ def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not owned(optimizer).mine:
         return
     try:
-        for controller, step in list(steps.made_by(optimizer).items()):
-            if step.states:
-                controller.after(step.optimizers, step.states, step.closure, step.around)
+        for train, followed in list(steps.made_by(optimizer).items()):
+            if followed.states:
+                step.after(train, followed)
     finally:
         steps.leave(optimizer)
 
 
-def under_way(controller: Controller) -> bool:
-    """Whether a step of the controller's model is being made."""
-    return steps.step_of(controller) is not None or steps.elsewhere(controller)
-
-
 def _with_subnets(optimizer: Optimizer) -> Owned:
     """What an optimizer owns that was found to hold weights without their subnets, once those are in their place."""
-    for controller, bare in list(owned(optimizer).bare.items()):
-        if controller.by_string:
+    for train, bare in list(owned(optimizer).bare.items()):
+        if train.by_string:
             adopt_subnets(optimizer, bare)
         else:
             raise OptimizerError(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
-from losia_fx.runtime import registry
+from losia_fx import registry
 
-if TYPE_CHECKING:
-    from .controller import Controller
-    from .state import SubnetState
+from .state import SubnetState
+from .train_state import TrainState
 
 
 @dataclass
@@ -40,14 +40,27 @@ class Running:
     optimizer: Optimizer
     frame: FrameType | None
     """That runs the step, to tell one that has raised from one that goes on."""
-    made: dict[Controller, Followed] = field(default_factory=dict)
+    made: dict[TrainState, Followed] = field(default_factory=dict)
     """The steps that this call makes, by model: it is their outermost one."""
+
+
+@dataclass(eq=False)
+class Thread:
+    """The calls that are under way in one thread, the outermost first."""
+
+    running: list[Running] = field(default_factory=list)
+
+
+STEPPING: MutableMapping[int, Thread] = registry.STEPPING
 
 
 class _Steps(threading.local):
     def __init__(self) -> None:
-        self.running: list[Running] = []
-        registry.STEPPING[threading.get_ident()] = self.running
+        self.thread = STEPPING[threading.get_ident()] = Thread()
+
+    @property
+    def running(self) -> list[Running]:
+        return self.thread.running
 
 
 _steps = _Steps()
@@ -60,27 +73,33 @@ def enter(optimizer: Optimizer) -> Running:
     return _steps.running[-1]
 
 
-def step_of(controller: Controller) -> Followed | None:
+def step_of(train: TrainState) -> Followed | None:
     """The step of a model that is under way in this thread."""
     if _steps.running:
         _forget_dead()
-    return next((each.made[controller] for each in _steps.running if controller in each.made), None)
+    return next((each.made[train] for each in _steps.running if train in each.made), None)
 
 
 def others() -> bool:
-    """Whether other threads than this have made steps."""
-    return any(thread != threading.get_ident() for thread in registry.STEPPING)
+    """Whether there are other threads than this that have made steps."""
+    return any(thread != threading.get_ident() for thread in list(STEPPING))
 
 
-def elsewhere(controller: Controller) -> bool:
+def elsewhere(train: TrainState) -> bool:
     """Whether another thread is making a step of the model: S and W are its affair until it has."""
     mine = threading.get_ident()
-    for thread, running in list(registry.STEPPING.items()):
-        if thread != mine and any(controller in each.made for each in list(running)):
+    for thread, steps in list(STEPPING.items()):
+        made = [each for each in list(steps.running) if train in each.made]
+        if thread != mine and made:
             alive = _frames(sys._current_frames().get(thread))
-            if any(controller in each.made for each in list(running) if each.frame is None or id(each.frame) in alive):
+            if any(each.frame is None or id(each.frame) in alive for each in made):
                 return True
     return False
+
+
+def under_way(train: TrainState) -> bool:
+    """Whether a step of the model is being made."""
+    return step_of(train) is not None or elsewhere(train)
 
 
 def caller_of(running: Running) -> Any:
@@ -97,7 +116,7 @@ def caller_of(running: Running) -> Any:
     return None
 
 
-def made_by(optimizer: Optimizer) -> dict[Controller, Followed]:
+def made_by(optimizer: Optimizer) -> dict[TrainState, Followed]:
     """The steps that the step of ``optimizer``, which is about to end, has made, by model."""
     return next((each.made for each in reversed(_steps.running) if each.optimizer is optimizer), {})
 

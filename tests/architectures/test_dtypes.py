@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import losia_fx
-from losia_fx.method.localize import importance_of
+from losia_fx.method.importance import importance_of
 from losia_fx.method.subnet import gather
 from losia_fx.runtime.state import states_of
 from tests.support import toys

@@ -23,7 +23,7 @@ from losia_fx._compat import aot_compiler, install_call
 from losia_fx.api.transform import CompiledCall
 from losia_fx.compile.backend import LosiaBackend
 from losia_fx.method import visits
-from losia_fx.method.localize import Fit
+from losia_fx.method.fit import Fit
 from losia_fx.ops import localization
 from losia_fx.runtime.state import states_of
 from tests.architectures.test_experts import MIXTRAL
@@ -78,7 +78,7 @@ def dry_device() -> Iterator[Waits]:
         stack.enter_context(patch.object(Tensor, "__getitem__", _indexing(waits, Tensor.__getitem__)))
         stack.enter_context(patch.object(Tensor, "__setitem__", _indexing(waits, Tensor.__setitem__)))
         # What is decided by numbers goes on as if they were good ones.
-        for place in ("losia_fx.runtime.controller.fit_from", "losia_fx.method.localize.fit_from"):
+        for place in ("losia_fx.runtime.measure.fit_from", "losia_fx.method.fit.fit_from"):
             stack.enter_context(patch(place, lambda *numbers, **known: Fit(1.0)))
         stack.enter_context(patch.object(visits, "is_plain", lambda tensor: True))
         yield waits

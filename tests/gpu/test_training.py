@@ -212,15 +212,16 @@ def test_the_compiled_passes_over_weights(dtype: torch.dtype, monkeypatch: pytes
             torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
     rows, cols = (torch.randperm(n)[:6].sort().values.to(DEVICE) for n in weight.shape)
     values, written = torch.randn(6, 6, device=DEVICE), [weight.clone() for _ in range(2)]
-    for target, compiled in zip(written, (False, True), strict=True):
-        kernels.write_back([target], [rows], [cols], [values], compiled)
+    for target, write in zip(written, (kernels._write_back, kernels.write_back), strict=True):
+        write([target], [rows], [cols], [values])
     assert torch.equal(*written)
     assert torch.equal(written[0][rows][:, cols], values.to(dtype))
 
 
 def test_selections_are_those_of_the_cpu() -> None:
     """Ties included: whole numbers, of which many sums are equal."""
-    from losia_fx.method.localize import lower_median, select_experts, select_subnet
+    from losia_fx.method.fit import lower_median
+    from losia_fx.method.selection import select_experts, select_subnet
 
     for experts in (None, 5):
         score = torch.randint(0, 4, (40, 56) if experts is None else (experts, 40, 56)).float()

@@ -123,7 +123,7 @@ def test_what_is_small_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 36)
     measured(made, compiled=True)
     weight = torch.zeros(5, 7)
-    write_back([weight], [torch.tensor([0])], [torch.tensor([1])], [torch.ones(1, 1)], True)
+    write_back([weight], [torch.tensor([0])], [torch.tensor([1])], [torch.ones(1, 1)])
     assert graphs() == 0
     assert weight[0, 1] == 1
 
@@ -185,7 +185,7 @@ def test_write_back(rows: Tensor, cols: Tensor | None, layout: str, dtype: torch
     weight = laid_out(before, layout)
     wide = torch.promote_types(dtype, torch.float32)
     values = torch.randn(len(rows), 9 if cols is None else len(cols), dtype=wide)
-    write_back([weight], [rows], [cols], [values], False)
+    write_back([weight], [rows], [cols], [values])
     assert_written(weight, before, rows, cols, values)
 
 
@@ -199,7 +199,7 @@ def test_write_back_of_experts(rows: Any, cols: Any, layout: str) -> None:
     rows, cols = torch.tensor(rows), torch.tensor(cols)
     before, values = torch.randn(3, 5, 7).bfloat16(), torch.randn(3, 2, 3)
     weight = laid_out(before, layout)
-    write_back([weight], [rows], [cols], [values], False)
+    write_back([weight], [rows], [cols], [values])
     assert_written(weight, before, rows, cols, values)
 
 
@@ -211,7 +211,7 @@ def test_one_value_for_all(layout: str, shape: tuple[int, ...]) -> None:
     if layout == "experts":
         rows, cols, before = rows.repeat(3, 1), cols.repeat(3, 1), torch.randn(3, 4, 6)
     picked = None if layout == "whole" else cols
-    ways = (scatter, lambda *args: write_back(*([each] for each in args), False))
+    ways = (scatter, lambda *args: write_back(*([each] for each in args)))
     for way in ways:
         weight = laid_out(before, layout)
         way(weight, rows, picked, torch.full(shape, 2.5))
@@ -220,9 +220,9 @@ def test_one_value_for_all(layout: str, shape: tuple[int, ...]) -> None:
 
 def test_write_back_of_parameters_and_of_nothing() -> None:
     weight, values = torch.nn.Parameter(torch.zeros(3, 3)), torch.nn.Parameter(torch.ones(1, 1))
-    write_back([weight], [torch.tensor([1])], [torch.tensor([2])], [values], False)
+    write_back([weight], [torch.tensor([1])], [torch.tensor([2])], [values])
     assert weight.sum() == weight[1, 2] == 1
-    write_back([], [], [], [], False)
+    write_back([], [], [], [])
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_compiled_write_back_is_plain_to_the_bit(compiling: None) -> None:
         rows = [*(torch.randperm(8)[:3].sort().values for _ in range(2)), torch.stack([torch.arange(2)] * 3)]
         cols = [torch.randperm(8)[:4].sort().values, None, torch.stack([torch.arange(1, 4)] * 3)]
         values = [torch.randn(3, 4), torch.randn(3, 8), torch.randn(3, 2, 3)]
-        write_back(weights, rows, cols, values, True)
+        write_back(weights, rows, cols, values)
         for written in zip(weights, befores, rows, cols, values, strict=True):
             assert_written(*written)
     assert graphs() == 1
@@ -248,8 +248,8 @@ def test_compiled_write_back_makes_no_copy_of_a_weight(compiling: None) -> None:
     rows = [torch.arange(0, 256, 32)] * 2 + [torch.arange(0, 256, 32).repeat(3, 1)]
     cols = [torch.arange(0, 512, 64), None, torch.arange(0, 512, 64).repeat(3, 1)]
     values = [torch.randn(8, 8), torch.randn(8, 512), torch.randn(3, 8, 8)]
-    write_back(weights, rows, cols, values, True)  # compiles
-    assert allocated_peak(lambda: write_back(weights, rows, cols, values, True)) < weights[0].nbytes
+    write_back(weights, rows, cols, values)  # compiles
+    assert allocated_peak(lambda: write_back(weights, rows, cols, values)) < weights[0].nbytes
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import losia_fx
 from losia_fx import LosiaWarning, TransformError
-from losia_fx.runtime.registry import CONTROLLERS
+from losia_fx.registry import TRAINED
 from tests.support.toys import (
     Toy,
     assert_subnet_gradients,
@@ -37,13 +37,13 @@ OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25}
 
 
 def assert_refused(model: nn.Module, *texts: str, **options: Any) -> None:
-    before, controllers = fingerprint(model), len(CONTROLLERS)
+    before, controllers = fingerprint(model), len(TRAINED)
     with pytest.raises(TransformError) as caught:
         losia_fx.transform(model, **{**OPTIONS, **options})
     for text in texts:
         assert text in str(caught.value)
     assert fingerprint(model) == before
-    assert len(CONTROLLERS) == controllers
+    assert len(TRAINED) == controllers
 
 
 # -- weights that are left dense -------------------------------------------------------------------------------------

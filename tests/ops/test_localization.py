@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.ops.localization import PROFILES, drop_taps, localize, tap, tapped_bytes
+from losia_fx.ops.localization import PROFILED, drop_taps, localize, tap, tapped_bytes
 
 HANDLE = 10**9  # far from what real subnets count up to
 
@@ -38,9 +38,9 @@ def gatherer() -> Any:
     gc.collect()
     drop_taps([HANDLE])
     made = Gatherer()
-    PROFILES[HANDLE] = made
+    PROFILED[HANDLE] = made
     yield made
-    PROFILES.pop(HANDLE, None)
+    PROFILED.pop(HANDLE, None)
     drop_taps([HANDLE])
 
 
@@ -201,7 +201,7 @@ def test_a_backward_after_the_slot_is_not_counted(gatherer: Gatherer, handle: Te
 def test_a_subnet_that_is_gone_is_no_error(gatherer: Gatherer, handle: Tensor) -> None:
     layer = Layer(handle)
     y = layer(torch.randn(4, 6))
-    PROFILES.pop(HANDLE)
+    PROFILED.pop(HANDLE)
     y.sum().backward()
     assert layer.values.grad is not None
 

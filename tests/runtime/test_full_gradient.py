@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import losia_fx
+from losia_fx.runtime.measure import fit_gradients
 from losia_fx.runtime.state import SubnetState, states_of
 from tests.support.toys import Toy, batch, loss_of
 
@@ -148,8 +149,8 @@ def after_a_backward(scale: float = 0.5) -> tuple[nn.Module, torch.optim.Optimiz
 
 
 def fits(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    controller = losia_fx.controller(model)
-    return {state.name: fit for state, fit in controller._fit([optimizer], controller.states).items()}
+    found = fit_gradients(losia_fx.controller(model).states, list(profiled(model).values()), [optimizer])
+    return {state.name: fit for state, fit in found.items()}
 
 
 def zeroed(state: SubnetState) -> None:

@@ -331,7 +331,7 @@ def test_random_selection(schedule: str, steps: int | None) -> None:
     for step in range(2 * PERIOD * count):
         before = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
         model(**table.batch(TOY)).loss.backward()
-        assert losia_fx.taps.tapped_bytes() == 0
+        assert losia_fx.ops.localization.tapped_bytes() == 0
         assert all(state.profile is None for state in losia_fx.runtime.state.states_of(model))
         optimizer.step()
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from torch import optim
 
 import losia_fx
 from losia_fx.method import kernels
-from losia_fx.runtime.controller import Controller
+from losia_fx.runtime.train_state import TrainState
 from tests.support.toys import Toy
 from tests.support.twin import Twin, assert_one, assert_subnets, backward, subnets_of, twins, values_of, zero
 
@@ -35,7 +35,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Gives a backend for what is compiled around the step, beside models that are not compiled."""
 
     def use(backend: Any) -> None:
-        monkeypatch.setattr(Controller, "_compiles", True)
+        monkeypatch.setattr(TrainState, "compiles", True)
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
     return use

@@ -13,6 +13,7 @@ import torch
 from torch import nn, optim
 
 import losia_fx
+from losia_fx.runtime.steps import STEPPING
 from tests.support.toys import batch
 from tests.support.twin import Twin, assert_one, loss_of, subnets_of, twins, values_of, zero
 
@@ -217,3 +218,19 @@ def test_a_training_forward_in_the_midst_of_another_threads_evaluation() -> None
     assert len(expected) == len(values) == 2
     for each, grad in zip(values, expected, strict=True):
         torch.testing.assert_close(each.grad, grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_thread_that_has_ended_is_forgotten() -> None:
+    """Each forward of a part would else wait for threads that are long gone."""
+    model, _ = twins()
+    optimizer, idents = optim.SGD(values_of(model), lr=0.1), []
+
+    def train() -> None:
+        idents.append(threading.get_ident())
+        loss_of(model, batch()).backward()
+        optimizer.step()
+        assert idents[0] in STEPPING
+
+    in_a_thread(train)
+    assert losia_fx.controller(model).step == 1
+    assert idents[0] not in STEPPING

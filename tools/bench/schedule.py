@@ -10,7 +10,8 @@ import torch
 
 import losia_fx
 from losia_fx.config import subnet_size
-from losia_fx.method.localize import score_of, select_subnet
+from losia_fx.method.importance import score_of
+from losia_fx.method.selection import select_subnet
 
 from ..forecast import slots
 from .clock import Clock, elapsed_ms

@@ -15,7 +15,8 @@ from torch import nn
 
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.method.schedule import round_length
-from losia_fx.model.roles import WeightPlan, plan_model
+from losia_fx.model.roles import plan_model
+from losia_fx.model.weight_plan import WeightPlan
 
 from ..graphs.capture import Captured
 from .step_cost import WeightUse, kept_columns, saved_bytes, tapped, weight_uses

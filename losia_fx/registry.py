@@ -1,0 +1,157 @@
+"""Every table that losia_fx keeps for the whole process, and nothing else that is global.
+
+A leaf: it knows what ``Subnet`` says of what it holds, and the rooms that fill a table say what is in it, as in
+``PROFILED: MutableMapping[int, Profiled] = registry.PROFILED``. All tables hold weakly what users own: a model that
+nobody holds any more, or one whose transformation failed, leaves nothing behind. ``enter`` and ``leave`` are the only
+ways in and out for a subnet; ``changed`` says that some tensor has taken another's place, so that what was derived from
+the tables (whose subnets an optimizer steps) is derived anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Subnet(Protocol):
+    """A weight's subnet as the tables know it: losia_fx.runtime.state.SubnetState."""
+
+    @property
+    def handle(self) -> Tensor:
+        """(1,) int64 on the CPU: the subnet's number, by which graphs know it."""
+
+    @property
+    def registered(self) -> bool:
+        """Whether its module has the subnet: that of a copy which is still being made has no parameters yet."""
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is the subnet's."""
+
+
+PROFILED: MutableMapping[int, Any] = weakref.WeakValueDictionary()
+"""What may be profiled, by handle: every subnet (and, in tests, stand-ins)."""
+
+TAPPED: dict[int, Any] = {}
+"""Inputs kept for a backward, by ticket; each goes with its ticket, that is with its graph, or with its step."""
+
+TRAINED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The models whose training is followed: losia_fx.runtime.train_state.TrainState."""
+
+COPIES: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Subnets of copied modules whose controller has not been copied with them (yet)."""
+
+RAN_OUTSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Subnets whose weight ran outside a rewritten graph since that was last said."""
+
+RAN_WITHOUT_GRAD: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Subnets whose weight ran with gradients off in the midst of a forward that has them on."""
+
+DENSE: MutableMapping[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""Weights that backend="losia" looked at and that are to learn in full, by id."""
+
+GRADIENT_HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+"""The hook of each weight that has asked for its gradient."""
+
+STEPPING: MutableMapping[int, Any] = weakref.WeakValueDictionary()
+"""The calls of optimizers' steps that are under way, by thread; a thread that ends takes its own along."""
+
+OWNED: MutableMapping[Any, Any] = weakref.WeakKeyDictionary()
+"""What each optimizer steps of ours, as far as it has been asked."""
+
+CONSTRUCTED: MutableMapping[Any, MutableMapping[Any, Any]] = weakref.WeakKeyDictionary()
+"""By optimizer and subnet: the entries of its state that an optimizer's constructor makes."""
+
+
+@dataclass
+class GraphUses:
+    """What graphs have been seen to do with a parameter, in fx's words ("linear", "addmm", "embedding", ...)."""
+
+    named: set[str] = field(default_factory=set)
+    whole: set[str] = field(default_factory=set)
+    """Of a weight with a subnet, those that cost its full gradient."""
+
+
+GRAPH_USES: MutableMapping[Tensor, GraphUses] = WeakIdKeyDictionary()
+
+tickets = itertools.count(1)
+_numbers = itertools.count(1)
+_handles = itertools.count(1)
+_numbered: MutableMapping[int, Any] = weakref.WeakValueDictionary()
+_entered: MutableMapping[int, Subnet] = weakref.WeakValueDictionary()
+_by_weight: MutableMapping[int, Subnet] = weakref.WeakValueDictionary()
+_without: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+"""Weights that were looked for in vain, with the generation in which they were."""
+_generation = 0
+
+
+def generation() -> int:
+    """Grows whenever a subnet comes or goes, or a tensor takes another's place."""
+    return _generation
+
+
+def changed() -> None:
+    global _generation
+    _generation += 1
+
+
+def number(trained: Any) -> int:
+    """A number of its own for a model in training, by which copies of it know it."""
+    found = next(_numbers)
+    _numbered[found] = trained
+    return found
+
+
+def numbered(number: int | None) -> Any:
+    """The model in training of that number, while it lives; else None."""
+    return None if number is None else _numbered.get(number)
+
+
+def enter(subnet: Subnet) -> int:
+    """Makes a subnet known to graphs, and returns its handle; to be entered under its weight with ``place``."""
+    handle = next(_handles)
+    PROFILED[handle] = _entered[handle] = subnet
+    changed()
+    return handle
+
+
+def place(weight: Tensor, subnet: Subnet) -> None:
+    """``weight`` is that of ``subnet`` from now on."""
+    _by_weight[id(weight)] = subnet
+    changed()
+
+
+def leave(subnet: Subnet) -> None:
+    """Forgets all about a subnet."""
+    for table in (PROFILED, _entered):
+        table.pop(int(subnet.handle), None)
+    for key in [key for key, other in _by_weight.items() if other is subnet]:
+        del _by_weight[key]
+    for names in (COPIES, RAN_OUTSIDE, RAN_WITHOUT_GRAD):
+        names.discard(subnet)
+    changed()
+
+
+def find(weight: Tensor) -> Subnet | None:
+    """The subnet of ``weight``, by identity, or None; quick, and blind to a weight that has replaced another."""
+    subnet = _by_weight.get(id(weight))
+    return subnet if subnet is not None and subnet.holds(weight) else None
+
+
+def resolve(weight: Tensor) -> Subnet | None:
+    """As ``find``, but a weight that took another's place (a copy's, load_state_dict(assign=True)) is looked for."""
+    subnet = find(weight)
+    if subnet is None and _without.get(weight) != _generation:
+        entered = (each for each in list(_entered.values()) if each.registered)
+        subnet = next((each for each in entered if each.holds(weight)), None)
+        if subnet is None:
+            _without[weight] = _generation
+        else:
+            place(weight, subnet)
+    return subnet

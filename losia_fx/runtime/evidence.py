@@ -1,0 +1,150 @@
+"""What tells that a tensor was written since it was last looked at.
+
+Marks are its version and its place in memory: they cost next to nothing, and miss writes through ``.data`` and by
+kernels that are called by hand. Where they tell nothing, elements that were kept do: Samples hold some elements of many
+tensors, read in one call; a Witness is of a line of W that no subnet holds, so that it tells a write to all of W from
+one to S alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import SubnetState
+
+Sample = dict[tuple[torch.device, torch.dtype], Tensor]
+
+SAMPLED = 2**12
+"""Elements of all S together that are kept to tell whether they were written, about, and as many of all W."""
+MOST_SAMPLED = 128
+"""Of one S or W, at most."""
+READ_AT_ONCE = 256
+"""Tensors, S and W, of which elements are read at every look: a read of one takes a sixth of a microsecond."""
+WITNESSES = 256
+"""Elements of W outside of a subnet, at most, that tell whether all of W was written or S alone."""
+
+
+_version = attrgetter("_version")
+
+
+def marks_of(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
+    """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none."""
+    try:
+        return list(map(_version, tensors)), list(map(torch.Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except (AttributeError, TypeError, RuntimeError):
+        return [_mark(tensor, _version) for tensor in tensors], [
+            _mark(tensor, torch.Tensor.data_ptr) for tensor in tensors
+        ]
+
+
+def _mark(tensor: Tensor | None, read: Callable[[Any], Any]) -> int:
+    try:
+        return int(read(tensor))
+    except (AttributeError, TypeError, RuntimeError):
+        return -1
+
+
+class Samples:
+    """Some elements of every S, of small ones all: read in one call a step, they tell later whether S was written."""
+
+    def __init__(self, values: Sequence[Tensor], places: Sequence[int] = ()) -> None:
+        """places: of the values in memory, for which the samples hold."""
+        self.places = list(places)
+        most = sampled(len(values))
+        self.strides = [max(1, -(-tensor.numel() // most)) for tensor in values]
+        self._views = [t.detach().view(-1)[::stride] for t, stride in zip(values, self.strides, strict=True)]
+        self._kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._at: list[tuple[tuple[torch.device, torch.dtype], slice]] = []
+        ends: dict[tuple[torch.device, torch.dtype], int] = {}
+        for number, view in enumerate(self._views):
+            kind = (view.device, view.dtype)
+            self._kinds.setdefault(kind, []).append(number)
+            start = ends.get(kind, 0)
+            ends[kind] = start + view.numel()
+            self._at.append((kind, slice(start, ends[kind])))
+
+    def take(self, numbers: Sequence[int] | None = None) -> Sample:
+        """The elements as they are, of all or of some."""
+        chosen = self._kinds if numbers is None else {self._at[number][0]: [number] for number in numbers}
+        return {kind: torch.cat([self._views[number] for number in each]) for kind, each in chosen.items()}
+
+    def renew(self, sample: Sample, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.of(sample, number).copy_(self._views[number])
+
+    def look_at(self, views: Mapping[int, Tensor]) -> None:
+        """Other elements than before, as many."""
+        for number, view in views.items():
+            self._views[number] = view
+
+    def differ(self, sample: Sample) -> bool:
+        """Whether those on the CPU are others now."""
+        at_hand = [kind for kind in sample if kind[0].type == "cpu"]
+        now = self.take() if at_hand else {}
+        return any(not torch.equal(now[kind], sample[kind]) for kind in at_hand)
+
+    def of(self, sample: Sample, number: int, alone: bool = False) -> Tensor:
+        """The elements of one S. alone: the sample was taken of it only."""
+        kind, place = self._at[number]
+        return sample[kind] if alone else sample[kind][place]
+
+
+def sampled(count: int) -> int:
+    """Elements that are kept of each of ``count`` tensors."""
+    return min(MOST_SAMPLED, max(1, SAMPLED // max(1, count)))
+
+
+def line_of(state: SubnetState, most: int) -> Tensor:
+    """The beginning of a row of W, (n,), in the midst of its subnet: elements side by side cost a third of as many that
+    are apart. Nothing where the host would wait for it."""
+    weight = state.weight.detach()
+    if weight.device.type != "cpu":
+        return torch.empty(0, dtype=weight.dtype, device="cpu")
+    row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])
+    return (weight[0] if weight.dim() == 3 else weight)[row, :most]
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Some elements of one line of W, a row or a column that is not in the subnet: nothing of ours writes them."""
+
+    dim: int
+    line: Tensor
+    """(1,) int64, on W's device: no host waits for it."""
+    values: Tensor
+
+    @staticmethod
+    def of(state: SubnetState) -> Witness | None:
+        """None where the subnet is all of the weight."""
+        for dim, indices in ((-2, state.rows), (-1, state.cols)):
+            if indices.shape[-1] < state.weight.shape[dim]:
+                line = _first_gap(indices)
+                return Witness(dim, line, _read(state.weight, dim, line).clone())
+        return None
+
+    def holds(self, state: SubnetState) -> bool:
+        now = _read(state.weight, self.dim, self.line.to(state.weight.device))
+        return now.dtype == self.values.dtype and bool(equal(now, self.values.to(now.device)))
+
+
+def _read(weight: Tensor, dim: int, line: Tensor) -> Tensor:
+    matrix = weight.detach()
+    elements = (matrix[0] if matrix.dim() == 3 else matrix).index_select(dim, line).flatten()
+    return elements[:: -(-elements.numel() // WITNESSES)]
+
+
+def _first_gap(indices: Tensor) -> Tensor:
+    """The lowest index that is not among the sorted ``indices``, (1,); of experts', of the first's."""
+    first = indices[0] if indices.dim() == 2 else indices
+    return (first == torch.arange(first.numel(), device=first.device)).sum().view(1)
+
+
+def equal(one: Tensor, other: Tensor) -> Tensor:
+    """Whether all elements are the same, NaN being NaN; 0-dim bool."""
+    return ((one == other) | (one.isnan() & other.isnan())).all()

@@ -1,0 +1,139 @@
+"""Before any use of a model, or of one of its weights: whatever moved S or W since the last one, they agree afterwards.
+
+``look`` is for the model, ``look_at`` for a weight that is used by itself. What a step has left unfinished is finished
+first (``mend``). When values are compared is vigilance.py's, what is done about a difference agreement.py's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from losia_fx import registry
+from losia_fx._compat import compiled_call, not_installed
+from losia_fx.errors import StateError, listed
+
+from . import notices, slot, steps
+from .agreement import agreement_of, strays
+from .owners import modes_of
+from .state import SubnetState
+from .train_state import TrainState
+from .write_back import write_back
+
+PART_LOOKS = 3
+"""Uses of a weight, outside of forwards of the whole model, that compare values whatever the versions say."""
+
+
+@torch.compiler.disable  # what an outer torch.compile breaks its graph for, it would compile frame by frame
+def look(train: TrainState, learns: bool | None = None, shown: bool = False) -> None:
+    """learns: of a forward, whether gradients are on; None for any other use, which compares values too. shown: the
+    weights are evaluated or saved. Raises StateError where S and W cannot agree.
+    """
+    with train.lock:
+        if not steps.elsewhere(train):
+            _look(train, learns, shown)
+
+
+def _look(train: TrainState, learns: bool | None, shown: bool) -> None:
+    agreement = train.agreement
+    if agreement.waiting:
+        agreement.waiting = set(strays(agreement.waiting))
+        if agreement.waiting:
+            return  # the weights of the loaded state are still to come; a step would say so
+        agreement.remember(places=True)
+    mend(train)
+    agree(train, train.vigilance.compares(learns, agreement), bool(learns), shown or learns is False)
+    if train.pending.rest_to_come and not steps.under_way(train):
+        train.pending.rest_to_come = False
+        slot.select_due(train)
+    train.vigilance.looked(learns)
+
+
+def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
+    """values: whether to compare those too."""
+    if moved := train.agreement.differing():
+        note(train, train.agreement.settle(moved, train.idle), learns, shown)
+    if values:
+        note(train, train.agreement.compare(), learns, shown)
+
+
+def note(train: TrainState, written: list[SubnetState], learns: bool, shown: bool) -> None:
+    """``written``: subnets whose S somebody moved outside of a followed step."""
+    if not written or train.pending.rest_to_come or steps.under_way(train):
+        return
+    still = train.vigilance.still(written, modes_of(train))
+    if learns:
+        train.idle = False
+        if train.vigilance.moves_unseen(train.config.period):
+            notices.warn_standing(train, written)
+    elif shown and still:
+        notices.warn_averaged(train, still)
+
+
+def mend(train: TrainState) -> None:
+    """Finishes what was cut short: a step between the optimizer's part and ours, a subnet on its way."""
+    pending = train.pending
+    if not (pending.open or pending.moving):
+        return
+    with train.lock:
+        if steps.under_way(train):
+            return
+        slot.finish_moves(train, train.states)
+        write_back(list(pending.open), train.compiles)
+        train.agreement.remember(pending.open)
+        pending.open.clear()
+        pending.forget_step()
+
+
+def check_weights(train: TrainState) -> None:
+    """Raises StateError where the model's weights are not those that the loaded state belongs to."""
+    if train.agreement.waiting and (found := strays(train.agreement.waiting)):
+        raise StateError(
+            f"{listed([state.name for state in found])}: the weights do not hold the subnets of the LoSiA state "
+            "that was loaded. Load the model's weights of the same checkpoint as well (in either order)"
+        )
+
+
+def check_calls(train: TrainState) -> None:
+    for module in not_installed(train.watches):  # Module.compile() since then: it serves while gradients are off
+        train.watches[module].before = compiled_call(module)
+        train.watches[module].install()
+
+
+# -- one weight by itself ---------------------------------------------------------------------------------------------
+
+
+def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> None:
+    """Before a use of a weight that no forward of the whole model has looked at: S and W agree.
+
+    values: whether to compare those in any case; shown: the weight is evaluated or saved.
+    """
+    alone = state.agreement is not None and not shown and not steps.others()
+    train = None if alone else train_state_of(state)
+    if train is None:
+        _look_at(state, None, values, shown)
+        return
+    with train.lock:
+        if not steps.elsewhere(train):
+            _look_at(state, train, values, shown)
+
+
+def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:
+    agreement = agreement_of(state) if train is None else train.agreement
+    swapped = not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
+    if agreement is None or agreement.waiting or swapped:
+        return  # a copy without a controller; a state whose weights are to come; torch.func.functional_call
+    written = []
+    if any(agreement.moved(state)):
+        written += agreement.settle([state], agreement.averaged)
+    if values or agreement.vigilant or state.part_looks < PART_LOOKS:
+        state.part_looks += 1
+        written += agreement.compare([state])
+    if train is not None:
+        note(train, written, learns=False, shown=shown)
+
+
+def train_state_of(state: SubnetState) -> TrainState | None:
+    """The model in training that a subnet is of; None of a copy without a controller."""
+    models: list[TrainState] = list(registry.TRAINED)
+    return next((train for train in models if state in train.states), None)

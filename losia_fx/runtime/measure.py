@@ -1,0 +1,68 @@
+"""What one step says of the importance of profiled weights: from G, as the training loop has changed its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from losia_fx.config import LosiaConfig
+from losia_fx.method.fit import Fit, fit_from, fits_from, measure_clip, measure_fit
+from losia_fx.method.kernels import update_importance
+from losia_fx.method.transfers import numbers_of
+
+from .optimizers import grad_scale
+from .profile import Profile
+from .state import SubnetState
+
+
+def fit_gradients(
+    states: Sequence[SubnetState], profiled: Sequence[SubnetState], optimizers: Sequence[Optimizer]
+) -> dict[SubnetState, Fit | None]:
+    """How each profiled subnet's gradient, as the optimizer sees it, follows from its G; None where it does not.
+
+    states: all that the optimizers step; profiled: those of them that have a Profile.
+    """
+    pairs: dict[SubnetState, tuple[Tensor, Tensor]] = {}
+    found = []
+    for state in profiled:
+        seen, profile = state.values.grad, state.profile
+        if seen is None or profile is None:
+            continue
+        grad = profile.grad
+        if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
+            grad = torch.zeros_like(state.weight, dtype=torch.float32)
+        pairs[state] = (seen, state.block_of(grad))
+        # One pass, in G's own width; a nan anywhere is both the least and the most.
+        finite = torch.isfinite(torch.stack(grad.aminmax())).all()
+        found.append(torch.cat([measure_fit(*pairs[state]), finite.float().unsqueeze(0)]))
+    if not found:
+        return {}
+    clip = measure_clip([state.values.grad for state in states if state.values.grad is not None])
+    *numbers, clipped = numbers_of([*found, clip])  # the device waits once
+    measured = {state: each[:-1] for state, each in zip(pairs, numbers, strict=True) if each[-1]}
+    known = fits_from(list(measured.values()), clipped)
+    fits: dict[SubnetState, Fit | None] = dict.fromkeys(pairs) | dict(zip(measured, known, strict=True))
+    factors = [fit.factor for fit in fits.values() if fit is not None]
+    # One that is clipped throughout says nothing of the factor and is measured with its neighbours': another wait.
+    blank = [state for state, each in measured.items() if each[1] and fits[state] is None] if factors else []
+    again = numbers_of([measure_fit(*pairs[state], factors[0]) for state in blank])
+    fits |= {state: fit_from(each, factors[0]) for state, each in zip(blank, again, strict=True)}
+    scale = math.prod(grad_scale(each) for each in optimizers)  # a fused optimizer unscales inside its step
+    return {state: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for state, fit in fits.items()}
+
+
+def add_importance(
+    profile: Profile, weight: Tensor, grad: Tensor, fit: Fit, config: LosiaConfig, compiled: bool
+) -> None:
+    """One step's part in I and U. ``weight``: W of before the step; ``grad``: its G."""
+    if profile.importance is None or profile.uncertainty is None:
+        profile.importance = torch.zeros_like(grad, dtype=torch.float32)
+        profile.uncertainty = torch.zeros_like(grad, dtype=torch.float32)
+    betas = (config.beta1, config.beta2)
+    update_importance(
+        profile.importance, profile.uncertainty, weight, grad, fit.factor, fit.limit, config.importance, betas, compiled
+    )

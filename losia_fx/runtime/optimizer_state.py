@@ -1,0 +1,200 @@
+"""An optimizer's state of a subnet: made anew where the subnet moves, and taken over from the whole weight's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from losia_fx import registry
+
+from .moves import KeepsOverMoves
+from .optimizers import inner_optimizers, parameters_of
+from .state import SubnetState
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of an optimizer's state of one parameter that its constructor makes."""
+
+    value: Any
+    """None where it is a copy of the parameter."""
+
+    def make(self, values: Tensor) -> Any:
+        return values.detach().clone() if self.value is None else copy.deepcopy(self.value)
+
+
+CONSTRUCTED: MutableMapping[Optimizer, MutableMapping[SubnetState, dict[str, Entry]]] = registry.CONSTRUCTED
+
+
+def restart_states(optimizers: Iterable[Optimizer], state: SubnetState) -> None:
+    """As restart_state for each; of those that share a state, a wrapper and what it stands around, for the inner."""
+    inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
+    ordered = dict.fromkeys((*reversed(inner), *optimizers))
+    done: set[int] = set()
+    for optimizer in ordered:
+        if id(optimizer.state) not in done:
+            done.add(id(optimizer.state))
+            restart_state(optimizer, state)
+        _renew_copies(optimizer, state.values)
+
+
+def restart_state(optimizer: Optimizer, state: SubnetState) -> None:
+    """Moments and step count of a subnet that has moved start anew: the optimizer makes them again at its next step.
+
+    What it makes in its constructor only (Adagrad's sum, a seed for each parameter, Lookahead's slow copy) is put back
+    as the constructor would make it. Fused SGD takes momentum of all its parameters or of none: a momentum of zero,
+    which (without dampening) steps as a fresh one.
+    """
+    values = state.values
+    old = optimizer.state.pop(values, None)
+    if old and (made := _constructed(optimizer).get(state)):
+        optimizer.state[values] = {key: entry.make(values) for key, entry in made.items()}
+    elif old and _is_fused_sgd(optimizer) and old.get("momentum_buffer") is not None:
+        optimizer.state[values] = {"momentum_buffer": torch.zeros_like(old["momentum_buffer"])}
+
+
+def _is_fused_sgd(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.SGD) and any(group.get("fused") for group in optimizer.param_groups)
+
+
+def _constructed(optimizer: Optimizer) -> Mapping[SubnetState, dict[str, Entry]]:
+    """Of one that hands out the state of another within it (accelerate's), what that other makes."""
+    inner = (each for each in inner_optimizers(optimizer) if each.state is optimizer.state)
+    return CONSTRUCTED.get(next(inner, optimizer), {})
+
+
+def note_constructed(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:
+    """Before the first step that is seen of an optimizer: which entries of its state does its constructor make?
+
+    State that is there already may also have been loaded, so another optimizer of the kind is asked; where none can be
+    made, copies of the parameters and zeros are recognised.
+    """
+    if optimizer in CONSTRUCTED or isinstance(optimizer, KeepsOverMoves):
+        return
+    there = [state for state in states if optimizer.state.get(state.values)]
+    twin = _twin(optimizer) if there else None
+    made: MutableMapping[SubnetState, dict[str, Entry]] = weakref.WeakKeyDictionary()
+    CONSTRUCTED[optimizer] = made
+    for state in there:
+        entries = optimizer.state[state.values] if twin is None else twin.state.get(state.values, {})
+        kept = {
+            key: entry for key, value in entries.items() if (entry := _entry(value, state, twin is None)) is not None
+        }
+        if kept:
+            made[state] = kept
+
+
+def _entry(value: Any, state: SubnetState, untold: bool) -> Entry | None:
+    """untold: the value may also come from a step or a file; one that is a copy of S, or zero, need not."""
+    if isinstance(value, Tensor) and value.shape == state.values.shape and torch.equal(value, state.values.detach()):
+        return Entry(None)
+    if untold and not (isinstance(value, Tensor) and not value.any()):
+        return None
+    return Entry(copy.deepcopy(value))
+
+
+def _twin(optimizer: Optimizer) -> Optimizer | None:
+    """A new optimizer of the kind, over the same groups; None where its constructor wants more than that."""
+    kind: Any = type(optimizer)
+    inner = inner_optimizers(optimizer)
+    if inner:
+        return _twin_around(optimizer, inner[0]) if len(inner) == 1 else None
+    try:
+        wanted = _wanted(kind)[1:]
+        if any(p.default is p.empty for p in wanted):
+            return None
+        given = {p.name: optimizer.defaults[p.name] for p in wanted if p.name in optimizer.defaults}
+        groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+        made: Optimizer = kind(groups, **given)
+        return made
+    except (TypeError, ValueError, KeyError, RuntimeError):
+        return None
+
+
+def _twin_around(optimizer: Optimizer, inner: Optimizer) -> Optimizer | None:
+    """The same of a wrapper with a state of its own, whose constructor takes an optimizer first, and then what it keeps
+    under the same names."""
+    kind: Any = type(optimizer)
+    if optimizer.state is inner.state:
+        return None
+    within, kept = _twin(inner), optimizer.__dict__
+    try:
+        wanted = _wanted(kind)[1:]
+        if within is None or any(p.default is p.empty and p.name not in kept for p in wanted):
+            return None
+        made: Optimizer = kind(within, **{p.name: kept[p.name] for p in wanted if p.name in kept})
+        return made
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):
+        return None
+
+
+def _wanted(kind: Any) -> list[inspect.Parameter]:
+    parameters = inspect.signature(kind).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _renew_copies(optimizer: Optimizer, values: Tensor) -> None:
+    """Copies of the parameters that an optimizer keeps in a list of its own (slow weights), in the order of its groups:
+    that of a subnet which has moved is of other weights now."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    flat = [parameter for group in groups for parameter in group]
+    place = next((at for at, parameter in enumerate(flat) if parameter is values), None)
+    if place is None:
+        return
+    for kept in list(optimizer.__dict__.values()):
+        if not isinstance(kept, list) or kept is optimizer.param_groups:
+            continue
+        nested = len(kept) == len(groups) and all(isinstance(part, list) for part in kept)
+        copies = [entry for part in kept for entry in part] if nested else kept
+        if len(copies) == len(flat) and all(map(_is_copy, copies, flat)):
+            copies[place].copy_(values.detach())
+
+
+def _is_copy(one: Any, parameter: Tensor) -> bool:
+    return isinstance(one, Tensor) and one is not parameter and one.shape == parameter.shape
+
+
+def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:
+    """Whether the optimizer's state of a subnet comes from a step, and not from its constructor, or from a step that
+    was only to make it and has left every moment at zero."""
+    there = optimizer.state.get(state.values) or {}
+    moments = [
+        value for key, value in there.items() if key != "step" and key not in _constructed(optimizer).get(state, {})
+    ]
+    if "step" not in there:
+        return bool(moments)
+    moved = not moments or any(not isinstance(value, Tensor) or bool(value.any()) for value in moments)
+    return moved and float(there["step"]) > 0
+
+
+def adopt_subnets(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:
+    """S takes W's place in the optimizer's groups, with W's moments, where it is not there already."""
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
+    by_weight = {id(state.weight): state for state in states}
+    for group in optimizer.param_groups:
+        for index, parameter in reversed(list(enumerate(group["params"]))):
+            state = by_weight.get(id(parameter))
+            if state is None:
+                continue
+            registry.changed()
+            if id(state.values) in held:
+                del group["params"][index]
+            else:
+                group["params"][index] = state.values
+            moments = optimizer.state.pop(parameter, None)
+            if moments is not None and state.values not in optimizer.state:
+                optimizer.state[state.values] = {key: _gathered(value, state) for key, value in moments.items()}
+
+
+def _gathered(value: Any, state: SubnetState) -> Any:
+    if isinstance(value, Tensor) and value.shape == state.weight.shape:
+        return state.block_of(value).to(state.values.dtype)
+    return value

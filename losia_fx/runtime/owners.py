@@ -1,0 +1,115 @@
+"""Whose subnets an optimizer steps, and whose steps t waits for."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from losia_fx import registry
+
+from . import notices, steps
+from .optimizer_state import has_stepped, note_constructed
+from .optimizers import inner_optimizers, live_optimizers, outermost, parameters_of, signature
+from .state import SubnetState
+from .train_state import TrainState
+
+
+@dataclass
+class Owned:
+    """What an optimizer steps of ours; found once, and again when its groups or the subnets of the process change."""
+
+    signature: tuple[Any, ...]
+    mine: weakref.WeakKeyDictionary[TrainState, list[SubnetState]] = field(default_factory=weakref.WeakKeyDictionary)
+    """By the model that they are of; one that is gone takes its own along."""
+    bare: weakref.WeakKeyDictionary[TrainState, list[SubnetState]] = field(default_factory=weakref.WeakKeyDictionary)
+    """Subnets whose W the optimizer holds, but not S."""
+    full: weakref.WeakSet[TrainState] = field(default_factory=weakref.WeakSet)
+    """Models of which the optimizer holds parameters beside subnets."""
+    orphans: weakref.WeakSet[SubnetState] = field(default_factory=weakref.WeakSet)
+    """Subnets of copies that no controller follows."""
+
+
+OWNED: MutableMapping[Optimizer, Owned] = registry.OWNED
+
+
+def owned(optimizer: Optimizer) -> Owned:
+    now = signature(optimizer)
+    known = OWNED.get(optimizer)
+    if known is None or known.signature != now:
+        known = OWNED[optimizer] = Owned(now)
+        held = {id(parameter) for parameter in parameters_of(optimizer)}
+        trained: list[TrainState] = list(registry.TRAINED)
+        for train in trained:
+            mine, bare = _split(train.states, held)
+            if any(id(parameter) in held for parameter in train.others()):
+                known.full.add(train)
+            if mine:
+                known.mine[train] = mine
+            if bare:
+                known.bare[train] = bare
+        known.orphans.update(_split(list(registry.COPIES), held)[0])
+    return known
+
+
+def _split(states: Sequence[SubnetState], held: set[int]) -> tuple[list[SubnetState], list[SubnetState]]:
+    """Those whose S is held, and those of which W alone is."""
+    mine, bare = [], []
+    for state in states:
+        parameters = state.owner.__dict__.get("_parameters", {})
+        if id(parameters.get(state.values_name)) in held:
+            mine.append(state)
+        elif id(parameters.get(state.parameter)) in held:
+            bare.append(state)
+    return mine, bare
+
+
+def owned_states(optimizer: Optimizer, train: TrainState) -> list[SubnetState]:
+    """The subnets of the model whose S the optimizer steps."""
+    return owned(optimizer).mine.get(train, [])
+
+
+def waited_for(train: TrainState) -> Iterable[SubnetState]:
+    """The subnets that optimizers in use step: t counts once all of them have been."""
+    return itertools.chain.from_iterable(owned_states(each, train) for each in train.optimizers.waited_for)
+
+
+def meet_all(train: TrainState) -> tuple[list[Optimizer], list[Optimizer]]:
+    """Every optimizer of the process that holds subnets of the model, known from now on; and those that are new."""
+    found = [each for each in live_optimizers() if owned_states(each, train)]
+    fresh = [each for each in found if each not in train.optimizers.known]
+    for each in fresh:
+        note_constructed(each, owned_states(each, train))
+    return found, fresh
+
+
+def meet(train: TrainState) -> None:
+    """An optimizer steps for the first time: it and all others that hold subnets are looked at."""
+    found, fresh = meet_all(train)
+    resumed = train.resumed or train.progress.step > 0 or train.by_string  # by string, moments of W come along
+    made = steps.step_of(train)
+    if made is not None and made.around is not None:
+        resumed = True  # what stands around the optimizer has kept state there before the step
+    # What one around others keeps (slow copies, a gradient of SAM's first half) may come from before any step.
+    steppers = [each for each in fresh if not inner_optimizers(each)]
+    if not resumed and any(has_stepped(each, s) for each in steppers for s in owned_states(each, train)):
+        notices.warn_resumed()
+    if not train.optimizers.known:
+        if train.by_string:
+            notices.warn_lists(train.states)
+        # Others may own subnets too and step after this one: t waits for all of them.
+        train.optimizers.waited_for.update(outermost(found))
+    train.optimizers.known.update(found)
+
+
+def modes_of(train: TrainState) -> list[bool]:
+    """Of optimizers that have one, the mode for training or evaluation (schedule-free): going from one into the other
+    it is they that move S, as they should."""
+    holders = [holder for each in train.optimizers.known for holder in (each.__dict__, *each.param_groups)]
+    if train.pending.around is not None and (around := train.pending.around()) is not None:
+        holders.append(vars(around))
+    return [holder["train_mode"] for holder in holders if "train_mode" in holder]

@@ -1,0 +1,197 @@
+"""One optimizer step of a model, around the optimizer's own part.
+
+S and W agree -> (the step) -> importance from G and the W of before -> rewarm -> W[rows, cols] = S -> t counts -> at
+the end of a slot re-select and go on to the next group. Wherever that is cut short, the next use of the model finds in
+``TrainState.pending`` what is left to do. Which steps are whose is in step_hooks.py and steps.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch.optim import Optimizer
+
+from losia_fx.errors import LosiaError
+from losia_fx.method.schedule import ends_slot, slot_groups
+from losia_fx.ops.localization import drop_taps
+
+from . import look, notices, owners, slot
+from .measure import add_importance, fit_gradients
+from .optimizers import found_inf
+from .state import SubnetState
+from .steps import Followed
+from .train_state import TrainState
+from .write_back import rewarm, rewarm_share, undo_write_back, write_back
+
+log = logging.getLogger("losia_fx")
+
+
+def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
+    """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no backward came
+    before it, its rate is 0 and so are its gradients."""
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+        return False
+    if any(state.profile is not None and state.profile.grad is not None for state in mine):
+        return False
+    return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
+
+
+def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState], closure: bool) -> None:
+    """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are made
+    within the step."""
+    with train.lock:
+        train.check_tree()
+        look.check_calls(train)
+        if train.agreement.waiting:
+            look.check_weights(train)
+            look.look(train, learns=True)
+        look.mend(train)
+        last_of_slot = ends_slot(train.config, train.progress.step)  # where the host waits for the device anyhow
+        values = last_of_slot or train.agreement.vigilant or train.agreement.shows_a_write()
+        look.agree(train, values, learns=True, shown=False)
+        if optimizer not in train.optimizers.known:
+            owners.meet(train)
+        if optimizer in train.optimizers.of_this_step:
+            _drop_silent_owners(train)
+        train.optimizers.waited_for.add(optimizer)
+        for state in mine:
+            state.notice_gradient()
+            if state.profile is not None or state.rewarm_from is not None:
+                train.pending.before[state] = (state.values.detach().clone(), state.weight._version)
+        if not closure:
+            _fit(train, [optimizer], mine)
+        train.pending.open.update(mine)
+
+
+def _drop_silent_owners(train: TrainState) -> None:
+    """An optimizer steps again before t has counted: it waited for others, which have fallen out of use."""
+    used = train.optimizers.of_this_step
+    train.optimizers.waited_for.difference_update([each for each in train.optimizers.waited_for if each not in used])
+    _advance(train, late=True)
+
+
+def after(train: TrainState, followed: Followed) -> None:
+    """Our part of a step that an optimizer has made, with those within it."""
+    mine, optimizers, around = followed.states, followed.optimizers, followed.around
+    with train.lock:
+        # What called the step from one of its own goes on after it, unseen: nothing moves before the next use.
+        train.pending.rest_to_come = around is not None
+        train.pending.around = None if around is None else weakref.ref(around)
+        if any(found_inf(each) for each in optimizers):
+            train.pending.forget_step()
+            train.pending.open.difference_update(mine)
+            return
+        with _all_or_not_counted(train):
+            if followed.closure:
+                _fit(train, optimizers, mine)
+            _finish(train, mine)
+            now = train.optimizers.of_this_step
+            now.add(optimizers[0])
+            complete = train.progress.stepped.issuperset(owners.waited_for(train))
+            if complete and all(each in now for each in train.optimizers.of_last_step):
+                _advance(train)
+
+
+def by_hand(train: TrainState) -> None:
+    """A step that no optimizer made: S has been moved, and its gradient is still there."""
+    with train.lock:
+        train.pending.rest_to_come = False
+        train.check_tree()
+        mine = [state for state in train.states if state.values.grad is not None]
+        if not mine:
+            raise LosiaError(
+                "losia_fx.stepped: no subnet has a gradient. Call it after the parameters were moved and before their "
+                "gradients are zeroed"
+            )
+        for state in mine:
+            last = train.by_hand.pop(state, None)
+            if last is None:
+                last = state.block_of(state.weight.detach()).to(state.values.dtype)
+            train.pending.before[state] = (last, state.weight._version)
+        train.pending.open.update(mine)
+        with _all_or_not_counted(train):
+            _fit(train, (), mine)
+            _finish(train, mine)
+            train.optimizers.waited_for.clear()
+            train.optimizers.of_this_step.clear()
+            _advance(train)
+        rewarmed = [s for s in train.states if rewarm_share(s, train.config, train.progress.step) < 1.0]
+        train.by_hand = {state: state.values.detach().clone() for state in rewarmed}
+
+
+@contextmanager
+def _all_or_not_counted(train: TrainState) -> Iterator[None]:
+    """A step that is cut short in our part of it is mended at the next use, and does not count."""
+    try:
+        yield
+    except BaseException:
+        train.progress.stepped.clear()
+        train.optimizers.of_this_step.clear()
+        raise
+
+
+def _fit(train: TrainState, optimizers: Sequence[Optimizer], mine: Sequence[SubnetState]) -> None:
+    """Notes how each profiled subnet's gradient, as the optimizer sees it, follows from its G."""
+    profiled = [s for s in mine if s.profile is not None and s.group not in train.progress.selecting]
+    if (ranks := train.ranks.group()) is not None:
+        for state in profiled:
+            assert state.profile is not None
+            state.profile.average_ranks(state.weight, ranks)
+    train.pending.fits.update(fit_gradients(mine, profiled, optimizers))
+
+
+def _finish(train: TrainState, mine: Sequence[SubnetState]) -> None:
+    """Our part of a step, after the optimizer's."""
+    pending = train.pending
+    for state in mine:
+        state.notice_gradient()
+        if state.profile is not None:
+            _update_importance(train, state)
+        if (share := rewarm_share(state, train.config, train.progress.step)) < 1.0:
+            rewarm(state.values, pending.before[state][0], share)
+        else:
+            state.rewarm_from = None
+    write_back(mine, train.compiles)
+    pending.before.clear()
+    train.agreement.remember(mine)
+    pending.open.difference_update(mine)
+    train.progress.stepped.update(mine)
+    train.idle = train.agreement.averaged = False
+    train.vigilance.stepped(owners.modes_of(train))
+    if not pending.rest_to_come:
+        slot.select_due(train)
+
+
+def _update_importance(train: TrainState, state: SubnetState) -> None:
+    profile = state.profile
+    if profile is None or state not in train.pending.fits:
+        return
+    fit = train.pending.fits.pop(state)
+    grad, profile.grad = profile.grad, None
+    undo_write_back(state, *train.pending.before[state])
+    if fit is not None and grad is not None:
+        add_importance(profile, state.weight, grad, fit, train.config, train.compiles)
+        return
+    train.progress.left_out += 1
+    log.warning("losia_fx: step %d: %s: gradient left out of the importance", train.progress.step, state.name)
+
+
+def _advance(train: TrainState, late: bool = False) -> None:
+    """t counts. late: the gradients of another step are there already, so nothing may move before that is made."""
+    progress, optimizers = train.progress, train.optimizers
+    ends = ends_slot(train.config, progress.step)
+    if ends:
+        progress.selecting += slot_groups(train.config, len(train.groups), progress.step)
+    progress.step += 1
+    optimizers.of_last_step, optimizers.of_this_step = optimizers.of_this_step, weakref.WeakSet()
+    progress.stepped.clear()
+    train.pending.forget_step()
+    drop_taps(int(state.handle) for state in train.states)
+    if ends:
+        notices.warn_silent(train, owners.waited_for(train))
+        if not late and not train.pending.rest_to_come:
+            slot.select_due(train)
+    slot.open_slot(train)

@@ -1,0 +1,186 @@
+"""TrainState: everything that changes about one transformed model while it trains, as plain data.
+
+What is done with it stands elsewhere, a file an idea: look.py (S and W agree), step.py (around an optimizer's step),
+measure.py (importance), slot.py (the end of a slot), owners.py (whose steps t waits for), snapshot.py (as a dict, and
+back). controller.py drives them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from losia_fx import registry
+from losia_fx.config import LosiaConfig
+from losia_fx.method.fit import Fit
+
+from .agreement import Agreement
+from .bases import FullBases
+from .module_tree import ModuleTree
+from .ranks import Ranks
+from .state import SubnetState
+from .vigilance import FIRST_LOOKS, Vigilance
+from .watch import Watch
+
+
+@dataclass(frozen=True)
+class Event:
+    """A re-selection."""
+
+    step: int
+    """Optimizer steps completed when it happened."""
+    group: int
+    moved: float
+    """Share of the group's subnet elements that are new, 0 to 1."""
+    captured: float | None
+    """Share of the group's whole score that the new subnets hold, 0 to 1; None where nothing was scored."""
+
+
+@dataclass
+class Progress:
+    """How far training has come: with the subnets, what a checkpoint holds."""
+
+    generator: torch.Generator
+    step: int = 0
+    """t, the optimizer steps completed."""
+    left_out: int = 0
+    """Profiled weight-steps whose gradient could not be used."""
+    history: list[Event] = field(default_factory=list)
+    stepped: set[SubnetState] = field(default_factory=set)
+    """Subnets that an optimizer has stepped, and another's have not been yet: the step is not complete."""
+    selecting: list[int] = field(default_factory=list)
+    """Groups whose slot has ended and that have not moved yet."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: between steps."""
+        plain = {"step": self.step, "left_out": self.left_out, "history": self.history}
+        return {**plain, "generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        self.__init__(**{**state, "generator": generator})  # type: ignore[misc]
+
+
+@dataclass
+class Optimizers:
+    """Those that step subnets of the model."""
+
+    waited_for: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    """Whose steps t waits for: the outermost optimizers that have stepped subnets lately."""
+    of_last_step: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    of_this_step: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    """Those that have stepped since t counted last."""
+    known: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
+    """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+
+
+@dataclass
+class Pending:
+    """What a step has begun and not ended yet; whatever cuts in, it tells the next use of the model what is left."""
+
+    open: set[SubnetState] = field(default_factory=set)
+    """Subnets that an optimizer is stepping: S may be ahead of W, whatever versions say."""
+    before: dict[SubnetState, tuple[Tensor, int]] = field(default_factory=dict)
+    """S before the step, and the version of W then, where either is needed after it."""
+    fits: dict[SubnetState, Fit | None] = field(default_factory=dict)
+    around: weakref.ref[Any] | None = None
+    """What called the last step, if that is no Optimizer itself."""
+    rest_to_come: bool = False
+    """What called the last step goes on writing to S after it."""
+    moving: bool = False
+    """Some subnet is on its way to another place."""
+
+    def forget_step(self) -> None:
+        self.before.clear()
+        self.fits.clear()
+
+
+@dataclass(eq=False)
+class TrainState:
+    """A transformed model in training: its subnets by group, how far it is, and what is under way."""
+
+    root: nn.Module
+    config: LosiaConfig
+    by_string: bool
+    """Made by backend="losia" alone."""
+    progress: Progress
+    states: list[SubnetState] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+    """Weight names by group, the head first."""
+    full: FullBases = field(default_factory=FullBases)
+    watches: dict[nn.Module, Watch] = field(default_factory=dict)
+    copied_from: int | None = None
+    """Number of the TrainState that this one was copied from."""
+
+    def __post_init__(self) -> None:
+        """What is not carried over to a copy."""
+        self.number = registry.number(self)
+        self.lock = threading.RLock()
+        """Whoever sees to S and W: one thread may evaluate or save while another trains."""
+        self.ranks = Ranks()
+        self.optimizers = Optimizers()
+        self.pending = Pending()
+        self.vigilance = Vigilance()
+        self.told: set[str] = set()
+        """Of notices.py, what has been said once."""
+        self.resumed = False
+        """A LoSiA state was loaded."""
+        self.idle = True
+        """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
+        self.by_hand: dict[SubnetState, Tensor] = {}
+        """S at the end of a step that was made by hand, where the next one is rewarmed."""
+        self._agreement: Agreement | None = None
+        self._tree: ModuleTree | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nothing of the step under way, nor of optimizers."""
+        names = ("root", "config", "by_string", "progress", "states", "groups", "full", "watches")
+        return {**{name: getattr(self, name) for name in names}, "copied_from": self.number}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+        registry.COPIES.difference_update(self.states)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Of a copy made when first asked for: its modules have no parameters yet when its state is made."""
+        if self._agreement is None:
+            self._agreement = Agreement(self.states)
+            self._agreement.averaged = self.copied_from is not None
+        return self._agreement
+
+    def set_groups(self, states: list[SubnetState], groups: list[list[str]]) -> None:
+        """Takes over the subnets of the model, named by group. S and W agree as they are now."""
+        self.states, self.groups = states, groups
+        number = {name: index for index, names in enumerate(groups) for name in names}
+        for state in states:
+            state.group = number[state.name]
+        self._agreement, self._tree = Agreement(states), None
+        self.vigilance.first_looks = FIRST_LOOKS
+
+    def members(self, group: int) -> list[SubnetState]:
+        return [state for state in self.states if state.group == group]
+
+    def others(self) -> Iterable[nn.Parameter]:
+        """The parameters that have no subnet and are none."""
+        known = {id(p) for s in self.states for p in (s.owner._parameters.get(n) for n in (s.parameter, s.values_name))}
+        return (parameter for parameter in self.root.parameters() if id(parameter) not in known)
+
+    def check_tree(self) -> None:
+        """Raises StateError where the model is not built any more as it was transformed."""
+        if self._tree is None:
+            self._tree = ModuleTree(self.root, self.states)
+        self._tree.check()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether passes over whole weights around a step are compiled."""
+        return self.config.compiler == "inductor"
