@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from losia_fx.config import IMPORTANCES, SCHEDULES, LosiaConfig
+from losia_fx.config import BY_SUMS, IMPORTANCES, SCHEDULES, LosiaConfig
 
 AOT_COMPILERS = ("aot_eager", "inductor")
 """Those that say beforehand what they keep for the backward; "eager" keeps what plain autograd does."""
@@ -23,7 +23,7 @@ def add_losia_options(
     group.add_argument(
         "--profile-steps", type=int, metavar="STEPS", help="of a slot, its last, that measure (default: the whole slot)"
     )
-    for option, choices in (("schedule", SCHEDULES), ("importance", IMPORTANCES)):
+    for option, choices in (("schedule", SCHEDULES), ("importance", (*IMPORTANCES, *BY_SUMS))):
         group.add_argument(
             _flag(option), choices=choices, default=getattr(default, option), help="default: %(default)s"
         )

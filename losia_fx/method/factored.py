@@ -69,6 +69,18 @@ def take_in(kept: Sequence[Means], places: Sequence[Place], grads: Sequence[Tens
         full.scatter_(-1, index, values)
 
 
+def filled(kept: Means) -> Means:
+    """The same with an index that has no visit as the mean of those that have one (of each expert by itself)."""
+    rows, cols = _filled(kept.rows, kept.row_visits), _filled(kept.cols, kept.col_visits)
+    return Means(rows, cols, kept.row_visits, kept.col_visits)
+
+
+def _filled(means: Tensor, visits: Tensor) -> Tensor:
+    seen = visits > 0
+    mean = means.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)  # of one without a visit it is 0
+    return torch.where(seen, means, mean)
+
+
 def factors(kept: Means, place: Place) -> tuple[Tensor, Tensor]:
     """a (r,) and b (c,), or (E, r) and (E, c), with v_ij = a_i b_j = r_i c_j / sqrt(mean r mean c).
 

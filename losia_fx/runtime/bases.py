@@ -98,6 +98,12 @@ def keep_places(places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
         state.base.visit(state.weight, rows, cols, block)
 
 
+def keep_whole(states: Iterable[SubnetState]) -> None:
+    """As keep_places, of subnets that will have been everywhere soon: one copy of each weight, once."""
+    for state in states:
+        state.base.keep_whole(state.weight)
+
+
 def _restarted(model: Trained) -> bool:
     return any(state.base.restarted for state in model.states)
 
