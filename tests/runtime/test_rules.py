@@ -137,7 +137,9 @@ def test_a_sampled_subnet_lies_where_gradients_are() -> None:
     """Half of the inputs are zero: no column of theirs has a sum, and none is drawn."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False))
-    losia_fx.transform(model, target=("0",), schedule="all", importance="sample", period=2, compiler="eager")
+    losia_fx.transform(
+        model, target=("0",), rank_factor=0.25, schedule="all", importance="sample", period=2, compiler="eager"
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     subnet = losia_fx.subnets(model)["0.weight"]
     for _ in range(4):
