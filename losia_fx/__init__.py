@@ -18,7 +18,8 @@ from .api.transform import restore, transform
 from .api.views import Subnet, controller, dense, report, stepped, subnets
 from .checkpoint.state import load_state_dict, state_dict
 from .config import LosiaConfig
-from .delta.apply import load_delta, save_delta
+from .delta.load import load_delta
+from .delta.save import save_delta
 from .errors import (
     ConfigError,
     DeltaError,

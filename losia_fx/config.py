@@ -18,6 +18,13 @@ BY_SUMS = ("visits", "sample")
 """Importances of rows and of columns: out + in numbers of a weight."""
 HEAD_ROWS = ("importance", "frequent", "random", "fixed")
 COMPILERS = ("inductor", "aot_eager", "eager")
+CHOICES = {
+    "schedule": SCHEDULES,
+    "importance": (*IMPORTANCES, *BY_SUMS),
+    "head_rows": HEAD_ROWS,
+    "compiler": COMPILERS,
+}
+"""Of the options that are one word of several."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class LosiaConfig:
     profile_steps: how many steps of a slot, its last, measure importance; at most ``period``, None for the whole slot.
     train_tied_head: whether an output head that shares its weight with the embedding learns too, by rows, from both
         uses; by default it stays as it is.
-
+    track_delta: whether to keep what the weights were before training, so that save_delta can tell what has changed;
+        it costs host memory, up to one copy of every weight that learns (losia-fx explain says how much).
     rewarm_steps: how many updates rewarming takes; None for a period, and for none with schedule="all", where it would
         lower the learning rate of the whole run.
     head_rows: how the output head's rows are chosen: "importance" as all others', "random" drawn at the times at which
@@ -79,6 +87,7 @@ class LosiaConfig:
     compiler: str = "inductor"
     train_tied_head: bool = False
     profile_steps: int | None = None
+    track_delta: bool = False
     rewarm_steps: int | None = None
     head_rows: str = "importance"
     count_steps: int | None = None
@@ -96,11 +105,9 @@ class LosiaConfig:
         for option in ("rewarm_steps", "count_steps"):
             if getattr(self, option) is not None:
                 _integer(option, getattr(self, option), least=1)
-        _choice("head_rows", self.head_rows, HEAD_ROWS)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("importance", self.importance, (*IMPORTANCES, *BY_SUMS))
-        _choice("compiler", self.compiler, COMPILERS)
-        for option in ("rewarm", "train_tied_head", "carry_moments"):
+        for option, allowed in CHOICES.items():
+            _choice(option, getattr(self, option), allowed)
+        for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
         if self.rewarm_steps is not None and not self.rewarm:

@@ -1,7 +1,7 @@
 """Every table that losia_fx keeps for the whole process, and nothing else that is global.
 
-A leaf: it knows what ``Subnet`` says of what it holds, and the rooms that fill a table say what is in it, as in
-``PROFILED: MutableMapping[int, Profiled] = registry.PROFILED``. All tables hold weakly what users own: a model that
+A leaf: it knows what ``EnteredSubnet`` says of what it holds, and the rooms that fill a table say what is in it, as in
+``BY_HANDLE: MutableMapping[int, Profiled] = registry.BY_HANDLE``. All tables hold weakly what users own: a model that
 nobody holds any more, or one whose transformation failed, leaves nothing behind. ``enter`` and ``leave`` are the only
 ways in and out for a subnet; ``changed`` says that some tensor has taken another's place, so that what was derived from
 the tables (whose subnets an optimizer steps) is derived anew.
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class Subnet(Protocol):
+class EnteredSubnet(Protocol):
     """A weight's subnet as the tables know it: losia_fx.runtime.state.SubnetState."""
 
     @property
@@ -35,8 +35,8 @@ class Subnet(Protocol):
         """Whether ``weight`` is the subnet's."""
 
 
-PROFILED: MutableMapping[int, Any] = weakref.WeakValueDictionary()
-"""What may be profiled, by handle: every subnet (and, in tests, stand-ins)."""
+BY_HANDLE: MutableMapping[int, Any] = weakref.WeakValueDictionary()
+"""Every subnet, by handle."""
 
 TAPPED: dict[int, Any] = {}
 """Inputs kept for a backward, by ticket; each goes with its ticket, that is with its graph, or with its step."""
@@ -84,8 +84,7 @@ tickets = itertools.count(1)
 _numbers = itertools.count(1)
 _handles = itertools.count(1)
 _numbered: MutableMapping[int, Any] = weakref.WeakValueDictionary()
-_entered: MutableMapping[int, Subnet] = weakref.WeakValueDictionary()
-_by_weight: MutableMapping[int, Subnet] = weakref.WeakValueDictionary()
+_by_weight: MutableMapping[int, EnteredSubnet] = weakref.WeakValueDictionary()
 _without: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 """Weights that were looked for in vain, with the generation in which they were."""
 _generation = 0
@@ -113,42 +112,41 @@ def numbered(number: int | None) -> Any:
     return None if number is None else _numbered.get(number)
 
 
-def enter(subnet: Subnet) -> int:
+def enter(subnet: EnteredSubnet) -> int:
     """Makes a subnet known to graphs, and returns its handle; to be entered under its weight with ``place``."""
     handle = next(_handles)
-    PROFILED[handle] = _entered[handle] = subnet
+    BY_HANDLE[handle] = subnet
     changed()
     return handle
 
 
-def place(weight: Tensor, subnet: Subnet) -> None:
+def place(weight: Tensor, subnet: EnteredSubnet) -> None:
     """``weight`` is that of ``subnet`` from now on."""
     _by_weight[id(weight)] = subnet
     changed()
 
 
-def leave(subnet: Subnet) -> None:
+def leave(subnet: EnteredSubnet) -> None:
     """Forgets all about a subnet."""
-    for table in (PROFILED, _entered):
-        table.pop(int(subnet.handle), None)
+    BY_HANDLE.pop(int(subnet.handle), None)
     for key in [key for key, other in _by_weight.items() if other is subnet]:
         del _by_weight[key]
-    for names in (COPIES, RAN_OUTSIDE, RAN_WITHOUT_GRAD):
-        names.discard(subnet)
+    for table in (COPIES, RAN_OUTSIDE, RAN_WITHOUT_GRAD):
+        table.discard(subnet)
     changed()
 
 
-def find(weight: Tensor) -> Subnet | None:
+def find(weight: Tensor) -> EnteredSubnet | None:
     """The subnet of ``weight``, by identity, or None; quick, and blind to a weight that has replaced another."""
     subnet = _by_weight.get(id(weight))
     return subnet if subnet is not None and subnet.holds(weight) else None
 
 
-def resolve(weight: Tensor) -> Subnet | None:
+def resolve(weight: Tensor) -> EnteredSubnet | None:
     """As ``find``, but a weight that took another's place (a copy's, load_state_dict(assign=True)) is looked for."""
     subnet = find(weight)
     if subnet is None and _without.get(weight) != _generation:
-        entered = (each for each in list(_entered.values()) if each.registered)
+        entered = (each for each in list(BY_HANDLE.values()) if each.registered)
         subnet = next((each for each in entered if each.holds(weight)), None)
         if subnet is None:
             _without[weight] = _generation

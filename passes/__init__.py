@@ -1,37 +1,38 @@
 """The graph passes: graph in, graph out; no training state, no I/O."""
 
-from losia_fx.config import LosiaConfig
-from losia_fx.plan import SubnetPlan
-
 from .base import (
     GraphPass,
     Observer,
     PassPipeline,
+    bodies,
     copy_graph_module,
     graph_modules,
     placeholders,
     region_of,
 )
-from .insert_localization import InsertLocalization
 from .joint.loosen_views import LoosenViews
 from .joint.remake_inputs import RemakeInputs
 from .joint.sink_gathers import SinkGathers
-from .match_linear import Uses, find_uses, plan_subnets
-from .products import Product, find_products
-from .subnet_rewrite import CALL, PRODUCT, SubnetRewrite, outputs_may_learn
-
-
-def default_pipeline(plan: SubnetPlan, config: LosiaConfig) -> PassPipeline:
-    """What losia_fx runs on every graph: the rewrite, and the localization where the config profiles anything."""
-    passes: list[GraphPass] = [SubnetRewrite(plan)]
-    if config.profiles:
-        passes.append(InsertLocalization(plan))
-    return PassPipeline(tuple(passes))
-
+from .localize import InsertLocalization
+from .match import Uses, find_uses, plan_subnets
+from .pipeline import (
+    DYNAMO,
+    FORWARD_STAGES,
+    JOINT,
+    JOINT_STAGES,
+    forward_pipeline,
+    joint_pipeline,
+    makes_joint_graphs,
+)
+from .products import Product
+from .rewrite import SubnetRewrite, outputs_may_learn
+from .rewritten import Rewritten, rewritten_from, rewritten_nodes
 
 __all__ = [
-    "CALL",
-    "PRODUCT",
+    "DYNAMO",
+    "FORWARD_STAGES",
+    "JOINT",
+    "JOINT_STAGES",
     "GraphPass",
     "InsertLocalization",
     "LoosenViews",
@@ -39,16 +40,21 @@ __all__ = [
     "PassPipeline",
     "Product",
     "RemakeInputs",
+    "Rewritten",
     "SinkGathers",
     "SubnetRewrite",
     "Uses",
+    "bodies",
     "copy_graph_module",
-    "default_pipeline",
-    "find_products",
     "find_uses",
+    "forward_pipeline",
     "graph_modules",
+    "joint_pipeline",
+    "makes_joint_graphs",
     "outputs_may_learn",
     "placeholders",
     "plan_subnets",
     "region_of",
+    "rewritten_from",
+    "rewritten_nodes",
 ]

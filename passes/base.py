@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,18 +50,23 @@ class GraphPass(ABC):
 
 
 Observer = Callable[[str, fx.GraphModule], None]
+"""Is told the name of a stage, and shown the graph in it; a pass's stage has the pass's name. Not to be edited."""
 
 
 @dataclass(frozen=True)
 class PassPipeline:
-    """Runs passes in order. ``disabled`` names passes to leave out; ``observe(name, gm)`` sees the graph after each."""
+    """Runs passes in order. ``disabled`` names passes to leave out; ``observe`` sees the graph after each, and before
+    all of them as the stage ``start``, where that has a name."""
 
     passes: tuple[GraphPass, ...]
     disabled: frozenset[str] = frozenset()
+    start: str = ""
     observe: Observer | None = None
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         modified = False
+        if self.start and self.observe is not None:
+            self.observe(self.start, gm)
         for step in self.passes:
             if step.name in self.disabled:
                 continue
@@ -99,6 +104,15 @@ def region_of(gm: fx.GraphModule, node: fx.Node) -> Region | None:
     body = gm.get_submodule(name)
     assert isinstance(body, fx.GraphModule)
     return Region(node, name, body, inputs)
+
+
+def bodies(gm: fx.GraphModule, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], fx.GraphModule]]:
+    """(names of the regions' bodies that lead there, graph) of ``gm`` itself and of every region, outer ones first."""
+    yield path, gm
+    for node in gm.graph.nodes:
+        region = region_of(gm, node)
+        if region is not None:
+            yield from bodies(region.body, (*path, region.name))
 
 
 def graph_modules(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:

@@ -6,35 +6,13 @@ write: ``linear`` (x w^T), ``grouped`` (rows of x sorted by expert, x_e w_e) and
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import fx
 
-from losia_fx._compat import grouped_products
-
-Permutation = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """What a node holds of a weight: all of it or, of an expert weight (E, ., .), one expert or a list of experts."""
-
-    node: fx.Node
-    dims: int
-    transposed: bool = False
-    """The last two dimensions are swapped against what the module stores."""
-    expert: int | fx.Node | None = None
-    gathered: bool = False
-    """``expert`` is a list of them, int64 (n,), and the view (n, ., .)."""
-    unbound: bool = False
-    """A tuple of experts, as torch.unbind gives it."""
-    path: tuple[fx.Node, ...] = ()
-    """The nodes from the weight's placeholder (left out) to ``node``."""
+from .nodes import agree, bound, dims_of, size_of, use_of
+from .views import Permutation, View, next_view, swapped
 
 
 @dataclass(frozen=True)
@@ -101,7 +79,7 @@ def _follow(view: View, user: fx.Node) -> list[Product] | None:
     product = _product(view, user)
     if product is not None:
         return [product]
-    following = _view(view, user)
+    following = next_view(view, user)
     if following is None:
         return None
     found: list[Product] = []
@@ -111,126 +89,6 @@ def _follow(view: View, user: fx.Node) -> list[Product] | None:
             return None
         found += behind
     return found
-
-
-# -- reading a node --------------------------------------------------------------------------------------------------
-
-_CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
-_REORDERS = frozenset(
-    "t T mT H mH numpy_T matrix_H adjoint transpose permute movedim moveaxis swapaxes swapdims".split()
-)
-"""Views that put dimensions in another order. Since torch 2.14 T is written as aten.numpy_T (H is aten.matrix_H)."""
-
-
-def use_of(node: fx.Node) -> str:
-    """What a node does, in one word: the same for a function, an operator, a method and an attribute.
-
-    Words without a dot are torch's: a function or an operator of anybody else's has its full name, and is no product.
-    """
-    if node.op == "call_method":
-        word = str(node.target)
-    elif node.op != "call_function":
-        return node.op
-    elif node.target in grouped_products():
-        return "grouped_mm"
-    else:
-        word = str(node.args[1]) if node.target is getattr else _name_of(node.target)
-    return "matmul" if word in ("mm", "__matmul__") else word
-
-
-def _name_of(function: Any) -> str:
-    packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
-    if isinstance(packet, torch._ops.OpOverloadPacket):
-        return str(packet).removeprefix("aten.")
-    name = str(getattr(function, "__name__", function))
-    if any(getattr(home, name, None) is function for home in (torch, F, operator, torch.ops.higher_order)):
-        return name
-    return f"{getattr(function, '__module__', None) or '?'}.{name}"
-
-
-def _dims(node: Any) -> int | None:
-    """Dimensions of a node's value, where the tracer says."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value.dim() if isinstance(value, torch.Tensor) else None
-
-
-def _size(node: fx.Node, dim: int) -> Any:
-    """Length of a dimension of a node's value, where the tracer says."""
-    value = node.meta.get("example_value")
-    return value.shape[dim] if isinstance(value, torch.Tensor) and -value.dim() <= dim < value.dim() else None
-
-
-def _agree(first: Any, second: Any) -> bool:
-    """Whether two lengths are the same for all that is known: products that broadcast have no normal form."""
-    return first is None or second is None or first is second or bool(first == second)
-
-
-def _bound(node: fx.Node, *names: str) -> dict[str, Any] | None:
-    """The arguments by name; None where there are others than these."""
-    if len(node.args) > len(names) or not set(node.kwargs) <= set(names):
-        return None
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-# -- views and casts -------------------------------------------------------------------------------------------------
-
-
-def _view(view: View, user: fx.Node) -> View | None:
-    """What ``user`` holds of the weight, if it is a view or a cast of ``view``."""
-    name = use_of(user)
-    if name in _REORDERS:
-        return _reordered(view, user)
-    if not user.args or user.args[0] is not view.node or view.node in user.args[1:]:
-        return None
-    if view.unbound:
-        index = user.args[1] if name == "getitem" else None
-        return _step(view, user, dims=2, expert=index, unbound=False) if isinstance(index, int) else None
-    if name in _CASTS:
-        return _step(view, user)
-    return _expert(view, name, user) if view.dims == 3 and view.expert is None else None
-
-
-def _step(view: View, user: fx.Node, **changes: Any) -> View:
-    return replace(view, node=user, path=(*view.path, user), **changes)
-
-
-def _reordered(view: View, user: fx.Node) -> View | None:
-    """The view in another order of its dimensions, if none but the last two have changed places.
-
-    torch itself says what the order is, of a tensor in which each dimension is as long as its number.
-    """
-    if user.all_input_nodes != [view.node]:
-        return None
-    numbered = torch.empty(tuple(range(view.dims)), device="meta")
-    args, kwargs = fx.node.map_arg((user.args, user.kwargs), lambda _: numbered)
-    turn: Any = getattr(torch.Tensor, str(user.target)) if user.op == "call_method" else user.target
-    order = tuple(turn(*args, **kwargs).shape)
-    if order == tuple(range(view.dims)):
-        return _step(view, user)
-    return _step(view, user, transposed=not view.transposed) if order == _swapped(view.dims) else None
-
-
-def _expert(view: View, name: str, user: fx.Node) -> View | None:
-    """One expert, or several, taken out of (E, ., .)."""
-    given = user.args[1:]
-    if name == "unbind" and given in ((), (0,)) and not user.kwargs:
-        return _step(view, user, unbound=True)
-    index = given[0] if name == "getitem" else given[1] if name == "select" and len(given) > 1 else None
-    if name == "select" and given[0] != 0:
-        return None
-    if isinstance(index, int) and not isinstance(index, bool):
-        return _step(view, user, dims=2, expert=index)
-    if isinstance(index, fx.Node) and name == "getitem":
-        value = index.meta.get("example_value")
-        whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
-        if whole and _dims(index) == 0:
-            return _step(view, user, dims=2, expert=index)
-        if whole and _dims(index) == 1:
-            return _step(view, user, expert=index, gathered=True)
-    return None
-
-
-# -- products --------------------------------------------------------------------------------------------------------
 
 
 def _product(view: View, user: fx.Node) -> Product | None:
@@ -244,17 +102,17 @@ def _product(view: View, user: fx.Node) -> Product | None:
 
 
 def _linear(view: View, user: fx.Node) -> Product | None:
-    given = _bound(user, "input", "weight", "bias")
+    given = bound(user, "input", "weight", "bias")
     if given is None or given["weight"] is not view.node:
         return None
     return Product("linear", "linear", user, view, given["input"], bias=given.get("bias"))
 
 
 def _addmm(view: View, user: fx.Node) -> Product | None:
-    given = _bound(user, "input", "mat1", "mat2")
-    if given is None or given["mat2"] is not view.node or _dims(given["input"]) != 1:
+    given = bound(user, "input", "mat1", "mat2")
+    if given is None or given["mat2"] is not view.node or dims_of(given["input"]) != 1:
         return None
-    if not _agree(_size(given["input"], 0), _size(view.node, 1)):
+    if not agree(size_of(given["input"], 0), size_of(view.node, 1)):
         return None  # a bias of one element for all of y's
     return Product("linear", "addmm", user, view, given["mat1"], flipped=True, bias=given["input"])
 
@@ -264,10 +122,6 @@ def _operands(user: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
 
 
-def _swapped(dims: int) -> Permutation:
-    return (*range(dims - 2), dims - 1, dims - 2)
-
-
 def _matmul(view: View, user: fx.Node) -> Product | None:
     operands = _operands(user)
     if operands is None:
@@ -275,23 +129,23 @@ def _matmul(view: View, user: fx.Node) -> Product | None:
     x = operands[0] if operands[1] is view.node else operands[1]
     if operands[1] is view.node:
         return Product("linear", "matmul", user, view, x, flipped=True)
-    dims = _dims(x)
+    dims = dims_of(x)
     if dims is None:
         return None
-    order = None if dims < 2 else _swapped(dims)
+    order = None if dims < 2 else swapped(dims)
     return Product("linear", "matmul", user, view, x, before=order, after=order)
 
 
 def _bmm(view: View, user: fx.Node) -> Product | None:
     operands = _operands(user)
-    if operands is None or any(_dims(operand) != 3 for operand in operands):
+    if operands is None or any(dims_of(operand) != 3 for operand in operands):
         return None
-    if not _agree(*(_size(operand, 0) for operand in operands)):
+    if not agree(*(size_of(operand, 0) for operand in operands)):
         return None
     name = use_of(user)
     if operands[1] is view.node:
         return Product("batched", name, user, view, operands[0])
-    order = _swapped(3)
+    order = swapped(3)
     return Product("batched", name, user, view, operands[1], flipped=True, before=order, after=order)
 
 
@@ -301,7 +155,7 @@ def _grouped(view: View, user: fx.Node) -> Product | None:
     offsets = given.pop("offs", None)
     if weight is not view.node or view.gathered or any(value is not None for value in given.values()):
         return None
-    if not isinstance(x, fx.Node) or not isinstance(offsets, fx.Node) or _dims(x) != 2:
+    if not isinstance(x, fx.Node) or not isinstance(offsets, fx.Node) or dims_of(x) != 2:
         return None
     return Product("grouped", "grouped_mm", user, view, x, offsets=offsets)
 
@@ -326,7 +180,7 @@ def _contraction(view: View, user: fx.Node, x: fx.Node, of_x: str, of_w: str, of
     free = [letter for letter in of_w if letter not in of_x and letter in of_y]
     if len(of_w) != 2 or len(summed) != 1 or len(free) != 1:
         return None
-    if not _agree(_size(x, _place(of_x, summed[0])), _size(view.node, of_w.index(summed[0]))):
+    if not agree(size_of(x, _place(of_x, summed[0])), size_of(view.node, of_w.index(summed[0]))):
         return None  # one of them is broadcast
     kept = of_x.replace(summed[0], "")
     if "." in of_x:  # batch dimensions without letters: only where nothing needs to move

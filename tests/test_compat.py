@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from losia_fx import _compat
-from losia_fx.passes.products import use_of
+from losia_fx.passes.nodes import use_of
 from losia_fx.tools.requirements import release, requirements
 
 ROOT = Path(__file__).parent.parent
@@ -554,7 +554,7 @@ def test_before_2_13_a_limit_is_for_all_modules() -> None:
 
 
 def test_2_14_writes_the_attributes_that_transpose_as_operators() -> None:
-    """What losia_fx.passes.products reads: both, as long as the lowest torch is below 2.14."""
+    """What losia_fx.passes.nodes reads: both, as long as the lowest torch is below 2.14."""
     seen: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:

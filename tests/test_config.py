@@ -30,6 +30,7 @@ DEFAULTS = {
     "compiler": "inductor",
     "train_tied_head": False,
     "profile_steps": None,
+    "track_delta": False,
 }
 
 
@@ -52,6 +53,7 @@ WRONG: dict[str, list[Any]] = {
     "beta2": [-0.1, 1, 1.0, math.nan, "0.85", None, True],
     "rewarm": [0, 1, None, "yes", 2],
     "train_tied_head": [0, None, "no"],
+    "track_delta": [1, None, "yes"],
     "target": [("",), (1,), ("a", None)],
     "exclude": [None, ("",), (1,)],
     "trainable": [None, ("",), (b"a",)],

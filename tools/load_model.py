@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.errors import ConfigError
 from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.storage import checkpoint_folder
+from losia_fx.storage.checkpoint_folder import load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ARGUMENT = "MODEL"
 SEED = 0
 MOST_BATCHES = 60  # that are tried until one fits a model
 HELP = "folder of a transformers checkpoint, a config.json, or module:function (default: the embedded Llama)"
@@ -120,23 +123,16 @@ def _said(error: Exception) -> str:
 
 
 def _from_checkpoint(folder: Path) -> Loaded:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"MODEL {folder}: is no folder with a transformers checkpoint (it has no config.json)")
-    config = _read_config(folder)
+    config = load_config(folder, ARGUMENT)
+    _turn_cache_off(config)
     name = _class_name(config, folder)
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = getattr(transformers, name).from_pretrained(folder, config=config, local_files_only=True)
-    # whatever transformers or safetensors find wrong with a folder, from a missing file to a torn one
-    except Exception as error:
-        raise ConfigError(f"MODEL {folder}: cannot be loaded as {name}: {_said(error)}") from error
+    model = checkpoint_folder.load_model(folder, class_name=name, config=config, argument=ARGUMENT)
     return _with_inputs(str(folder), model, name)
 
 
 def _from_config(path: Path) -> Loaded:
-    config = _read_config(path)
+    config = load_config(path, ARGUMENT)
+    _turn_cache_off(config)
     name = _class_name(config, path)
     import transformers
 
@@ -148,21 +144,12 @@ def _from_config(path: Path) -> Loaded:
     return _with_inputs(str(path), model, name)
 
 
-def _read_config(path: Path) -> PretrainedConfig:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise LosiaError(f"MODEL {path}: needs {error.name}: install losia-fx[cli]") from None
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # no JSON, no model_type, an unknown one, a field of a wrong kind
-        raise ConfigError(f"MODEL {path}: is no transformers configuration: {_said(error)}") from error
+def _turn_cache_off(config: PretrainedConfig) -> None:
+    """Training has no use for it, and it would be an output of the graph."""
     parts: list[Any] = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
         if getattr(part, "use_cache", None):
-            part.use_cache = False  # training has no use for it, and it would be an output of the graph
-    return config
+            part.use_cache = False
 
 
 def _class_name(config: PretrainedConfig, path: Path) -> str:

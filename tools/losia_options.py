@@ -1,12 +1,15 @@
-"""The options of LosiaConfig as arguments of a command."""
+"""The options of LosiaConfig as arguments of a command: each field one, as the dataclass has it."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
+from typing import Any, get_args, get_type_hints
 
-from losia_fx.config import BY_SUMS, IMPORTANCES, SCHEDULES, LosiaConfig
+from losia_fx.config import CHOICES, LosiaConfig
 
 AOT_COMPILERS = ("aot_eager", "inductor")
 """Those that say beforehand what they keep for the backward; "eager" keeps what plain autograd does."""
@@ -16,32 +19,43 @@ def add_losia_options(
     parser: argparse.ArgumentParser, compilers: Sequence[str] = AOT_COMPILERS, compiler: str = AOT_COMPILERS[0]
 ) -> None:
     """The options, with the compilers that the command knows and the one that it takes by default."""
-    default = LosiaConfig()
     group = parser.add_argument_group("LoSiA", "the options of losia_fx.LosiaConfig")
-    for option, kind in (("rank_factor", float), ("output_rank_factor", float), ("period", int), ("seed", int)):
-        group.add_argument(_flag(option), type=kind, default=getattr(default, option), help="default: %(default)s")
-    group.add_argument(
-        "--profile-steps", type=int, metavar="STEPS", help="of a slot, its last, that measure (default: the whole slot)"
-    )
-    for option, choices in (("schedule", SCHEDULES), ("importance", (*IMPORTANCES, *BY_SUMS))):
-        group.add_argument(
-            _flag(option), choices=choices, default=getattr(default, option), help="default: %(default)s"
-        )
-    group.add_argument("--compiler", choices=compilers, default=compiler, help="whose graphs (default: %(default)s)")
-    for option, help_text in (
-        ("target", "modules whose linears learn (default: every linear inside the blocks, and the head)"),
-        ("exclude", "modules that stay as they are"),
-        ("trainable", "other parameters to train in full"),
-    ):
-        group.add_argument(_flag(option), action="append", metavar="PATTERN", help=help_text)
-    group.add_argument("--train-tied-head", action="store_true", help="train a head tied to the embedding too")
+    types, said = get_type_hints(LosiaConfig), _described()
+    for option in fields(LosiaConfig):
+        settings = _settings(option, types[option.name], said.get(option.name, ""))
+        if option.name == "compiler":
+            settings |= {"choices": compilers, "default": compiler}
+        group.add_argument(_flag(option), dest=option.name, **settings)
 
 
 def config_of(args: argparse.Namespace) -> LosiaConfig:
     """Raises ConfigError, naming the option, for a value that cannot be."""
-    given = {field.name: getattr(args, field.name) for field in fields(LosiaConfig) if hasattr(args, field.name)}
+    given = {field.name: getattr(args, field.name) for field in fields(LosiaConfig)}
     return LosiaConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
+def _settings(option: Field[Any], kind: Any, said: str) -> dict[str, Any]:
+    """add_argument's keywords. kind: bool, int, float or str, or one of them or None, or several str."""
+    if kind is bool:
+        return {"action": "store_false" if option.default else "store_true", "help": said}
+    kinds = (kind, *get_args(kind))
+    if tuple[str, ...] in kinds:
+        return {"action": "append", "metavar": "PATTERN", "help": said}
+    word = next(each for each in kinds if each in (int, float, str))
+    shown = said if option.default is None else f"{said} (default: %(default)s)"
+    return {"type": word, "choices": CHOICES.get(option.name), "default": option.default, "help": shown}
+
+
+def _described() -> dict[str, str]:
+    """Field -> the first clause of what the docstring says of it."""
+    found: dict[str, str] = {}
+    text = inspect.cleandoc(LosiaConfig.__doc__ or "")
+    for names, entry in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n {4}.+)*)", text, re.MULTILINE):
+        clause = re.split(r"[;.](?= |$)", " ".join(entry.split()))[0]
+        found |= dict.fromkeys(names.split(", "), clause.replace("%", "%%"))
+    return found
+
+
+def _flag(option: Field[Any]) -> str:
+    """ "--no-..." of what is on by default."""
+    return ("--no-" if option.default is True else "--") + option.name.replace("_", "-")

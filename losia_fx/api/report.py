@@ -69,13 +69,11 @@ class Report:
 
     def __rich__(self) -> Group:
         from rich.console import Group  # here: whoever only trains does not wait for it
-        from rich.table import Table
 
-        table = Table(title="losia_fx: what learns", title_justify="left")
-        for column in ("weight", "shape", "trained", "subnet", "group", "why", "used by"):
-            table.add_column(
-                column, overflow="fold", justify="right" if column in ("shape", "subnet", "group") else "left"
-            )
+        from losia_fx.console import make_table
+
+        columns = ("weight", "shape", "trained", "subnet", "group", "why", "used by")
+        table = make_table("losia_fx: what learns", *columns, left=("trained", "why", "used by"))
         for weight in self.weights:
             subnet = "" if weight.subnet is None else _shape(weight.subnet)
             group = "" if weight.group is None else str(weight.group)

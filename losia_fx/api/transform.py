@@ -37,6 +37,7 @@ from losia_fx.runtime.agreement import Swapped
 from losia_fx.runtime.attach import attach, detach
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
 from losia_fx.runtime.functional import call_with_others
+from losia_fx.runtime.look import look
 from losia_fx.runtime.outside import asking_for_gradients
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.state import SubnetState, states_of
@@ -222,7 +223,7 @@ class CompiledCall:
         if is_exporting():
             controller = None if torch.compiler.is_dynamo_compiling() else controller_of(self.root)
             if controller is not None and not is_jit_tracing():
-                controller.agreement.follow_beneath()
+                controller.train.agreement.follow_beneath()
             return plain_call(self.root, *args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -232,32 +233,32 @@ class CompiledCall:
         controller = controller_of(self.root)
         if controller is None:
             return plain_call(self.root, *args, **kwargs)
-        learns = torch.is_grad_enabled()
+        train, learns = controller.train, torch.is_grad_enabled()
         if learns:
-            controller.check_tree()
+            train.check_tree()
         try:
-            controller.look(learns)
+            look(train, learns)
         except Swapped:
             refuse_wrappers(self.root)
-            return call_with_others(controller.train, args, kwargs)
+            return call_with_others(train, args, kwargs)
         if not learns:
-            with plain_forward(controller.train.watches.values()):
+            with plain_forward(train.watches.values()):
                 return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
             refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
-        under_ddp = controller.ranks.notice(controller.states, controller.train.progress.generator)
-        labels.note(controller.train, args, kwargs)
+        under_ddp = train.ranks.notice(train.states, train.progress.generator)
+        labels.note(train, args, kwargs)
         _free_input_gradients(self.root)
         try:
-            with asking_for_gradients(controller.states), whole_graphs(under_ddp):
+            with asking_for_gradients(train.states), whole_graphs(under_ddp):
                 result = self._compiled(*args, **kwargs)
         except CompilerFailed as failure:
             inner = getattr(failure, "inner_exception", None)
             if isinstance(inner, LosiaError):
                 raise inner from None
             raise
-        notices.warn_outside(controller.train)
+        notices.warn_outside(train)
         watch_functions(leaves(result), leaves((args, kwargs)))
         return result
 

@@ -24,7 +24,7 @@ from losia_fx.runtime.state import SubnetState, resolve
 from losia_fx.runtime.watch import Watch
 
 
-def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
+def give_subnets(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
     """Gives a subnet to each weight that requires grad and has none, and to the optimizers that hold it.
 
     All linears of a compiled module get theirs with the first of them, also those that Dynamo then leaves in eager.
@@ -37,7 +37,7 @@ def adopt_weights(weights: Sequence[nn.Parameter], config: LosiaConfig) -> None:
     if not fresh:
         return
     for root, mine in _by_root(fresh):
-        _adopt_into(root, mine, config)
+        _give_subnets_in(root, mine, config)
     DENSE.update({id(weight): weight for weight in fresh if resolve(weight) is None})
 
 
@@ -52,7 +52,7 @@ def _refuse_ddp() -> None:
     )
 
 
-def _adopt_into(root: nn.Module, weights: set[int], config: LosiaConfig) -> None:
+def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) -> None:
     plans = judge_weights(root, config, everywhere=True)
     refuse_float8(plan for plan in plans if plan.parameter.requires_grad and id(plan.parameter) in weights)
     controller = controller_of(root) or Controller(root, config, by_string=True)

@@ -1,6 +1,6 @@
 """Shows a delta file, applies it to a checkpoint, takes it off again, or turns it into a LoRA adapter.
 
-The work is in delta_job.py.
+The work is in show.py and convert.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from losia_fx.errors import ConfigError, LosiaError
-from losia_fx.finetune.command import check_folder
+from losia_fx.storage.checkpoint_folder import check_output
 
 ACTIONS = {
     "show": "what the file changes, weight by weight",
@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
         show(args.file)
         return 0
-    check_folder(args.out, args.model, args.overwrite)
+    check_output(args.out, args.model, args.overwrite)
     if args.action == "export" and args.rank < 1:
         raise ConfigError(f"--rank {args.rank}: give a whole number of at least 1")
     try:
-        from .job import change, export  # transformers: seconds that show and --help should not cost
+        from .convert import change, export  # transformers: seconds that show and --help should not cost
     except ModuleNotFoundError as error:
         raise LosiaError(f"delta {args.action} needs {error.name}: install losia-fx[cli]") from None
     if args.action == "export":

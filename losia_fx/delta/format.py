@@ -1,10 +1,10 @@
-"""The delta file: one safetensors file of what training changed. Written here, read in delta_read.py.
+"""The delta file: one safetensors file of what training changed. Written here, read in read.py.
 
 For every weight and visit ``<weight>/<visit>.rows`` and ``.cols`` (int32, sorted) and ``.bits``: base XOR tuned, the
 bits of the elements of the block that are in no earlier block of the weight, as integers of the weight's width. XOR is
 its own inverse, so the one number an element serves to apply and to undo, both exact. A weight kept whole has
 ``<weight>/0.bits`` alone. The metadata holds ``delta``, a JSON text with names, shapes, dtypes and fingerprints, and
-the checksum of sealed.py.
+the checksum of losia_fx.storage.checksummed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from losia_fx.errors import DeltaError
-from losia_fx.method.visits import Piece
-from losia_fx.storage.checksummed import Seal
+from losia_fx.method.visits import Piece, is_plain
+from losia_fx.storage.checksummed import ChecksummedFormat
 
 FORMAT = 1
-SEAL = Seal("delta", "delta", DeltaError)
+DELTA_FILE = ChecksummedFormat("delta", "delta", DeltaError)
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -68,6 +68,13 @@ def fingerprint(records: Sequence[WeightRecord], which: str) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def check_plain(path: Path, name: str, weight: Tensor) -> None:
+    """Raises DeltaError for a weight whose values are not all here."""
+    if not is_plain(weight):
+        kind = "on the meta device" if weight.is_meta else f"a {type(weight.data).__name__}, sharded"
+        raise DeltaError(f"{path}: {name}: is {kind}: a delta needs the whole weight")
+
+
 def write_delta(path: Path, model: str, records: Sequence[WeightRecord], pieces: Mapping[str, Sequence[Piece]]) -> None:
     """Writes the file; ``path`` is whole or as it was. Raises OSError where that fails."""
     tensors: dict[str, Tensor] = {}
@@ -77,7 +84,7 @@ def write_delta(path: Path, model: str, records: Sequence[WeightRecord], pieces:
             if piece.rows is not None and piece.cols is not None:
                 tensors[f"{record.name}/{number}.rows"] = piece.rows.int()
                 tensors[f"{record.name}/{number}.cols"] = piece.cols.int()
-    SEAL.write(path, tensors, _header_text(model, records))
+    DELTA_FILE.write(path, tensors, _header_text(model, records))
 
 
 def _header_text(model: str, records: Sequence[WeightRecord]) -> str:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from losia_fx.errors import DeltaError
 from losia_fx.method.visits import walk
 
-from .apply import Target, flip
+from .load import Target, flip
 from .read import DeltaFile
 
 LARGEST_EXACT = 1024  # an exact SVD of a larger change takes minutes, hundreds of them hours
@@ -101,7 +101,6 @@ def truncate(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def write_adapter(folder: Path, base: Path, model: nn.Module, factors: Sequence[Factors], rank: int) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT names what they hold. lora_alpha = r: a scale of 1."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for part in factors:
         tensors[f"base_model.model.{part.module}.lora_A.weight"] = part.a.contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 from losia_fx.errors import DeltaError
 from losia_fx.method.visits import INTEGERS, Piece, place_after
 
-from .format import DTYPES, FORMAT, SEAL, WeightRecord
+from .format import DELTA_FILE, DTYPES, FORMAT, WeightRecord
 
 
 class DeltaFile:
@@ -28,13 +28,13 @@ class DeltaFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise DeltaError(f"{self.path}: there is no such file")
-        SEAL.check(self.path)
+        DELTA_FILE.check(self.path)
         try:
             self._file: Any = _open(self.path)
         except (SafetensorError, ValueError) as error:
             raise DeltaError(f"{self.path}: is no sound safetensors file: {error}") from None
         metadata: dict[str, str] = self._file.metadata() or {}
-        self.model, self.records = self._header(metadata.get(SEAL.entry))
+        self.model, self.records = self._header(metadata.get(DELTA_FILE.entry))
         self._check_keys()
 
     def __enter__(self) -> DeltaFile:

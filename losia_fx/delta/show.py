@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from losia_fx.console import make_table, say, wide_console
 
 from .format import fingerprint
 from .read import DeltaFile
-
-
-def wide_console() -> Console:
-    """A console whose tables do not fold names where nobody sees the width: in a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
-def say(console: Console, line: str, style: str = "") -> None:
-    """Prints a line as it is: unfolded, and a bracket in a name is no markup."""
-    console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 def show(path: Path) -> None:
@@ -28,10 +17,7 @@ def show(path: Path) -> None:
     console = wide_console()
     with DeltaFile(path) as delta:
         say(console, f"{path}: what it changes in a {delta.model}")
-        table = Table()
-        table.add_column("weight", overflow="fold")
-        for heading in ("shape", "dtype", "visits", "elements", "share", "bytes"):
-            table.add_column(heading, justify="right")
+        table = make_table(None, "weight", "shape", "dtype", "visits", "elements", "share", "bytes")
         elements, sizes, nbytes = 0, 0, 0
         for record in delta.records:
             held, taken = sum(piece.values.numel() for piece in delta.pieces(record)), delta.nbytes(record)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from losia_fx.config import COMPILERS, LosiaConfig
 from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.storage.checkpoint_folder import check_output
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED_MODEL = ASSETS / "default_model"
@@ -148,17 +149,7 @@ def check_out(settings: FinetuneSettings) -> None:
     resumable = (out / CHECKPOINTS).is_dir() or is_finished(out)
     if settings.resume and not settings.overwrite and not resumable and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
-    check_folder(out, settings.model_folder, settings.overwrite or settings.resume)
-
-
-def check_folder(out: Path, model_folder: Path, overwrite: bool) -> None:
-    """As check_out, for any command that writes what it made of a model into a folder of its own."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; name a folder")
-    if out.exists() and model_folder.exists() and out.samefile(model_folder):
-        raise ConfigError(f"--out {out}: is the folder of the model itself; name another")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ConfigError(f"--out {out}: is not empty; name another folder, or add --overwrite")
+    check_output(out, settings.model_folder, settings.overwrite or settings.resume)
 
 
 def is_finished(out: Path) -> bool:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import losia_fx
 from losia_fx.method.transfers import copies
-from losia_fx.storage.whole import remove_folder, write_files_safely, write_safely
+from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
 from .command import CHECKPOINTS, DEFAULT_LR, RUN_FILE, FinetuneSettings, is_finished
 from .inputs import RunData, check_device, load, load_data, settle
@@ -110,6 +110,7 @@ def transform(model: PreTrainedModel, settings: FinetuneSettings) -> RunRecord:
         period=settings.period,
         seed=settings.seed,
         compiler=settings.compiler,
+        track_delta=True,
     )
     record = RunRecord(
         groups=[list(names) for names in losia_fx.controller(model).groups],
@@ -265,13 +266,13 @@ def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
         job.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    write_files_safely(out, save)
+    write_files(out, save)
     if record.steps:
         # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
         (out / "delta").mkdir(exist_ok=True)
         losia_fx.save_delta(job.model, out / "delta" / "delta.safetensors")
-    write_safely(out / "losses.png", lambda path: plot_losses(path, record, names))
-    write_safely(out / "subnets.png", lambda path: plot_subnets(path, record))
-    write_safely(out / RUN_FILE, lambda path: write_json(path, record, names, job.settings))
+    write_file(out / "losses.png", lambda path: plot_losses(path, record, names))
+    write_file(out / "subnets.png", lambda path: plot_subnets(path, record))
+    write_file(out / RUN_FILE, lambda path: write_json(path, record, names, job.settings))
     if not record.interrupted:
         remove_folder(out / CHECKPOINTS)

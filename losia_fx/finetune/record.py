@@ -73,6 +73,10 @@ class RunRecord:
         return statistics.median(step.seconds for step in self.steps) if self.steps else None
 
     def group_label(self, group: int) -> str:
-        """What the names of a group share: "layers.0", or "lm_head" for a group of one."""
-        paths = [name.removesuffix(".weight").removeprefix("model.").replace(".", "/") for name in self.groups[group]]
-        return posixpath.commonpath(paths).replace("/", ".") or f"group {group}"
+        """As group_label, without "model." before it."""
+        return group_label([name.removeprefix("model.") for name in self.groups[group]]) or f"group {group}"
+
+
+def group_label(names: Sequence[str]) -> str:
+    """What the names of a group share: "model.layers.0", or "lm_head" for a group of one; "" where it is nothing."""
+    return posixpath.commonpath([name.removesuffix(".weight").replace(".", "/") for name in names]).replace("/", ".")

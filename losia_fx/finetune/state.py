@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from losia_fx.api.views import controller
 from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.delta.history import history_tensors, restore_history
 from losia_fx.errors import StateError, listed
-from losia_fx.runtime.bases import history_tensors, restore_history
+from losia_fx.storage.atomic import remove_folder, write_folder
 from losia_fx.storage.tensors import read_tensors, write_tensors
-from losia_fx.storage.whole import remove_folder, write_folder_safely
 
 from .command import CHECKPOINTS, FinetuneSettings
 from .record import Evaluation, Move, RunRecord, Selection, StepRecord
@@ -74,7 +74,7 @@ class RunState:
 
         folder = self.out / CHECKPOINTS / f"step-{len(self.record.steps):08d}"
         if not folder.exists():
-            write_folder_safely(folder, write)
+            write_folder(folder, write)
         for old in folders(self.out)[:-KEPT]:
             remove_folder(old)
 

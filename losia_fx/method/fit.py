@@ -22,20 +22,13 @@ class Fit(NamedTuple):
     limit: float | None = None
 
 
-def fit_gradient(
-    seen: Tensor, accumulated: Tensor, fallback: float | None = None, tolerance: float = 1e-2
-) -> Fit | None:
-    """The Fit that turns ``accumulated``, G[rows][:, cols], into ``seen``, S.grad; None where none is within tolerance.
-
-    The factor is the median of seen / accumulated over the elements where both are non-zero, so that unscaling,
-    averaging and clipping by norm are found without a word from the training loop. Where clipping by value explains
-    the largest elements, they are left out of the median. ``fallback`` serves a gradient that is zero throughout.
-    """
-    return fit_from(measure_fit(seen, accumulated, fallback).tolist(), fallback, tolerance)
+TOLERANCE = 1e-2
+"""How far clamp(factor * G, -limit, limit) may be from S.grad, as a share of it (norms), to be what it follows from."""
 
 
 def measure_fit(seen: Tensor, accumulated: Tensor, fallback: float | None = None) -> Tensor:
-    """What ``fit_from`` decides by: 7 numbers, float32, on the device of ``seen``, made without waiting for it."""
+    """What ``fit_from`` decides by, of S.grad and G[rows][:, cols]: 7 numbers, float32, on the device of ``seen``, made
+    without waiting for it."""
     seen, accumulated = seen.detach().float(), accumulated.detach().float()
     size = seen.abs()
     largest = size.amax()
@@ -69,10 +62,14 @@ _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 """Of a float32's bits: all but the sign, and infinity."""
 
 
-def fit_from(
-    numbers: Sequence[float], fallback: float | None = None, tolerance: float = 1e-2, limit: float | None = None
-) -> Fit | None:
-    """``fit_gradient``, of what ``measure_fit`` found. ``limit``: of a clip that is known, from other subnets too."""
+def fit_from(numbers: Sequence[float], fallback: float | None = None, limit: float | None = None) -> Fit | None:
+    """The Fit that turns G[rows][:, cols] into S.grad, from what ``measure_fit`` found of them; None where none does.
+
+    The factor is the median of their ratios over the elements where both are non-zero, so that unscaling, averaging and
+    clipping by norm are found without a word from the training loop. Where clipping by value explains the largest
+    elements, they are left out of the median. ``fallback`` serves a gradient that is zero throughout. ``limit``: of a
+    clip that is known, from other subnets too.
+    """
     finite, largest, anything, factor, miss, clipped_factor, clipped_miss = numbers
     if not finite:
         return None
@@ -82,7 +79,7 @@ def fit_from(
     known = limit == largest and clipped_miss <= miss
     if known or (miss > 1e-6 and clipped_miss < 0.1 * miss):  # beyond rounding, and the clip explains it
         fit, miss = Fit(clipped_factor, largest), clipped_miss
-    return fit if miss <= tolerance else None
+    return fit if miss <= TOLERANCE else None
 
 
 # -- clipping by value, which one optimizer's subnets have in common ---------------------------------------------------

@@ -6,6 +6,7 @@ so a Piece holds the elements of its block that no earlier piece of the weight h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from .transfers import copies
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type that holds the bits of an element, by its size in bytes."""
+INDEX_BYTES = 8
+"""Of a row or a column, int64."""
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -102,13 +105,30 @@ def place_after(earlier: Sequence[Piece], rows: Tensor | None, cols: Tensor | No
     return Place(rows, cols, ~seen)
 
 
+def expected_bytes(shape: Sequence[int], subnet: Sequence[int], itemsize: int, visits: int) -> int:
+    """Bytes of a BaseHistory after that many visits of a subnet that is drawn anew for each, on the CPU.
+
+    shape: of the weight, (out, in) or (E, out, in). subnet: of its subnet, (r, c) or (E, r, c). itemsize: bytes an
+    element of the weight.
+
+    A visit covers the share q = r c / (out in) of the elements, and n independent ones 1 - (1 - q)^n of them on
+    average. So it is ``elements (1 - (1 - q)^n) itemsize`` and n times the int64 rows and cols, 8 E (r + c); at most
+    one copy of the weight. Subnets chosen by importance overlap more than random ones: it is less for them.
+    """
+    elements, inside = math.prod(shape), math.prod(subnet)
+    covered = elements * (1 - (1 - inside / elements) ** visits)
+    indices = INDEX_BYTES * math.prod(subnet[:-2]) * (subnet[-2] + subnet[-1])
+    kept = 1 if inside == elements else visits  # what reaches nothing new is not kept
+    return min(round(covered * itemsize) + kept * indices, elements * itemsize)
+
+
 @dataclass
 class BaseHistory:
     """What one weight was before it was trained: the base values of every element that training has reached.
 
     Costs the bytes of those elements in the weight's dtype, and indices, on the CPU: p*p of the weight a visit, less
-    where visits overlap, and never more than one copy of the weight. Empty until the first optimizer step, so weights
-    loaded, initialised or converted before it are the base.
+    where visits overlap, and never more than one copy of the weight (see expected_bytes). Empty until the first
+    optimizer step, so weights loaded, initialised or converted before it are the base.
     """
 
     pieces: list[Piece] = field(default_factory=list)

@@ -22,7 +22,7 @@ def kind_of(owner: nn.Module, key: str, parameter: nn.Parameter) -> str | None:
     "experts" is a 3-D parameter (E, out, in) of a module that counts E experts, or that has another of E. "matrix of a
     module of its own" is the 2-D ``weight`` of a module that is none of torch's, as routers have it. How a graph uses
     the weight makes no difference to whether it trains rightly, only to what it costs (see
-    losia_fx.passes.match_linear).
+    losia_fx.passes.match).
     """
     if isinstance(owner, nn.Linear):
         return LINEAR if key == "weight" else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 library = torch.library.Library("losia", "DEF")
 
-VERSION = "v5"
+VERSION = "v6"
 """Of the bodies of all ops made by ``define``.
 
 The compilers' caches on disk know an op by its name and not by its body: a changed body under an old name would run old

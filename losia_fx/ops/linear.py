@@ -1,7 +1,7 @@
 """``losia::subnet_linear``, the product of a rewritten graph, and ``losia::subnet_weight``, any other use of a weight.
 
 Forward and dL/dx are the dense ones; the gradient of the weight is that of its subnet alone. The products of expert
-weights are in expert_ops.py.
+weights are in experts.py.
 """
 
 from __future__ import annotations
@@ -109,18 +109,6 @@ bias (out,) or None. ticket is tap's, handle names the subnet, call tells two us
 Returns y (..., out). Gradients: x, values (in values' own dtype), bias. Under autocast as F.linear.
 Source: LoSiA-Pro, arXiv 2507.04487, section 3.4.
 """
-
-
-def subnet_linear_reference(x: Tensor, weight: Tensor, values: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
-    """The same value and the same gradient of ``values`` in plain autograd, at full cost: what the tests hold against.
-
-    W enters as a constant in which the subnet's elements depend on ``values``.
-    """
-    cols = torch.arange(weight.shape[1], device=weight.device) if cols is None else cols
-    subnet = weight.detach()[rows][:, cols]
-    through = torch.zeros_like(weight).index_put((rows[:, None], cols), (values - values.detach()).to(weight.dtype))
-    assert subnet.shape == values.shape
-    return F.linear(x, weight.detach() + through)
 
 
 class _SubnetWeight(torch.autograd.Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Tapped:
     (E,) where each expert's rows of a grouped product's x end."""
 
 
-PROFILED: MutableMapping[int, Profiled] = registry.PROFILED
+BY_HANDLE: MutableMapping[int, Profiled] = registry.BY_HANDLE
 TAPPED: MutableMapping[int, Tapped] = registry.TAPPED
 
 # A CUDA graph would replay the kernels and leave out what these do on the host.
@@ -73,7 +73,7 @@ library.define("localize_whole(Tensor grad, Tensor handle, int call) -> Tensor",
 
 
 def _profiled(handle: Tensor) -> Profiled | None:
-    subnet = PROFILED.get(int(handle))
+    subnet = BY_HANDLE.get(int(handle))
     return subnet if subnet is not None and subnet.profiling else None
 
 
@@ -158,28 +158,17 @@ for _name, _body in (("tap", _tap), ("localize", _localize), ("localize_whole", 
     library.impl(_name, _body, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("losia::tap", lib=library)
-def _tap_fake(
-    x: Tensor,
-    handle: Tensor,
-    call: int,
-    form: str = "linear",
-    transposed: bool = False,
-    expert: int | None = None,
-    index: Tensor | None = None,
-) -> Tensor:
+def _fake_ticket(*args: Any, **kwargs: Any) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
-@torch.library.register_fake("losia::localize", lib=library)
-def _localize_fake(grad_y: Tensor, ticket: Tensor, handle: Tensor, call: int) -> Tensor:
-    return grad_y.new_empty(1)
-
-
-@torch.library.register_fake("losia::localize_whole", lib=library)
-def _localize_whole_fake(grad: Tensor, handle: Tensor, call: int) -> Tensor:
+def _fake_zero(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty(1)
 
+
+torch.library.register_fake("losia::tap", _fake_ticket, lib=library)
+for _name in ("localize", "localize_whole"):
+    torch.library.register_fake(f"losia::{_name}", _fake_zero, lib=library)
 
 tap = torch.ops.losia.tap.default
 """Keeps a copy of x, if the subnet that ``handle`` names is being profiled, and returns its ticket (int64, one element,

@@ -24,7 +24,7 @@ from losia_fx.model.blocks import plain_name
 
 from . import look, owners, slot, snapshot, step, step_hooks
 from .agreement import Agreement, Torn
-from .bases import FullBases
+from .bases import Bases
 from .outside import watch
 from .ranks import Ranks
 from .state import SubnetState, states_of
@@ -57,7 +57,8 @@ class Controller:
 
     def __init__(self, root: nn.Module, config: LosiaConfig, by_string: bool = False) -> None:
         progress = Progress(torch.Generator().manual_seed(config.seed))
-        self.train = TrainState(root, config, by_string, progress)
+        bases = Bases() if config.track_delta else None
+        self.train = TrainState(root, config, by_string, progress, bases=bases)
         self.required_grad: dict[str, tuple[nn.Parameter, bool]] = {}
         """Every parameter, by name, and its requires_grad before the transformation."""
         self.roles: dict[str, Role] = {}
@@ -124,8 +125,13 @@ class Controller:
         return groups[0] if len(groups) == 1 else None
 
     @property
-    def full(self) -> FullBases:
-        return self.train.full
+    def bases(self) -> Bases | None:
+        """What the weights were before training; None where that is not tracked (LosiaConfig.track_delta)."""
+        return self.train.bases
+
+    @bases.setter
+    def bases(self, bases: Bases | None) -> None:
+        self.train.bases = bases
 
     @property
     def agreement(self) -> Agreement:

@@ -39,7 +39,7 @@ def restart_states(
     states: Sequence[SubnetState],
     carry_over: Callable[[Optimizer, SubnetState], bool] | None = None,
 ) -> None:
-    """As restart_state for each subnet and optimizer; of those that share a state, a wrapper and what it stands around,
+    """As _restart for each subnet and optimizer; of those that share a state, a wrapper and what it stands around,
     for the inner. carry_over: may make the state of a subnet in another way, and says whether it has."""
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     ordered = dict.fromkeys((*reversed(inner), *optimizers))
@@ -51,11 +51,11 @@ def restart_states(
                 if isinstance(optimizer, KeepsOverMoves):
                     optimizer.after_subnet_move(state.values)
                 elif carry_over is None or not carry_over(optimizer, state):
-                    restart_state(optimizer, state)
+                    _restart(optimizer, state)
         _renew_copies(optimizer, {id(state.values): state.values for state in states})
 
 
-def restart_state(optimizer: Optimizer, state: SubnetState) -> None:
+def _restart(optimizer: Optimizer, state: SubnetState) -> None:
     """Moments and step count of a subnet that has moved start anew: the optimizer makes them again at its next step.
 
     What it makes in its constructor only (Adagrad's sum, a seed for each parameter, Lookahead's slow copy) is put back

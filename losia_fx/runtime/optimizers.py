@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -40,13 +40,6 @@ def live_optimizers() -> list[Optimizer]:
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     """Optimizers that stand inside this one (accelerate's, Lookahead, SAM): they step the same parameters for it."""
     return [each for each in optimizer.__dict__.values() if issubclass(type(each), Optimizer)]
-
-
-def outermost(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """Those that stand inside no other."""
-    found = list(optimizers)
-    inside = {id(inner) for each in found for inner in inner_optimizers(each)}
-    return [each for each in found if id(each) not in inside]
 
 
 def found_inf(optimizer: Optimizer) -> bool:

@@ -14,7 +14,7 @@ from losia_fx import registry
 
 from . import notices, steps
 from .optimizer_state import has_stepped, note_constructed
-from .optimizers import inner_optimizers, live_optimizers, outermost, parameters_of, signature
+from .optimizers import inner_optimizers, live_optimizers, parameters_of, signature
 from .state import SubnetState
 from .train_state import TrainState
 
@@ -102,7 +102,7 @@ def meet(train: TrainState) -> None:
         if train.by_string:
             notices.warn_lists(train.states)
         # Others may own subnets too and step after this one: t waits for all of them.
-        train.optimizers.waited_for.update(outermost(found))
+        train.optimizers.waited_for.update(found)
     train.optimizers.known.update(found)
 
 

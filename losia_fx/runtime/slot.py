@@ -15,7 +15,6 @@ from losia_fx.method.selection import Selection, share_moved
 from losia_fx.method.transfers import numbers_of
 
 from . import notices
-from .bases import keep_places, keep_whole
 from .carry import carry_over
 from .choose import Choice, choose, share_of_all
 from .optimizer_state import restart_states
@@ -88,10 +87,9 @@ def _asked(state: SubnetState, choice: Choice) -> Tensor:
 
 
 def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> None:
-    if train.config.schedule == "all":
-        keep_whole(selections)
-    else:
-        keep_places({state: (selection.rows, selection.cols) for state, selection in selections.items()})
+    if train.bases is not None:
+        places = {state: (selection.rows, selection.cols) for state, selection in selections.items()}
+        train.bases.before_move(places, everywhere=train.config.schedule == "all")
     train.pending.moving = True
     rewarms = rewarmed_steps(train.config) > 1
     for state, selection in selections.items():

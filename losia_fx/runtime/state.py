@@ -69,7 +69,7 @@ class SubnetState:
         """Of a copy: S was newer than W when it was made."""
         self._placed: PlacedBlock | None = None
         self.hooks: list[RemovableHandle] = []
-        self.base = BaseHistory()
+        self.base: BaseHistory | None = None
         self.shape = tuple(self.weight.shape)
         """Of W."""
         out_features, in_features = self.shape[-2:]
@@ -271,7 +271,8 @@ class SubnetState:
         """
         registry.place(self.weight, self)
         self.gather_anew()
-        self.base.loaded(self.weight)
+        if self.base is not None:
+            self.base.loaded(self.weight)
 
     @torch.no_grad()
     def gather_anew(self) -> None:

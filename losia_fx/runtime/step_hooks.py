@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from losia_fx.errors import OptimizerError, listed
 
 from . import notices, step, steps
-from .bases import remember_base
 from .optimizer_state import adopt_subnets
 from .optimizers import follow_optimizers
 from .owners import Owned, owned
@@ -39,7 +38,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "model, or restore it first"
         )
     for train in list(theirs.full):
-        remember_base(train, optimizer, [])
+        train.remember_base(optimizer, [])
     if not theirs.mine:
         return
     running = steps.enter(optimizer)
@@ -64,7 +63,7 @@ def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]
     if not followed.closure:
         notices.warn_without_grad(fresh)
     step.before(train, followed.optimizers[0], fresh, followed.closure)
-    remember_base(train, followed.optimizers[-1], fresh)  # after it, S and W agree
+    train.remember_base(followed.optimizers[-1], fresh)  # after it, S and W agree
     followed.states += fresh
 
 

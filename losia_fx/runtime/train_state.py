@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from losia_fx.method.fit import Fit
 from losia_fx.method.transfers import numbers_of
 
 from .agreement import Agreement
-from .bases import FullBases
+from .bases import Bases
 from .module_tree import ModuleTree
 from .ranks import Ranks
 from .state import SubnetState
@@ -100,7 +100,7 @@ class Optimizers:
     """Those that step subnets of the model."""
 
     waited_for: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
-    """Whose steps t waits for: the outermost optimizers that have stepped subnets lately."""
+    """Whose steps t waits for: the optimizers that have stepped subnets lately. (One inside another steps with it.)"""
     of_last_step: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     of_this_step: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     """Those that have stepped since t counted last."""
@@ -143,7 +143,8 @@ class TrainState:
     states: list[SubnetState] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
     """Weight names by group, the head first."""
-    full: FullBases = field(default_factory=FullBases)
+    bases: Bases | None = None
+    """What the weights were before training; None where that is not tracked."""
     watches: dict[nn.Module, Watch] = field(default_factory=dict)
     copied_from: int | None = None
     """Number of the TrainState that this one was copied from."""
@@ -170,7 +171,7 @@ class TrainState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: nothing of the step under way, nor of optimizers."""
-        names = ("root", "config", "by_string", "progress", "states", "groups", "full", "watches")
+        names = ("root", "config", "by_string", "progress", "states", "groups", "bases", "watches")
         return {**{name: getattr(self, name) for name in names}, "copied_from": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,6 +185,11 @@ class TrainState:
             self._agreement = Agreement(self.states)
             self._agreement.averaged = self.copied_from is not None
         return self._agreement
+
+    def remember_base(self, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:
+        """Where bases are tracked: keeps what ``optimizer``, whose subnets are ``mine``, is about to change."""
+        if self.bases is not None:
+            self.bases.before_step(self.root, optimizer, self.states, mine)
 
     def set_groups(self, states: list[SubnetState], groups: list[list[str]]) -> None:
         """Takes over the subnets of the model, named by group. S and W agree as they are now."""

@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and that prove what they hold."""
+"""Files: replaced whole, checksummed, and those of a transformers checkpoint."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from losia_fx.errors import LosiaError
 
-from .whole import write_safely
+from .atomic import write_file
 
 _ZEROS = b"0" * 64
 _CHECKSUM = b'"sha256":"'  # quotes inside the text are escaped, so this is the entry itself
@@ -25,8 +25,8 @@ _LONGEST_HEADER = 100_000_000  # that of safetensors itself
 
 
 @dataclass(frozen=True)
-class Seal:
-    """One kind of sealed file.
+class ChecksummedFormat:
+    """One kind of such files.
 
     kind: what a reader calls it ("delta", "state file"). entry: name of the text in the metadata. error: what a file
     that is none, or a damaged one, raises; its text names the file.
@@ -49,7 +49,7 @@ class Seal:
                 file.seek(at)
                 file.write(found.encode())
 
-        write_safely(path, fill)
+        write_file(path, fill)
 
     def check(self, path: Path) -> None:
         """Raises ``error`` unless every bit of the file is as it was written; OSError where it cannot be read."""

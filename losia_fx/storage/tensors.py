@@ -1,4 +1,4 @@
-"""Tensors with plain values in one file that proves itself: what checkpoints of training are made of."""
+"""The state file: tensors and plain values in one checksummed file; what checkpoints of training are made of."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from losia_fx.errors import StateError
 
-from .checksummed import Seal
+from .checksummed import ChecksummedFormat
 
-SEAL = Seal("state file", "losia_fx", StateError)
+STATE_FILE = ChecksummedFormat("state file", "losia_fx", StateError)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Writes tensors and plain (JSON) values to ``path``, atomically."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    SEAL.write(path, whole, json.dumps(plain))
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    STATE_FILE.write(path, on_cpu, json.dumps(plain))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,10 +29,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises StateError, naming the file, for anything that is not such a file to the last bit; OSError where it cannot
     be read at all.
     """
-    SEAL.check(path)
+    STATE_FILE.check(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            plain = json.loads((opened.metadata() or {})[SEAL.entry])
+            plain = json.loads((opened.metadata() or {})[STATE_FILE.entry])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{path}: is no state file of losia_fx: {error}") from None

@@ -24,7 +24,7 @@ from losia_fx.finetune.loss import cosine_schedule, held_out_loss
 from losia_fx.finetune.ranks import Ranks
 from losia_fx.finetune.record import RunRecord
 from losia_fx.finetune.text import held_out_blocks, read_documents, split
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 
 SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
 
@@ -331,6 +331,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_safely(path, fail)
+        write_file(path, fail)
     assert path.read_text(encoding="utf-8") == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

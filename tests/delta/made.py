@@ -14,7 +14,9 @@ import losia_fx
 from losia_fx.method.visits import as_integers
 from tests.support.toys import Toy, batch, loss_of
 
-OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.5, "period": 2, "importance": "random"}
+OPTIONS: dict[str, Any] = {
+    "compiler": "eager", "rank_factor": 0.5, "period": 2, "importance": "random", "track_delta": True,
+}  # fmt: skip
 """Random subnets of half the rows and columns: every visit overlaps the ones before it."""
 
 

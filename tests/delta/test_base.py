@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import losia_fx
 from losia_fx import DeltaError
+from losia_fx.delta.history import history_tensors, restore_history
 from losia_fx.delta.read import DeltaFile
 from losia_fx.method.visits import BaseHistory, Place, place_after
-from losia_fx.runtime.bases import history_tensors, restore_history
 from tests.delta.made import OPTIONS, Made, make, same, train, weights
 from tests.support.toys import Toy
 

@@ -33,6 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
+    torch.manual_seed(1)  # tests begin at 0, and one makes another of this
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True).save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import losia_fx
 from losia_fx import DeltaError
-from losia_fx.delta.format import SEAL, write_delta
+from losia_fx.delta.format import DELTA_FILE, write_delta
 from tests.delta.made import Made, make, same, weights
 
 WEIGHT = "layers.0.mix.weight"
@@ -131,7 +131,7 @@ def forged(made: Made, file: Path, change: Change) -> Path:
         tensors = {key: good.get_tensor(key) for key in good.keys()}
         header = json.loads(good.metadata()["delta"])
     change(tensors, header)
-    SEAL.write(file, tensors, header if isinstance(header, str) else json.dumps(header))
+    DELTA_FILE.write(file, tensors, header if isinstance(header, str) else json.dumps(header))
     return file
 
 
@@ -230,7 +230,7 @@ def test_a_forged_file(made: Made, tmp_path: Path, change: Change, said: str) ->
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "[" * 100_000, '{"format": NaN}', "9" * 5000])
 def test_a_forged_header(made: Made, tmp_path: Path, text: str) -> None:
-    SEAL.write(tmp_path / "forged.safetensors", {"x": torch.zeros(1)}, text)
+    DELTA_FILE.write(tmp_path / "forged.safetensors", {"x": torch.zeros(1)}, text)
     assert "its header is no delta's" in refused(made, tmp_path / "forged.safetensors")
 
 

@@ -40,7 +40,7 @@ def trained(case: Case, folder: Path, **options: Any) -> dict[str, Any]:
     """All that a run over a whole round leaves: weights, losses, state, moves, its delta and a run resumed from it."""
     model, twin, base = (table.build(case) for _ in range(3))
     batches = [table.batch(case) for _ in range(STEPS)]
-    options = {"period": PERIOD, "rank_factor": 0.25, "compiler": "aot_eager", **options}
+    options = {"period": PERIOD, "rank_factor": 0.25, "compiler": "aot_eager", "track_delta": True, **options}
     with default_device(options.pop("device", "cpu")):
         losia_fx.transform(model, **options)
         losses = steps(model, batches)

@@ -18,15 +18,18 @@ from tests.support.table import TOY
 NONE: Counter[str] = Counter()
 FITS = Counter({"cpu": 1})
 """The numbers of all profiled weights at once."""
-MOVES = Counter({"cpu": 3})
-"""The numbers of all selections; then their places, and what the weights hold there."""
+MOVES = Counter({"cpu": 1})
+"""The numbers of all selections."""
+BASE = Counter({"cpu": 2})
+"""Their places, and what the weights hold there: where the base is tracked."""
 
 
 @pytest.mark.filterwarnings("ignore:losia_fx.*outside the repeated blocks")
+@pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mixtral", pytest.param("vit", marks=pytest.mark.slow)])
-def test_a_round(name: str, waits: Waits) -> None:
+def test_a_round(name: str, tracked: bool, waits: Waits) -> None:
     """Every group in turn, the head and the blocks: what it costs does not depend on how many weights they have."""
-    run = DryRun(*CASES[name], period=3, profile_steps=2)
+    run = DryRun(*CASES[name], period=3, profile_steps=2, track_delta=tracked)
     run.step()  # in which the base is kept, with a few copies a weight
     controller = losia_fx.controller(run.model)
     assert len({len(group) for group in controller.groups}) > 1 or name == "vit"
@@ -38,7 +41,7 @@ def test_a_round(name: str, waits: Waits) -> None:
             run.step(micro_batches, set_to_none)
             places = list(waits.places)
             found.append((waits.taken(), places))
-        expected = [FITS, FITS + MOVES, NONE]
+        expected = [FITS, FITS + MOVES + (BASE if tracked else NONE), NONE]
         for (kinds, places), wanted in zip(found, expected, strict=True):
             assert kinds == wanted, places
     assert len(controller.history) == len(controller.groups)

@@ -75,7 +75,7 @@ def test_saved_resumed_and_undone(tmp_path: Path) -> None:
     """From the middle of a slot, to the bit; and the delta leads there and back, on the GPU and on the CPU."""
     base = build(LLAMA)
     model, twin = build(LLAMA), build(LLAMA)
-    losia_fx.transform(model, compiler="aot_eager", **OPTIONS)
+    losia_fx.transform(model, compiler="aot_eager", track_delta=True, **OPTIONS)
     optimizer = torch.optim.SGD(learning(model), lr=0.05)
     batches = [batch(LLAMA) for _ in range(3 * PERIOD)]
     for inputs in batches[: PERIOD + 1]:

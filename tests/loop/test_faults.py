@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx import StateError
 from losia_fx.checkpoint.state import load_state, save_state
-from losia_fx.storage.tensors import SEAL, read_tensors, write_tensors
+from losia_fx.storage.tensors import STATE_FILE, read_tensors, write_tensors
 from tests.support.toy_runs import PERIOD, adamw, batches, learning, same, toy, train
 
 
@@ -131,7 +131,7 @@ def sealed(header: dict[str, Any] | bytes, body: bytes, path: Path) -> bytes:
         header = json.dumps(header, separators=(",", ":")).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + body)
     try:
-        digest, place = SEAL.checksum(path)
+        digest, place = STATE_FILE.checksum(path)
     except StateError:
         return path.read_bytes()
     contents = path.read_bytes()

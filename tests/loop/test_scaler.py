@@ -220,3 +220,15 @@ def test_a_first_step_that_is_skipped_is_not_taken_for_a_resumed_optimizer(name:
             scaler.update()
             optimizer.zero_grad()
     assert losia_fx.controller(model).step == 1
+
+
+@pytest.mark.parametrize("name", ["sgd fused", "adamw fused"])
+def test_a_step_that_is_skipped_leaves_nothing_behind(name: str) -> None:
+    """No copy of S, which would be kept until the next step, and no fit of a gradient that was not finite."""
+    model = toy()
+    optimizer, scaler = MAKE[name](learning(model)), GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model, batch()) * float("inf")).backward()
+    scaler.step(optimizer)
+    pending = losia_fx.controller(model).train.pending
+    assert not pending.before
+    assert not pending.fits

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
 from losia_fx.checkpoint.state import load_state, save_state
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 from tests.support.toy_runs import PERIOD, adamw, assert_same, batches, learning, same, toy, train
 from tests.support.toys import Toy, batch, by_string, loss_of
 
@@ -370,6 +370,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_safely(path, fail)
+        write_file(path, fail)
     assert path.read_bytes() == old
     assert [file.name for file in tmp_path.iterdir()] == ["state"]

@@ -16,7 +16,7 @@ from losia_fx.method.fit import (
     ENOUGH,
     Fit,
     clip_limit,
-    fit_gradient,
+    fit_from,
     fits_from,
     lower_median,
     measure_clip,
@@ -34,6 +34,10 @@ def applied(fit: Fit, grad: Tensor) -> Tensor:
     """The gradient of the whole weight as the optimizer sees it."""
     seen = grad * fit.factor
     return seen if fit.limit is None else seen.clamp(-fit.limit, fit.limit)
+
+
+def fit_gradient(seen: Tensor, accumulated: Tensor, fallback: float | None = None) -> Fit | None:
+    return fit_from(measure_fit(seen, accumulated, fallback).tolist(), fallback)
 
 
 def fitted(*arguments: Any, **options: Any) -> Fit:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.ops.localization import PROFILED, drop_taps, localize, tap, tapped_bytes
+from losia_fx.ops.localization import BY_HANDLE, drop_taps, localize, tap, tapped_bytes
 
 HANDLE = 10**9  # far from what real subnets count up to
 
 
 class Gatherer:
     """Stands in for a subnet: adds up what localize hands over."""
+
+    registered = False
 
     def __init__(self, profiling: bool = True) -> None:
         self.profiling, self.shape = profiling, (5, 6)
@@ -38,9 +40,9 @@ def gatherer() -> Any:
     gc.collect()
     drop_taps([HANDLE])
     made = Gatherer()
-    PROFILED[HANDLE] = made
+    BY_HANDLE[HANDLE] = made
     yield made
-    PROFILED.pop(HANDLE, None)
+    BY_HANDLE.pop(HANDLE, None)
     drop_taps([HANDLE])
 
 
@@ -201,7 +203,7 @@ def test_a_backward_after_the_slot_is_not_counted(gatherer: Gatherer, handle: Te
 def test_a_subnet_that_is_gone_is_no_error(gatherer: Gatherer, handle: Tensor) -> None:
     layer = Layer(handle)
     y = layer(torch.randn(4, 6))
-    PROFILED.pop(HANDLE)
+    BY_HANDLE.pop(HANDLE)
     y.sum().backward()
     assert layer.values.grad is not None
 
@@ -270,3 +272,16 @@ def test_experts_that_a_tensor_names(gatherer: Gatherer, handle: Tensor, index: 
     ((grad, expert),) = gatherer.parts
     found = grad if expert is None else torch.zeros_like(weight).index_add(0, expert, grad.unsqueeze(0))  # type: ignore[arg-type]
     torch.testing.assert_close(found, weight.grad)
+
+
+def test_an_index_is_kept_as_it_was(gatherer: Gatherer, handle: Tensor) -> None:
+    """The compilers reuse the memory of what the graph computed, an index too."""
+    gatherer.shape = (3, 5, 6)
+    chosen, x, grad_y = torch.tensor([2, 0]), torch.randn(2, 4, 6), torch.randn(2, 4, 5)
+    ticket = tap(x, handle, 0, "batched", True, None, chosen)
+    expected = torch.stack([grad_y[1].mT @ x[1], torch.zeros(5, 6), grad_y[0].mT @ x[0]])
+    chosen.fill_(1)
+    localize(grad_y, ticket, handle, 0)
+    ((grad, expert),) = gatherer.parts
+    assert expert is None
+    torch.testing.assert_close(grad, expected)

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from losia_fx import LosiaConfig, PassPostconditionError, PassPreconditionError
-from losia_fx.ops.linear import subnet_linear
-from losia_fx.ops.localization import tap
-from losia_fx.passes import GraphPass, PassPipeline, copy_graph_module, default_pipeline
+from losia_fx import PassPostconditionError, PassPreconditionError
+from losia_fx.passes import GraphPass, PassPipeline, copy_graph_module
 from tests.support import graphs
 
 
@@ -122,26 +120,6 @@ def test_passes_are_left_out_by_name() -> None:
     assert seen == ["swap"]
     everything = PassPipeline((Swap(torch.tanh),), disabled=frozenset({"swap"}))
     assert not everything(graphs.trace(graphs.plain)).modified
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, ["subnet-rewrite", "insert-localization"]),
-        ({"schedule": "sync"}, ["subnet-rewrite", "insert-localization"]),
-        ({"importance": "gradient"}, ["subnet-rewrite", "insert-localization"]),
-        ({"schedule": "static"}, ["subnet-rewrite"]),
-        ({"importance": "random"}, ["subnet-rewrite"]),
-    ],
-)
-def test_the_default_pipeline(options: dict[str, str], names: list[str]) -> None:
-    gm = graphs.trace(graphs.plain)
-    plan = graphs.plan_of(gm, {"w": graphs.facts("w")})
-    pipeline = default_pipeline(plan, LosiaConfig(**options))  # type: ignore[arg-type]
-    assert [step.name for step in pipeline.passes] == names
-    pipeline(gm)
-    assert subnet_linear in graphs.targets(gm)
-    assert (tap in graphs.targets(gm)) == (len(names) == 2)
 
 
 def test_torchs_own_pass_manager_runs_a_pass() -> None:

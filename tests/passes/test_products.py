@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from losia_fx.passes.products import Product, find_products, renewed, use_of
+from losia_fx.passes.nodes import use_of
+from losia_fx.passes.products import Product, find_products, renewed
 from tests.support.forms import EXPERTS, FORMS, Form, Holder
 
 

@@ -7,7 +7,7 @@ import gc
 import warnings
 import weakref
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -183,6 +183,58 @@ def test_a_layer_excluded_by_name_that_shares_its_graph(way: str, excluded: int)
             torch.testing.assert_close(weight.grad, expected[f"{prefix}mix.weight"])
         else:
             assert weight.grad is None
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner(x).tanh())
+
+
+class Square(nn.Module):
+    """The head has the shape of the blocks' weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Part() for _ in range(2))
+        self.head = Part()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return cast(Tensor, self.head(x))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("first", ["head", "block"])
+def test_a_head_that_shares_the_graph_of_a_block(first: str, compiler: str, caught: Any) -> None:
+    """Its subnet has every column, so it fits no slot of theirs, nor theirs one of its."""
+    model, x = Square().double(), torch.randn(3, 16, dtype=torch.float64)
+    expected = plain_gradients_of_parts(model, x)
+    losia_fx.transform(model, compiler=compiler, rank_factor=0.25, output_rank_factor=0.5)
+    parts = [model.head, *model.layers]
+    for part in parts:
+        part.compile(backend=_backend(), options={"compiler": compiler})
+    for part in parts if first == "head" else reversed(parts):
+        part(x).square().sum().backward()
+    for name, subnet in losia_fx.subnets(model).items():
+        assert subnet.values.shape == ((8, 16) if name.startswith("head") else (4, 4))
+        torch.testing.assert_close(subnet.values.grad, expected[name][subnet.rows][:, subnet.cols])
+    assert len(own_warnings(caught)) == 1  # exact, but uncompiled
+
+
+def plain_gradients_of_parts(model: Square, x: Tensor) -> dict[str, Tensor]:
+    parts = {"head": model.head, **{f"layers.{index}": layer for index, layer in enumerate(model.layers)}}
+    return {
+        f"{name}.inner.weight": torch.autograd.grad(part(x).square().sum(), list(part.parameters()))[0]
+        for name, part in parts.items()
+    }
 
 
 def test_a_graph_break_in_an_mlp(caught: Any) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import losia_fx
 from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
-from losia_fx.tools.bench import apart, starts
+from losia_fx.tools.bench import apart, host, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
 from losia_fx.tools.bench.catalogue import METHODS
@@ -419,6 +419,8 @@ def test_axes_keep_the_model_whole() -> None:
             "measures losia on a base of its own; leave out --size",
         ),
         (["--grow", "layers", "--warm-start"], "leave out --warm-start"),
+        (["--host", "--size", "tiny"], "--host: measures a model of its own; leave out --size"),
+        (["--host", "--rounds", "0"], "--rounds 0: give a whole number of at least 1"),
         (["--out", __file__], "is a file; give a folder"),
     ],
 )
@@ -509,6 +511,27 @@ def test_growth_along_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert trained == sorted(set(trained))
     lines = (tmp_path / "grow.md").read_text().splitlines()
     assert sum(line.startswith("| rank_factor |") for line in lines) == 3 * len(points)
+
+
+def test_host_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(host, "WEIGHTS", 3)
+    threads = torch.get_num_threads()
+    assert main(["--host", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "host.json").read_text())
+    printed = capsys.readouterr().out
+    assert found["repeats"] == 3
+    assert [each["what"] for each in found["times"]] == [
+        "no_grad forward of the plain model",
+        "another's optimizer, no transformed model",
+        "another's optimizer beside a transformed model",
+        "no_grad forward of the transformed model",
+        "step of an optimizer that does nothing",
+        "resolve() of a weight without a subnet",
+    ]
+    for each in found["times"]:
+        assert 0 < each["least_us"] <= each["median_us"]
+        assert each["what"] in printed
+    assert torch.get_num_threads() == threads
 
 
 def test_new_cache_is_empty_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,10 @@ from losia_fx.tools.coverage import (
 )
 from losia_fx.tools.coverage.check import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result, check
 from losia_fx.tools.coverage.libraries import LIBRARIES, Library
-from losia_fx.tools.coverage.record import Record, Setting
+from losia_fx.tools.coverage.record import Conditions, Record
 from losia_fx.tools.tiny.architectures import build
 
-SETTING = Setting("transformers", "5.0", "2.13", "3.11.7", "eager", "float64")
+SETTING = Conditions("transformers", "5.0", "2.13", "3.11.7", "eager", "float64")
 
 
 def printed(results: list[Result]) -> str:

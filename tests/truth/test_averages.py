@@ -358,7 +358,7 @@ def delta(model: nn.Module, folder: Path) -> None:
 @pytest.mark.parametrize("how", ["no_grad", "data", "diffusers"])
 @pytest.mark.parametrize("use", [evaluated, saved, delta])
 def test_an_average_of_places_that_have_moved_is_said_once(use: Any, how: str, tmp_path: Path) -> None:
-    run = Run(**MOVING)
+    run = Run(**MOVING, track_delta=True)
     if how == "diffusers":
         held = list(run.model.parameters())
         average = ema_model(held, False)

@@ -698,7 +698,7 @@ def test_save_pretrained_after_a_write(tmp_path: Path) -> None:
 
 
 def test_a_delta_holds_what_was_written_to_the_subnets(tmp_path: Path) -> None:
-    model, twin = twins(**RANDOM)
+    model, twin = twins(**RANDOM, track_delta=True)
     base = twin.solid()
     backward(model, twin)
     step(model, twin)
@@ -714,7 +714,7 @@ def test_a_delta_holds_what_was_written_to_the_subnets(tmp_path: Path) -> None:
 
 def test_a_delta_that_is_loaded_after_a_write_is_checked_against_what_is_there(tmp_path: Path) -> None:
     """The subnets have left the base, whose delta therefore does not apply."""
-    model, twin = twins(**RANDOM)
+    model, twin = twins(**RANDOM, track_delta=True)
     untouched = losia_fx.transform(twin.solid(), **{**STILL, **RANDOM})
     backward(model, twin)
     step(model, twin)

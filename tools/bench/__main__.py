@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import set_verbosity_error
 
-from losia_fx.delta.show import wide_console
+from losia_fx.console import progress, wide_console
 from losia_fx.errors import ConfigError, LosiaError
 
 from .. import bench as package
@@ -22,6 +20,7 @@ from .apart import run_apart
 from .catalogue import METHODS
 from .clock import Clock, clock_of
 from .grow import AXES, BASE, Growth, grow
+from .host import REPEATS, host_times, print_host
 from .methods import COMPILED, MODES, Method, chosen
 from .plot import draw_bench, draw_growth
 from .record import Bench, environment, write_json, write_text
@@ -50,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
+    if args.host:
+        return _host(args, given)
     if args.grow is not None:
         for option, value in (("size", args.size), ("apart", args.apart), ("warm-start", args.warm_start)):
             if value:
@@ -59,15 +60,39 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device(size, device)
     methods = chosen(METHODS, args.methods)
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: is a file; give a folder")
+    _make_folder(args.out)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
+    command = _said(given)
     if args.grow is None:
         _compare(args, size, device, methods, command)
     else:
         _grow(args, size, device, command)
+    return 0
+
+
+def _make_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _said(given: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "losia_fx.tools.bench", *given])
+
+
+def _host(args: argparse.Namespace, given: Sequence[str]) -> int:
+    others = ("size", "layers", "batch", "length", "rank_factor", "dtype", "device", "apart", "warm_start", "grow")
+    for option in others:
+        if getattr(args, option):
+            raise ConfigError(f"--host: measures a model of its own; leave out --{option.replace('_', '-')}")
+    repeats = REPEATS if args.rounds is None else args.rounds
+    if repeats < 1:
+        raise ConfigError(f"--rounds {repeats}: give a whole number of at least 1")
+    _make_folder(args.out)
+    times = host_times(repeats)
+    found = {"command": _said(given), "repeats": repeats, "environment": environment(torch.device("cpu"))}
+    write_json(args.out / "host.json", {**found, "times": [asdict(each) for each in times]})
+    print_host(wide_console(), times)
     return 0
 
 
@@ -78,7 +103,7 @@ def _compare(
     clock = clock_of(device)
     entries = entries_of(size, methods, args.modes)
     bench = Bench(command, size, device.type, [entry.row for entry in entries], environment(device))
-    with new_cache(), reporting(console) as report:
+    with new_cache(), progress(console, file=sys.stderr) as report:
         if args.apart:
             bench.rows = run_apart(size, device, methods, entries, report)
         else:
@@ -114,25 +139,13 @@ def _grow(args: argparse.Namespace, base: Size, device: torch.device, command: s
     console = wide_console()
     axes = list(AXES) if args.grow == ALL else [args.grow]
     mode = args.modes[-1]
-    with reporting(console) as report:
+    with progress(console, file=sys.stderr) as report:
         points = grow(axes, base, device, mode, clock_of(device), report)
     growth = Growth(command, base, environment(device), points)
     write_json(args.out / "grow.json", growth.as_dict())
     write_text(args.out / "grow.md", growth_markdown(growth))
     draw_growth(args.out / "grow.png", points)
     console.print(f"written: {args.out}/grow.json, grow.md, grow.png", highlight=False)
-
-
-@contextmanager
-def reporting(console: Console) -> Iterator[Report]:
-    """What is under way, in one line on a terminal; elsewhere a line for each piece of work, on stderr."""
-    if not console.is_terminal:
-        yield lambda what: print(what, file=sys.stderr, flush=True)
-        return
-    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda what: progress.update(task, description=what)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     add("--apart", action="store_true", help="each method in a process of its own, with its floor; the table alone")
     add("--warm-start", action="store_true", help="also losia's first step in fresh processes, cold and warm cache")
     add("--grow", choices=(*AXES, ALL), help="instead of the table: losia along an axis of a smaller model's size")
+    add("--host", action="store_true", help="instead of the table: what losia costs the host; --rounds times each")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the results (default: bench)")
     return found
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from losia_fx.finetune.plots import DPI, GREY
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 
 from .methods import COMPILED, EAGER
 from .record import Bench, Row
@@ -96,4 +96,4 @@ def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
 
 
 def _save(path: Path, figure: Figure) -> None:
-    write_safely(path, lambda draft: figure.savefig(draft, format="png", dpi=DPI))
+    write_file(path, lambda draft: figure.savefig(draft, format="png", dpi=DPI))

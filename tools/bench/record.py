@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 
 from .clock import CPU_CLOCK, CUDA_CLOCK, StepTime
 from .graphs import GraphCounts
@@ -169,4 +169,4 @@ def write_text(path: Path, text: str) -> None:
     def write(draft: Path) -> None:
         draft.write_text(text)
 
-    write_safely(path, write)
+    write_file(path, write)

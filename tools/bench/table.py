@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
+
+from losia_fx.console import make_table
 
 from .grow import Growth
 from .methods import COMPILED
@@ -64,14 +65,11 @@ def _cells(row: Row) -> list[str]:
 
 def print_table(console: Console, bench: Bench) -> None:
     """The columns that fit a screen; the Markdown file has all."""
-    table = Table(title=title(bench.size), title_justify="left")
-    shown = [number for number, (name, _) in enumerate(COLUMNS) if name in SCREEN]
-    for number in shown:
-        table.add_column(COLUMNS[number][0], justify="left" if number < 2 else "right", no_wrap=number < 2)
+    found = make_table(title(bench.size), *SCREEN, left=SCREEN[:2])
     for row in bench.rows:
-        cells = _cells(row)
-        table.add_row(*(cells[number] for number in shown))
-    console.print(table)
+        cells = dict(zip((name for name, _ in COLUMNS), _cells(row), strict=True))
+        found.add_row(*(cells[name] for name in SCREEN))
+    console.print(found)
     for line in notes(bench):
         console.print(line, markup=False, highlight=False)
 

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils.logging import set_verbosity_error
 
 from losia_fx.config import COMPILERS
+from losia_fx.console import progress
 from losia_fx.errors import LosiaError
 
 from .check import DIED, INEXACT, Result, check
 from .libraries import LIBRARIES
-from .record import Record, Setting
+from .record import Conditions, Record
 from .table import markdown, print_results
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = library.names()
         names = _chosen(known, args.patterns, args.part)
         _check_folders(args.out, args.table)
-        record = Record(args.out, Setting.of(library, args.compiler, args.dtype))
+        record = Record(args.out, Conditions.of(library, args.compiler, args.dtype))
     except LosiaError as error:
         print(f"coverage: {error}", file=sys.stderr)
         return 2
@@ -54,14 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{len(names) - len(todo)} of {len(names)} are in {args.out}", highlight=False)
     interrupted = False
     try:
-        for result in shown(console, run(todo, args), len(todo)):
-            record.add(result)
+        with progress(console, len(todo)) as tell:
+            for result in run(todo, args):
+                record.add(result)
+                tell(f"{result.architecture}: {result.verdict}")
     except KeyboardInterrupt:
         interrupted = True
     results = record.of(names)
     print_results(console, results)
     if args.table is not None:
-        args.table.write_text(markdown(record.setting, record.dates, results, len(known)), encoding="utf-8")
+        args.table.write_text(markdown(record.conditions, record.dates, results, len(known)), encoding="utf-8")
     return 130 if interrupted else exit_code(results)
 
 
@@ -82,21 +84,6 @@ def _check_folders(*files: Path | None) -> None:
 
 def exit_code(results: Sequence[Result]) -> int:
     return int(any(result.verdict == INEXACT for result in results))
-
-
-def shown(console: Console, results: Iterator[Result], total: int) -> Iterator[Result]:
-    """``results``, with a progress bar; where there is no terminal, a line each."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        for number, result in enumerate(results, 1):
-            said = f"{result.architecture}: {result.verdict}"
-            progress.update(task, advance=1, description=said)
-            if not console.is_terminal:
-                minutes = (time.monotonic() - began) / number * (total - number) / 60
-                print(f"{number}/{total}  {said}  (about {minutes:.0f} min left)", flush=True)
-            yield result
 
 
 @dataclass

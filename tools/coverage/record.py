@@ -16,7 +16,7 @@ from .libraries import Library
 
 
 @dataclass(frozen=True)
-class Setting:
+class Conditions:
     """What results must have in common to be counted together."""
 
     library: str
@@ -28,7 +28,7 @@ class Setting:
     dtype: str
 
     @classmethod
-    def of(cls, library: Library, compiler: str, dtype: str) -> Setting:
+    def of(cls, library: Library, compiler: str, dtype: str) -> Conditions:
         return cls(
             library.package, library.version, metadata.version("torch"), platform.python_version(), compiler, dtype
         )
@@ -37,13 +37,13 @@ class Setting:
 class Record:
     """Results by model, the last of each; each is in the file as soon as it is added."""
 
-    def __init__(self, path: Path | None, setting: Setting) -> None:
+    def __init__(self, path: Path | None, conditions: Conditions) -> None:
         """path: None for no file; one that exists is gone on with.
 
         Raises LosiaError for a file with results of another setting, or with a line that is none of ours. A last line
         that was cut off (the machine went down while it was written) is dropped.
         """
-        self.path, self.setting = path, setting
+        self.path, self.conditions = path, conditions
         self.results: dict[str, Result] = {}
         self.dates: set[str] = set()
         if path is not None and path.exists():
@@ -53,7 +53,7 @@ class Record:
         today = date.today().isoformat()
         self._note(result, today)
         if self.path is not None:
-            line = json.dumps({"date": today, "setting": asdict(self.setting), **asdict(result)})
+            line = json.dumps({"date": today, "setting": asdict(self.conditions), **asdict(result)})
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
 
@@ -77,11 +77,11 @@ class Record:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 found = json.loads(line)
-                day, setting = found.pop("date"), Setting(**found.pop("setting"))
+                day, conditions = found.pop("date"), Conditions(**found.pop("setting"))
                 result = Result(**found)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise LosiaError(f"{path}, line {number}: no result of coverage ({error!r}"[:200] + ")") from error
-            if setting != self.setting:
-                other = ", ".join(f"{key} {value}" for key, value in asdict(setting).items())
+            if conditions != self.conditions:
+                other = ", ".join(f"{key} {value}" for key, value in asdict(conditions).items())
                 raise LosiaError(f"{path}, line {number}: of another setting ({other}); give each a file of its own")
             self._note(result, day)

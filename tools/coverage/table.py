@@ -6,44 +6,43 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
+
+from losia_fx.console import make_table
 
 from ..tiny.model import ALONE
 from .check import DIED, EXACT, INEXACT, REFUSED, UNBUILT, Result
-from .record import Setting
+from .record import Conditions
 
+COLUMNS = ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why")
 STYLES = {EXACT: "green", INEXACT: "bold red", REFUSED: "yellow", UNBUILT: "dim", DIED: "bold yellow"}
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    table = Table(title="losia_fx: gradients against plain autograd", title_justify="left")
-    for column in ("architecture", "model", "dtype", "verdict", "subnets", "of the linears", "why"):
-        table.add_column(
-            column, overflow="fold", justify="right" if column in ("subnets", "of the linears") else "left"
-        )
+    left = ("model", "dtype", "verdict", "why")
+    shown = make_table("losia_fx: gradients against plain autograd", *COLUMNS, left=left)
     for result in results:
         share = "" if result.share is None else f"{100 * result.share:.1f}%"
         subnets = str(result.subnets) if result.subnets else ""
         verdict = f"[{STYLES[result.verdict]}]{result.verdict}[/]"
-        table.add_row(result.architecture, result.model, result.dtype, verdict, subnets, share, _escaped(result.why))
-    console.print(table)
+        shown.add_row(result.architecture, result.model, result.dtype, verdict, subnets, share, _escaped(result.why))
+    console.print(shown)
     counts = Counter(result.verdict for result in results)
     console.print(
         ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES), f"of {len(results)}", highlight=False
     )
 
 
-def markdown(setting: Setting, dates: Iterable[str], results: Sequence[Result], total: int) -> str:
-    """What was found, with its setting: the counts, then a line for every model that is not exact throughout.
+def markdown(conditions: Conditions, dates: Iterable[str], results: Sequence[Result], total: int) -> str:
+    """What was found, with its conditions: the counts, then a line for every model that is not exact throughout.
 
     total: models there are; the results may be of some of them.
     """
     days = sorted(dates)
     when = "" if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     lines = [
-        f"`python -m losia_fx.tools.coverage{_options(setting)}`: {len(results)} of {total} models of "
-        f"{setting.library} {setting.version}; {when}, torch {setting.torch}, Python {setting.python}, "
-        f"compiler {setting.compiler}, {_dtypes(setting)}.",
+        f"`python -m losia_fx.tools.coverage{_options(conditions)}`: {len(results)} of {total} models of "
+        f"{conditions.library} {conditions.version}; {when}, torch {conditions.torch}, Python {conditions.python}, "
+        f"compiler {conditions.compiler}, {_dtypes(conditions)}.",
         "",
         "| | |",
         "|---|---:|",
@@ -56,13 +55,13 @@ def markdown(setting: Setting, dates: Iterable[str], results: Sequence[Result], 
     return "\n".join(lines) + "\n"
 
 
-def _options(setting: Setting) -> str:
-    library = "" if setting.library == "transformers" else f" --library {setting.library}"
-    return f"{library} --compiler {setting.compiler}"
+def _options(conditions: Conditions) -> str:
+    library = "" if conditions.library == "transformers" else f" --library {conditions.library}"
+    return f"{library} --compiler {conditions.compiler}"
 
 
-def _dtypes(setting: Setting) -> str:
-    return setting.dtype if setting.dtype == "float32" else "float64 where the model runs in it, else float32"
+def _dtypes(conditions: Conditions) -> str:
+    return conditions.dtype if conditions.dtype == "float32" else "float64 where the model runs in it, else float32"
 
 
 def _counts(results: Sequence[Result]) -> Iterator[tuple[str, int]]:

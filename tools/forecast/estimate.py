@@ -15,6 +15,7 @@ from torch import nn
 
 from losia_fx.config import BY_SUMS, LosiaConfig, subnet_size
 from losia_fx.method.schedule import round_length
+from losia_fx.method.visits import INDEX_BYTES, expected_bytes
 from losia_fx.model.roles import plan_model
 from losia_fx.model.weight_plan import WeightPlan
 
@@ -31,7 +32,7 @@ PARTS = {
     "profile": "one group's I, U and G",
     "tapped": "its inputs, tapped",
 }
-INDEX_BYTES, FLOAT_BYTES, STEP_BYTES = 8, 4, 4
+FLOAT_BYTES, STEP_BYTES = 4, 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SubnetWeight:
 
 
 @dataclass(frozen=True)
-class Facts:
+class StepFacts:
     """All that a forecast needs to know of a model and the step it was captured in."""
 
     weights: tuple[SubnetWeight, ...]
@@ -80,7 +81,7 @@ class Facts:
     """By weight: bytes of x that are copied while its group is profiled."""
 
     @classmethod
-    def of(cls, model: nn.Module, captured: Captured) -> Facts:
+    def of(cls, model: nn.Module, captured: Captured) -> StepFacts:
         """model: the plain one, as it was before capture(). Raises what transform() raises."""
         plans = plan_model(model, captured.config)
         tensors = [*(plan.parameter for plan in plans), *model.buffers()]
@@ -99,7 +100,13 @@ class Facts:
             tapped(captured.graphs),
         )
 
-    def at(self, config: LosiaConfig) -> Facts:
+    def base_bytes(self, visits: int) -> int:
+        """Host memory that track_delta=True takes, once every subnet has been in that many places drawn anew."""
+        subnets = ((weight, weight.subnet(self.config)) for weight in self.weights)
+        kept = sum(expected_bytes(weight.shape, subnet, weight.itemsize, visits) for weight, subnet in subnets)
+        return kept + sum(count * itemsize for count, itemsize in self.full)
+
+    def at(self, config: LosiaConfig) -> StepFacts:
         """The same model and step at other factors: what each product keeps of x grows and shrinks with them."""
         kept = {weight.name: self._kept(weight, config) for weight in self.weights}
         change = sum(kept.values()) - sum(self.kept.values())
@@ -120,7 +127,7 @@ def subnet_weights(plans: Sequence[WeightPlan], groups: Sequence[Sequence[str]])
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodCost:
     """One way of fine-tuning: what learns, its memory by part (keys of PARTS), and its FLOPs an optimizer step."""
 
     name: str
@@ -138,7 +145,7 @@ class Method:
         return sum(self.flops.values())
 
 
-def losia(facts: Facts) -> Method:
+def losia(facts: StepFacts) -> MethodCost:
     config = facts.config
     shapes = {weight.name: weight.subnet(config) for weight in facts.weights}
     size = {weight.name: math.prod(shapes[weight.name]) * max(FLOAT_BYTES, weight.itemsize) for weight in facts.weights}
@@ -170,10 +177,10 @@ def losia(facts: Facts) -> Method:
         slots = 1 if config.schedule == "all" else max(1, len(facts.groups))
         flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * slots)
     trained = sum(math.prod(shape) for shape in shapes.values()) + sum(count for count, _ in facts.full)
-    return Method("LoSiA", trained, memory, flops)
+    return MethodCost("LoSiA", trained, memory, flops)
 
 
-def full_fine_tuning(facts: Facts) -> Method:
+def full_fine_tuning(facts: StepFacts) -> MethodCost:
     """The same weights in full, as the plain graph would train them."""
     full = sum(count * itemsize for count, itemsize in facts.full)
     learns = sum(weight.elements * weight.itemsize for weight in facts.weights) + full
@@ -182,10 +189,10 @@ def full_fine_tuning(facts: Facts) -> Method:
     memory["moments"] = 2 * learns + STEP_BYTES * (len(facts.weights) + len(facts.full))
     trained = sum(weight.elements for weight in facts.weights) + sum(count for count, _ in facts.full)
     flops = {**_common(facts), "weight gradients": sum(use.flops for use in facts.uses), "profiling": 0}
-    return Method("full fine-tuning", trained, memory, flops)
+    return MethodCost("full fine-tuning", trained, memory, flops)
 
 
-def lora(facts: Facts, rank: int) -> Method:
+def lora(facts: StepFacts, rank: int) -> MethodCost:
     """Adapters A (r, in) and B (out, r), float32, on the same weights: x is kept whole, and x A^T beside it."""
     adapters = sum(math.prod(weight.shape[:-2]) * rank * sum(weight.shape[-2:]) for weight in facts.weights)
     full = sum(count * itemsize for count, itemsize in facts.full)
@@ -197,11 +204,11 @@ def lora(facts: Facts, rank: int) -> Method:
     thin = sum(2 * use.tokens * rank * (use.inner + use.outer) for use in facts.uses)
     common = _common(facts)
     flops = {name: count + thin for name, count in common.items()}
-    return Method(f"LoRA r={rank}", adapters + sum(count for count, _ in facts.full), memory,
+    return MethodCost(f"LoRA r={rank}", adapters + sum(count for count, _ in facts.full), memory,
                   {**flops, "weight gradients": thin, "profiling": 0})  # fmt: skip
 
 
-def profiled_group(facts: Facts) -> int:
+def profiled_group(facts: StepFacts) -> int:
     """The group that holds most while it is profiled."""
     sizes = [sum(w.elements for w in facts.weights if w.group == group) for group in range(len(facts.groups))]
     return max(range(len(sizes)), key=sizes.__getitem__)
@@ -231,7 +238,7 @@ class RoundFit:
         return cls(groups, config.period, needed, steps, longest)
 
 
-def _common(facts: Facts) -> dict[str, int]:
+def _common(facts: StepFacts) -> dict[str, int]:
     products = sum(use.flops for use in facts.uses)
     return {"forward": products, "input gradients": products}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import posixpath
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +15,18 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx.api.report import Report
 from losia_fx.config import LosiaConfig
+from losia_fx.console import make_table
 from losia_fx.errors import LosiaWarning
+from losia_fx.finetune.record import group_label
+from losia_fx.method.schedule import round_length
 
 from ..graphs.capture import Captured
 from ..load_model import Example
-from .estimate import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, losia, profiled_group
+from .estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia, profiled_group
 from .measure import measure
 
 RANKS = (8, 64)  # of LoRA, for comparison
+VISITS = (1, 10, 50)  # places of a subnet, for what track_delta costs
 ACTIVATIONS_NOTE = (
     "kept for the backward: forecast from the shapes in the captured forward graph; measured with autograd's "
     "saved_tensors_hooks, each storage once, weights and inputs aside. Not in the table: what the backward needs for a "
@@ -34,9 +37,9 @@ ACTIVATIONS_NOTE = (
 @dataclass(frozen=True)
 class Explanation:
     report: Report
-    facts: Facts
+    facts: StepFacts
     fit: RoundFit
-    methods: tuple[Method, ...]
+    methods: tuple[MethodCost, ...]
     """LoSiA as configured, full fine-tuning of the same weights, and LoRA."""
     measured: Mapping[str, int] | None
     """Bytes by part, as forecast in methods[0].memory."""
@@ -48,11 +51,12 @@ class Explanation:
             "config": asdict(facts.config),
             "inputs": {name: list(shape) for name, shape in self.inputs.items()},
             "weights": [asdict(weight) for weight in self.report.weights],
-            "groups": [{"label": group_label(names), "weights": list(names)} for names in facts.groups],
+            "groups": [{"label": group_label(names) or names[0], "weights": list(names)} for names in facts.groups],
             "round": {**asdict(self.fit), "fits": self.fit.fits},
             "forecast": dict(self.methods[0].memory),
             "measured": None if self.measured is None else dict(self.measured),
             "profiled_group": profiled_group(facts),
+            "track_delta": {visits: facts.base_bytes(visits) for visits in visits_of(self.fit, facts.config)},
             "methods": [asdict(method) for method in self.methods],
         }
 
@@ -62,7 +66,7 @@ def explain(
 ) -> Explanation:
     """captured: of this model with this example. steps: of a run, if known. The model is left as it was."""
     config = captured.config
-    facts = Facts.of(model, captured)
+    facts = StepFacts.of(model, captured)
     counted = measure(model, example, config, profiled_group(facts)) if measured else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)  # the report says it too
@@ -77,12 +81,6 @@ def explain(
 def shapes_of(example: Example) -> dict[str, tuple[int, ...]]:
     named = {**{f"input {number}": value for number, value in enumerate(example.args)}, **example.kwargs}
     return {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
-
-
-def group_label(names: Sequence[str]) -> str:
-    """What the names of a group share: "model.layers.0", or "lm_head" for a group of one."""
-    paths = [name.removesuffix(".weight").replace(".", "/") for name in names]
-    return posixpath.commonpath(paths).replace("/", ".") or names[0]
 
 
 def size_text(count: float) -> str:
@@ -115,6 +113,21 @@ def round_text(fit: RoundFit, config: LosiaConfig) -> str:
     return f"{said}: more than {fit.steps} steps, so some subnets never move; --period {fit.fitting_period} would fit"
 
 
+def visits_of(fit: RoundFit, config: LosiaConfig) -> tuple[int, ...]:
+    """By how many visits of a subnet to forecast its base: by those of the run, where that is known."""
+    if config.schedule == "static":
+        return (1,)
+    return VISITS if fit.steps is None else (1 + fit.steps // round_length(config, fit.groups),)
+
+
+def base_text(fit: RoundFit, facts: StepFacts) -> str:
+    costs = (f"{size_text(facts.base_bytes(n))} after {n}" for n in visits_of(fit, facts.config))
+    return (
+        f"track_delta=True, which save_delta needs, keeps base values in host memory: {', '.join(costs)} visits by "
+        "each subnet, if every place is drawn anew; less where they overlap more"
+    )
+
+
 def show(found: Explanation, console: Console | None = None) -> None:
     console = console or Console()
     facts = found.facts
@@ -123,22 +136,25 @@ def show(found: Explanation, console: Console | None = None) -> None:
     console.print(round_text(found.fit, facts.config), highlight=False, soft_wrap=True)
     console.print(_memory(found))
     console.print(ACTIVATIONS_NOTE, highlight=False)
+    console.print(base_text(found.fit, facts), highlight=False, soft_wrap=True)
     console.print(_methods(found.methods))
 
 
-def _groups(facts: Facts) -> Table:
-    table = _table("Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets")
+def _groups(facts: StepFacts) -> Table:
+    shown = make_table(
+        "Groups, in the order of their slots", "group", "", "weights", "elements", "of them in subnets", left=("",)
+    )
     for number, names in enumerate(facts.groups):
         members = [weight for weight in facts.weights if weight.group == number]
         elements = sum(weight.elements for weight in members)
         inside = sum(math.prod(weight.subnet(facts.config)) for weight in members)
-        table.add_row(str(number), group_label(names), str(len(names)), f"{elements:,}", f"{inside:,}")
-    return table
+        shown.add_row(str(number), group_label(names) or names[0], str(len(names)), f"{elements:,}", f"{inside:,}")
+    return shown
 
 
 def _memory(found: Explanation) -> Table:
     said = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found.inputs.items())
-    table = _table(
+    shown = make_table(
         f"Memory of a step ({said})", "part", "forecast", *(("measured", "off by") if found.measured else ())
     )
     ours = found.methods[0].memory
@@ -146,31 +162,23 @@ def _memory(found: Explanation) -> Table:
         cells = [size_text(ours[part])]
         if found.measured:
             cells += [size_text(found.measured[part]), _off(ours[part], found.measured[part])]
-        table.add_row(label, *cells)
+        shown.add_row(label, *cells)
     total = sum(ours.values())
     cells = [size_text(total)]
     if found.measured:
         counted = sum(found.measured.values())
         cells += [size_text(counted), _off(total, counted)]
-    table.add_section()
-    table.add_row("all of it", *cells)
-    return table
+    shown.add_section()
+    shown.add_row("all of it", *cells)
+    return shown
 
 
-def _methods(methods: Sequence[Method]) -> Table:
-    table = _table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
+def _methods(methods: Sequence[MethodCost]) -> Table:
+    shown = make_table("Beside it", "method", "learns", "memory", "kept for the backward", "matmul FLOPs a step")
     for method in methods:
         memory = size_text(method.bytes), size_text(method.memory["activations"])
-        table.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        text = number == 0 or not column
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    return table
+        shown.add_row(method.name, f"{method.trained:,}", *memory, count_text(method.all_flops))
+    return shown
 
 
 def _off(forecast: int, measured: int) -> str:

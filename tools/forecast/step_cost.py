@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
 from losia_fx.ops.localization import tap
-from losia_fx.passes import CALL, PRODUCT, Product, graph_modules
+from losia_fx.passes import SubnetRewrite, rewritten_nodes
 
 from ..graphs.capture import BACKWARD, FORWARD, CapturedGraph
 from ..graphs.costs import base_of, saved_for_backward, saved_nodes
-from ..graphs.owners import WEIGHT
-
-REWRITTEN = "subnet-rewrite"
-"""The stage in which a rewritten node still carries the product that it was."""
+from ..graphs.places import weight_of
+from ..graphs.records import tensor_of
 
 
 @dataclass(frozen=True)
@@ -44,28 +42,20 @@ def weight_uses(graphs: tuple[CapturedGraph, ...]) -> tuple[WeightUse, ...]:
 
 
 def _uses(graph: CapturedGraph) -> Iterator[WeightUse]:
-    if REWRITTEN not in graph.stages:
+    if SubnetRewrite.name not in graph.stages:
         return
-    sites = {site.call: site for site in graph.plan.sites}
-    for module in graph_modules(graph.stages[REWRITTEN]):
-        for node in module.graph.nodes:
-            product = node.meta.get(PRODUCT)
-            if isinstance(product, Product):
-                site = sites[node.meta[CALL]]
-                facts = graph.plan.slots[site.slot].facts
-                # normal forms: (out, in) of a linear, (E, in, out) of the others; see losia_fx.passes.products
-                outer, inner = facts.shape[-2:] if product.form == "linear" else facts.shape[:-3:-1]
-                if product.transposed:
-                    outer, inner = inner, outer
-                x = value_of(product.x)
-                if x is not None:
-                    yield WeightUse(facts.fqn, site.use, x.numel() // inner, inner, outer, x.element_size())
-
-
-def value_of(node: fx.Node) -> Tensor | None:
-    """The tensor, a fake one, that the tracer saw at ``node``."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, Tensor) else None
+    for _, _, rewritten in rewritten_nodes(graph.stages[SubnetRewrite.name]):
+        product, site = rewritten.product, rewritten.site
+        if product is None:
+            continue
+        facts = graph.plan.slots[site.slot].facts
+        # normal forms: (out, in) of a linear, (E, in, out) of the others; see losia_fx.passes.products
+        outer, inner = facts.shape[-2:] if product.form == "linear" else facts.shape[:-3:-1]
+        if product.transposed:
+            outer, inner = inner, outer
+        x = tensor_of(product.x)
+        if x is not None:
+            yield WeightUse(facts.fqn, site.use, x.numel() // inner, inner, outer, x.element_size())
 
 
 def saved_bytes(stages: Iterable[Mapping[str, fx.GraphModule]]) -> int:
@@ -84,7 +74,7 @@ def kept_columns(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
         sizes = {slot.facts.fqn: (slot.facts.rows, slot.facts.cols) for slot in graph.plan.slots}
         pair = (graph.stages[FORWARD], graph.stages[BACKWARD]) if BACKWARD in graph.stages else None
         for node in {base_of(node) for node in saved_nodes(*pair)} if pair else ():
-            name, value = node.meta.get(WEIGHT), value_of(node)
+            name, value = weight_of(node), tensor_of(node)
             if name in sizes and value is not None and value.is_floating_point() and value.shape[-1] in sizes[name]:
                 found[name] = found.get(name, 0) + value.numel() * value.element_size()
     return found
@@ -100,8 +90,8 @@ def tapped(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
         nodes = graph.stages[FORWARD].graph.nodes if BACKWARD in graph.stages else ()
         for node in nodes:
             if node.target is tap:
-                x, handle = value_of(node.args[0]), node.args[1]
+                x, handle = tensor_of(node.args[0]), node.args[1]
                 assert x is not None
-                name = handle.meta[WEIGHT]
+                name = weight_of(handle)
                 found[name] = found.get(name, 0) + x.numel() * x.element_size()
     return found

@@ -1,4 +1,5 @@
-"""What becomes of a model's graphs: as Dynamo gave them, after each pass, and as AOTAutograd's forward and backward.
+"""What becomes of a model's graphs: as Dynamo gave them, as AOTAutograd's joint graph, after each pass on either, and
+as the forward and the backward that the joint graph is cut into.
 
 >>> captured = capture(model, {"input_ids": ids, "labels": ids})
 >>> print(captured.graphs[0].stages["insert-localization"].graph)
@@ -20,27 +21,45 @@ from losia_fx.api.transform import CompiledCall, transform
 from losia_fx.compile.backend import LosiaBackend
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError, LosiaWarning
-from losia_fx.passes import Observer, copy_graph_module, graph_modules, outputs_may_learn, placeholders
+from losia_fx.passes import (
+    DYNAMO,
+    FORWARD_STAGES,
+    JOINT,
+    JOINT_STAGES,
+    Observer,
+    copy_graph_module,
+    graph_modules,
+    outputs_may_learn,
+    placeholders,
+)
 from losia_fx.plan import SubnetPlan
 from losia_fx.runtime.controller import find_controller
 
 from ..load_model import Example
-from .owners import Names, annotate, mark_sites, weight_groups
+from .places import Annotator, ModelNames, weight_groups
 
-DYNAMO, FORWARD, BACKWARD = "dynamo", "forward", "backward"
-"""Stages: before any pass, and what AOTAutograd makes of the last pass's graph. A pass's stage has the pass's name."""
+FORWARD, BACKWARD = "forward", "backward"
+"""The last stages: what AOTAutograd cuts the joint graph into."""
+STAGES = (*FORWARD_STAGES, *JOINT_STAGES, FORWARD, BACKWARD)
+"""All that there are, in order; a pass's stage has the pass's name."""
 
 
 @dataclass
 class CapturedGraph:
-    """One graph of a model. Every node's meta says where it belongs: see losia_fx.tools.owners."""
+    """One graph of a model. Every node says where it belongs: see tools.graphs.places."""
 
     index: int
     plan: SubnetPlan
     stages: dict[str, fx.GraphModule] = field(default_factory=dict)
-    """In the order in which they came about. BACKWARD is missing where nothing in the graph learns."""
+    """By names of STAGES, in the order in which they came about. Those of the joint graph are missing where the
+    config's compiler makes none, they and BACKWARD where nothing in the graph learns."""
     dense: dict[str, fx.GraphModule] = field(default_factory=dict)
     """FORWARD and BACKWARD of the graph as it was, with the same weights learning in full: what there is to save."""
+
+    @property
+    def rewritten(self) -> fx.GraphModule:
+        """The forward's graph after the last pass on it."""
+        return [gm for stage, gm in self.stages.items() if stage in FORWARD_STAGES][-1]
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,7 @@ class Captured:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of all graphs, in order."""
-        found = {name: None for graph in self.graphs for name in graph.stages}
-        last = [name for name in (FORWARD, BACKWARD) if name in found]
-        return (*(name for name in found if name not in last), *last)
+        return tuple(name for name in STAGES if any(name in graph.stages for graph in self.graphs))
 
 
 def capture(model: nn.Module, example: Any, config: LosiaConfig | None = None) -> Captured:
@@ -79,7 +96,7 @@ def capture(model: nn.Module, example: Any, config: LosiaConfig | None = None) -
     settings = config or controller.config
     groups = tuple(tuple(names) for names in controller.groups)
 
-    recorder = _Recorder(Names.of(twin), settings, weight_groups(groups))
+    recorder = _Recorder(ModelNames.of(twin), settings, weight_groups(groups))
     backend = LosiaBackend(settings, inner=recorder.compile, watch=recorder.watch)
     _step(twin, CompiledCall(twin, settings, backend), example)
     return Captured(type(model).__name__, settings, tuple(recorder.graphs), groups)
@@ -118,31 +135,34 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 class _Recorder:
     """Keeps the graphs of one model, from the backend that makes them."""
 
-    def __init__(self, names: Names, config: LosiaConfig, groups: Mapping[str, int]) -> None:
+    def __init__(self, names: ModelNames, config: LosiaConfig, groups: Mapping[str, int]) -> None:
         self.graphs: list[CapturedGraph] = []
         self._names, self._config, self._groups = names, config, groups
 
     def watch(self, gm: fx.GraphModule, inputs: Sequence[Any], plan: SubnetPlan) -> Observer:
         graph = CapturedGraph(len(self.graphs), plan)
         self.graphs.append(graph)
-        fqns = self._names.of_inputs(gm, inputs)
+        annotator, fqns = self._annotator(graph), self._names.of_inputs(gm, inputs)
 
         def keep(stage: str, after: fx.GraphModule) -> None:
             kept = copy_graph_module(after)
-            annotate(kept, self._names, fqns, plan, self._groups, before=graph.stages.get(DYNAMO))
+            before = None if stage in (DYNAMO, JOINT) else graph.stages[DYNAMO if stage in FORWARD_STAGES else JOINT]
+            if stage in FORWARD_STAGES:
+                annotator.annotate_forward(kept, fqns, before)
+            else:
+                annotator.annotate_traced(kept, placeholders(graph.rewritten), before)
             graph.stages[stage] = kept
+            if stage == DYNAMO and plan.slots:
+                self._compile_dense(after, graph)
 
-        keep(DYNAMO, gm)
-        if plan.slots:
-            self._compile_dense(gm, graph)
         return keep
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The inner compiler. gm: what the last pass left of the graph that was watched last."""
         graph = self.graphs[-1]
-        compiled = self._aot(gm, inputs, graph, graph.stages, list(graph.stages.values())[-1])
+        compiled = self._aot(gm, inputs, graph, graph.stages)
         if not graph.plan.slots:
-            graph.dense |= {stage: made for stage, made in graph.stages.items() if stage != DYNAMO}
+            graph.dense |= {stage: made for stage, made in graph.stages.items() if stage in (FORWARD, BACKWARD)}
         return compiled
 
     def _compile_dense(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
@@ -155,21 +175,17 @@ class _Recorder:
             if body is not plain:
                 outputs_may_learn(body)
         with compiled_apart():
-            self._aot(plain, inputs, graph, graph.dense, graph.stages[DYNAMO])
+            self._aot(plain, inputs, graph, graph.dense)
 
     def _aot(
-        self,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        graph: CapturedGraph,
-        into: dict[str, fx.GraphModule],
-        annotated: fx.GraphModule,
+        self, gm: fx.GraphModule, inputs: Sequence[Any], graph: CapturedGraph, into: dict[str, fx.GraphModule]
     ) -> Callable[..., Any]:
-        mark_sites(gm, graph.plan)  # AOTAutograd hands these marks on to the nodes that it makes
+        annotator, given = self._annotator(graph), placeholders(graph.rewritten)
+        annotator.mark_sites(gm)  # AOTAutograd hands these marks on to the nodes that it makes
 
         def keep(stage: str) -> Callable[[fx.GraphModule], None]:
             def keep_stage(made: fx.GraphModule) -> None:
-                annotate(made, self._names, {}, graph.plan, self._groups, given=placeholders(annotated))
+                annotator.annotate_traced(made, given)
                 into[stage] = made
 
             return keep_stage
@@ -177,3 +193,6 @@ class _Recorder:
         compiler = aot_compiler(self._config.compiler, keep(FORWARD), keep(BACKWARD))
         compiled: Callable[..., Any] = compiler(gm, list(inputs))
         return compiled
+
+    def _annotator(self, graph: CapturedGraph) -> Annotator:
+        return Annotator(self._names, graph.plan, self._groups)

@@ -12,9 +12,12 @@ from itertools import pairwise
 
 from torch import fx
 
-from .capture import BACKWARD, DYNAMO, FORWARD, Captured, CapturedGraph
+from losia_fx.passes import FORWARD_STAGES, JOINT_STAGES, rewritten_nodes
+from losia_fx.plan import ProductSite
+
+from .capture import BACKWARD, FORWARD, Captured, CapturedGraph
 from .costs import flops_by_weight, held_by_weight, saved_for_backward
-from .owners import CALL, graph_parts
+from .places import REMADE
 from .records import NodeRecord, records
 
 
@@ -28,7 +31,9 @@ class StageDiff:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     rewritten: dict[str, str]
-    """Node before -> node that took its place."""
+    """Node before -> node that took its place, or the node itself where it was changed in place."""
+    remade: tuple[str, ...]
+    """Nodes that the pass has the backward make again."""
     ops: dict[str, int]
     """Called -> how many more of them there are now; those whose number is the same are left out."""
 
@@ -138,31 +143,32 @@ def _notes(captured: Captured) -> tuple[str, ...]:
 
 
 def _stages(graph: CapturedGraph) -> Iterable[StageDiff]:
-    passes = [name for name in graph.stages if name not in (FORWARD, BACKWARD)]
-    planned = {site.call: "/".join((*site.body, site.node)) for site in graph.plan.sites}
-    nodes = {name: records(graph.stages[name]) for name in passes}
-    calls = {name: _calls(graph.stages[name]) for name in passes}
-    for before, after in pairwise(passes):
-        old, new = {n.name: n for n in nodes[before]}, {n.name: n for n in nodes[after]}
-        gone = [name for name in old if name not in new]
-        came = [name for name in new if name not in old]
-        rewritten = {planned[c]: made for made, c in calls[after].items() if planned.get(c) in gone and made in came}
-        if before != DYNAMO:  # edited in place: the same node, with other inputs
-            rewritten |= {name: name for name in calls[after] if name in old and old[name].inputs != new[name].inputs}
-        taken = set(rewritten.values())
-        added = tuple(name for name in came if name not in taken)
-        removed = tuple(name for name in gone if name not in rewritten)
-        yield StageDiff(graph.index, before, after, added, removed, rewritten, _op_changes(nodes[before], nodes[after]))
+    for known in (FORWARD_STAGES, JOINT_STAGES):
+        for before, after in pairwise(name for name in known if name in graph.stages):
+            yield _stage(graph, before, after)
 
 
-def _calls(gm: fx.GraphModule) -> dict[str, int]:
-    """Rewritten node -> the number of its site."""
-    found: dict[str, int] = {}
-    for part, body in graph_parts(gm):
-        for node in part.graph.nodes:
-            if CALL in node.meta:
-                found["/".join((*body, node.name))] = node.meta[CALL]
-    return found
+def _stage(graph: CapturedGraph, before: str, after: str) -> StageDiff:
+    nodes_before, nodes_after = records(graph.stages[before]), records(graph.stages[after])
+    old, new = {n.name: n for n in nodes_before}, {n.name: n for n in nodes_after}
+    sites = {_name(body, node.name): found.site for body, node, found in rewritten_nodes(graph.stages[after])}
+    rewritten: dict[str, str] = {}
+    for name, node in new.items():
+        was, site = old.get(name), sites.get(name)
+        if was is None:
+            if isinstance(site, ProductSite):
+                rewritten[_name(site.body, site.node)] = name
+        elif was.target != node.target or (site is not None and was.inputs != node.inputs):
+            rewritten[name] = name
+    added = tuple(name for name in new if name not in old and name not in rewritten.values())
+    removed = tuple(name for name in old if name not in new and name not in rewritten)
+    remade = tuple(n for n, node in new.items() if node.status == REMADE and n in old and old[n].status != REMADE)
+    ops = _op_changes(nodes_before, nodes_after)
+    return StageDiff(graph.index, before, after, added, removed, rewritten, remade, ops)
+
+
+def _name(body: tuple[str, ...], node: str) -> str:
+    return "/".join((*body, node))
 
 
 def _op_changes(before: Sequence[NodeRecord], after: Sequence[NodeRecord]) -> dict[str, int]:

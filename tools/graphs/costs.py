@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from losia_fx._compat import input_index
 
-from .owners import WEIGHT
-from .records import bytes_of, value_of
+from .places import weight_of
+from .records import bytes_of, tensor_of, value_of
 
 SAME_MEMORY = ("aten.alias", "aten.detach", "aten._unsafe_view")
 """Overloads of these share their input's memory though torch does not call them views."""
@@ -29,7 +29,7 @@ def flops_by_weight(gm: fx.GraphModule) -> Counter[str]:
     for node in gm.graph.nodes:
         flops = node_flops(node)
         if flops:
-            total[node.meta.get(WEIGHT, "")] += flops
+            total[weight_of(node)] += flops
     return total
 
 
@@ -81,8 +81,8 @@ def saved_for_backward(forward: fx.GraphModule, backward: fx.GraphModule) -> dic
     saved: dict[str, int] = {}
     for node in saved_nodes(forward, backward):
         base = base_of(node)
-        value = value_of(base)
-        if base.op != "placeholder" and isinstance(value, torch.Tensor):
+        value = tensor_of(base)
+        if base.op != "placeholder" and value is not None:
             saved[base.name] = bytes_of(value)
     return saved
 
@@ -117,15 +117,15 @@ def held_by_weight(forward: fx.GraphModule, backward: fx.GraphModule) -> dict[st
     held: dict[str, dict[str, int]] = {}
     for node in backward.graph.nodes:
         reads[node] = _reads(node, memory, reads)
-        weight = node.meta.get(WEIGHT)
-        if weight is None or not _multiplies(node):
+        weight = weight_of(node)
+        if not weight or not node_flops(node):
             continue
         mine = held.setdefault(weight, {})
         for operand in node.all_input_nodes:
             for name in reads[operand] or ():
                 base = memory[name]
-                value = value_of(base)
-                if base.op != "placeholder" and isinstance(value, torch.Tensor):
+                value = tensor_of(base)
+                if base.op != "placeholder" and value is not None:
                     mine[base.name] = bytes_of(value)
     return held
 
@@ -142,7 +142,3 @@ def _reads(
     if any(part is None for part in parts):
         return None
     return frozenset().union(*(part for part in parts if part is not None))
-
-
-def _multiplies(node: fx.Node) -> bool:
-    return node_flops(node) > 0

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     shown.add_argument("--out", type=Path, metavar="FILE", help="default: print")
-    shown.add_argument("--nodes", action="store_true", help="text: also every node that was added or removed")
+    shown.add_argument("--nodes", action="store_true", help="text: also every node that a pass has touched")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def text(found: Diff, *, nodes: bool = False) -> str:
-    """The whole as aligned text; nodes: with the names of all nodes that were added or removed."""
+    """The whole as aligned text; nodes: with the names of all nodes that a pass has touched."""
     parts = [f"{found.model}: what the passes changed"]
     parts += [_stage(stage, nodes) for stage in found.stages]
     parts.append(f"rewritten layers (before: full training of the same weights, with {found.compiler}'s partition)")
@@ -59,12 +59,14 @@ def _stage(stage: StageDiff, nodes: bool) -> str:
     lines = [
         f"graph {stage.graph}, {stage.before} -> {stage.after}: {len(stage.rewritten)} nodes rewritten, "
         f"{len(stage.added)} added, {len(stage.removed)} removed"
+        + (f", {len(stage.remade)} to be made again in the backward" if stage.remade else "")
     ]
     width = max((len(op) for op in stage.ops), default=0)
     lines += [f"  {op:{width}}  {change:+d}" for op, change in stage.ops.items()]
     if nodes:
         lines += [f"  * {old}" + (f" -> {new}" if new != old else "") for old, new in stage.rewritten.items()]
-        lines += [f"  + {name}" for name in stage.added] + [f"  - {name}" for name in stage.removed]
+        for mark, names in (("+", stage.added), ("-", stage.removed), ("~", stage.remade)):
+            lines += [f"  {mark} {name}" for name in names]
     return "\n".join(lines)
 
 

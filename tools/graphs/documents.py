@@ -1,4 +1,4 @@
-"""Graphs as text, JSON, DOT, GraphML and GEXF: before any pass, after each, and after AOTAutograd.
+"""Graphs as text, JSON, DOT, GraphML and GEXF: before any pass, after each, and as forward and backward.
 
 >>> print(dump_graph(model, {"input_ids": ids, "labels": ids}, stage="insert-localization"))
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +16,20 @@ from torch import nn
 
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import ConfigError
+from losia_fx.passes import JOINT_STAGES, makes_joint_graphs
+from losia_fx.storage.atomic import write_file
 
-from .capture import Captured, capture
+from .capture import STAGES, Captured, capture
 from .dot import dot
 from .networkx import graph_of, import_networkx
-from .owners import ADDED, PART, PLANNED, REWRITTEN
+from .places import ADDED, PART, PLANNED, REMADE, REWRITTEN
 from .records import NodeRecord, check_layers, neighbourhood, records
 
-MARKS = {REWRITTEN: "*", PLANNED: ">", ADDED: "+", PART: "|", "": " "}
-LEGEND = "* rewritten   > to be rewritten   + added by a pass   | part of a rewritten layer, after AOTAutograd"
+MARKS = {REWRITTEN: "*", PLANNED: ">", ADDED: "+", REMADE: "~", PART: "|", "": " "}
+LEGEND = (
+    "* rewritten   > to be rewritten   + added by a pass   ~ to be made again in the backward   "
+    "| part of a rewritten layer, after AOTAutograd"
+)
 COLUMNS = ("node", "op", "shape", "dtype", "owner module", "source")
 WIDEST = 44  # of a column; longer entries lose their beginning, names tell most at their end
 
@@ -54,7 +58,7 @@ def dump_graph(
 ) -> str:
     """The graphs of a step of ``model`` in one of FORMATS; see capture() for example and config.
 
-    stage: "dynamo", the name of a pass, "forward" or "backward"; None for all. layer: patterns of module names; only
+    stage: one of capture.STAGES; None for all. layer: patterns of module names; only
     their nodes and those next to them are shown. DOT, GraphML and GEXF hold one graph: choose a stage.
     Raises ConfigError where a stage, layer or format does not exist, or where one graph is wanted and there are more.
     """
@@ -65,7 +69,8 @@ def dump_graph(
 def documents(captured: Captured, stage: str | None = None, layer: Sequence[str] = ()) -> list[Document]:
     """What is to be shown, as plain values. Raises ConfigError as dump_graph does."""
     if stage is not None and stage not in captured.stages:
-        raise ConfigError(f"--stage {stage}: there is no such stage; there are {', '.join(captured.stages)}")
+        known = ", ".join(captured.stages)
+        raise ConfigError(f"--stage {stage}: {_missing(stage, captured.config)}; there are {known}")
     chosen = captured.stages if stage is None else (stage,)
     found = [
         Document(graph.index, name, tuple(records(graph.stages[name])))
@@ -78,6 +83,17 @@ def documents(captured: Captured, stage: str | None = None, layer: Sequence[str]
         near = [Document(d.graph, d.stage, tuple(neighbourhood(d.nodes, layer))) for d in found]
         found = [document for document in near if document.nodes]
     return found
+
+
+def _missing(stage: str, config: LosiaConfig) -> str:
+    if stage in JOINT_STAGES and not makes_joint_graphs(config):
+        return f"compiler {config.compiler!r} makes no joint graph of forward and backward, so no pass runs on it"
+    if stage in STAGES:
+        return (
+            f"no graph comes through it with compiler {config.compiler!r}, schedule {config.schedule!r} and "
+            f"importance {config.importance!r}"
+        )
+    return "there is no such stage"
 
 
 def one_document(captured: Captured, found: Sequence[Document], format: str) -> str:
@@ -112,11 +128,13 @@ def write_documents(captured: Captured, found: Sequence[Document], format: str, 
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Writes the file whole or not at all. Raises ConfigError as check_file does."""
+    """Writes the file, atomically. Raises ConfigError as check_file does."""
     check_file(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
+
+    def write(draft: Path) -> None:
+        draft.write_text(content, encoding="utf-8")
+
+    write_file(path, write)
     return path
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .owners import ADDED, PART, PLANNED, REWRITTEN
+from .places import ADDED, PART, PLANNED, REMADE, REWRITTEN
 from .records import NodeRecord
 
-FILL = {REWRITTEN: "#f4a259", PLANNED: "#f9dcc4", ADDED: "#bde0fe", PART: "#f9dcc4"}
+FILL = {REWRITTEN: "#f4a259", PLANNED: "#f9dcc4", ADDED: "#bde0fe", REMADE: "#cdeac0", PART: "#f9dcc4"}
 
 
 def dot(name: str, nodes: Sequence[NodeRecord]) -> str:

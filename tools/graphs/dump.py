@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losia_fx.config import COMPILERS
+from losia_fx.passes import FORWARD_STAGES, JOINT_STAGES
 
 from ..load_model import HELP
 from ..losia_options import add_losia_options, config_of
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from .documents import Document
 
 FORMATS = ("text", "json", "dot", "graphml", "gexf", "onnx")
-STYLES = {"rewritten": "bold yellow", "planned": "yellow", "added": "cyan", "part": "yellow", "heading": "bold"}
+STYLES = {
+    "rewritten": "bold yellow",
+    "planned": "yellow",
+    "added": "cyan",
+    "remade": "green",
+    "part": "yellow",
+    "heading": "bold",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_losia_options(parser, COMPILERS, "inductor")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
-        "--stage", help="dynamo, subnet-rewrite, insert-localization, forward or backward (default: all)"
+        "--stage",
+        help=f"{', '.join(FORWARD_STAGES)}; {', '.join(JOINT_STAGES)}; forward or backward (default: all)",
     )
     shown.add_argument(
         "--layer",

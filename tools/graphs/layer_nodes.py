@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
-from losia_fx.passes import graph_modules
+from losia_fx.passes import DYNAMO, graph_modules
 
-from ..forecast.step_cost import value_of
-from .capture import BACKWARD, DYNAMO, FORWARD, Captured, CapturedGraph
-from .owners import WEIGHT
+from .capture import Captured
+from .places import weight_of
+from .records import tensor_of
 
 Line = dict[str, str]
 
@@ -31,7 +31,7 @@ def before_and_after(captured: Captured) -> dict[str, tuple[list[Line], list[Lin
     """
     found: dict[str, tuple[list[Line], list[Line]]] = {}
     for graph in captured.graphs:
-        before, after = _lines(graph, DYNAMO), _lines(graph, _last(graph))
+        before, after = _lines(graph.stages[DYNAMO]), _lines(graph.rewritten)
         for name in after:
             pair = found.setdefault(name, ([], []))
             old, new = before.get(name, {}), after[name]
@@ -40,20 +40,16 @@ def before_and_after(captured: Captured) -> dict[str, tuple[list[Line], list[Lin
     return found
 
 
-def _last(graph: CapturedGraph) -> str:
-    return [stage for stage in graph.stages if stage not in (FORWARD, BACKWARD)][-1]
-
-
-def _lines(graph: CapturedGraph, stage: str) -> dict[str, dict[str, Line]]:
+def _lines(gm: fx.GraphModule) -> dict[str, dict[str, Line]]:
     """{weight: {node: its line}}; a node of a nested body goes under its own name."""
     found: dict[str, dict[str, Line]] = {}
-    for module in graph_modules(graph.stages[stage]):
+    for module in graph_modules(gm):
         nodes = list(module.graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
         around: dict[str, set[fx.Node]] = {}
         for node in nodes:
-            weight = node.meta.get(WEIGHT)
-            if weight is not None:
+            weight = weight_of(node)
+            if weight:
                 near = () if node.op == "placeholder" else (*node.all_input_nodes, *_takers(node))
                 around.setdefault(weight, set()).update((node, *near))
         for weight, some in around.items():
@@ -67,7 +63,7 @@ def _takers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _line(node: fx.Node) -> Line:
-    value = value_of(node)
+    value = tensor_of(node)
     said = "" if value is None else f"{' x '.join(map(str, value.shape)) or 'scalar'} {_dtype(value.dtype)}"
     inputs = ", ".join(map(_name, node.all_input_nodes))
     return {"name": _name(node), "op": _op(node), "inputs": inputs, "value": said}
@@ -75,10 +71,10 @@ def _line(node: fx.Node) -> Line:
 
 def _name(node: fx.Node) -> str:
     """The node's own; of a parameter or buffer, which Dynamo names by its whole path, the end of the model's name."""
-    weight = node.meta.get(WEIGHT) if node.op == "placeholder" else None
-    if weight is None or node.name.startswith(tuple(PARTS)):
+    weight = weight_of(node) if node.op == "placeholder" else ""
+    if not weight or node.name.startswith(tuple(PARTS)):
         return node.name
-    return ".".join(str(weight).split(".")[-2:])
+    return ".".join(weight.split(".")[-2:])
 
 
 def _dtype(dtype: Any) -> str:
@@ -87,8 +83,8 @@ def _dtype(dtype: Any) -> str:
 
 def _op(node: fx.Node) -> str:
     if node.op == "placeholder":
-        weight = node.meta.get(WEIGHT)
-        return "input" if weight is None else f"input: {_part(node.name, str(weight))}"
+        weight = weight_of(node)
+        return f"input: {_part(node.name, weight)}" if weight else "input"
     if node.op == "call_function":
         target = node.target
         return str(target) if hasattr(target, "overloadpacket") else str(getattr(target, "__name__", target))

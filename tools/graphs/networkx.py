@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from losia_fx.errors import LosiaError
+from losia_fx.passes import DYNAMO
 
-from .capture import BACKWARD, DYNAMO, FORWARD, CapturedGraph
+from .capture import BACKWARD, FORWARD, CapturedGraph
 from .costs import held_by_weight
-from .owners import REWRITTEN
+from .places import REWRITTEN
 from .records import NodeRecord, records
 
 DiGraph: TypeAlias = Any

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from torch import nn
 
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError
+from losia_fx.storage.atomic import write_files
 
 from ..load_model import Example
 from .documents import check_file
@@ -158,15 +157,15 @@ def _save(onnx: Any, model: Any, path: Path, external_bytes: int) -> list[Path]:
     """Writes and checks the file, and moves it to its place when it is whole. Raises LosiaError where it is no ONNX."""
     size = sum(len(entry.raw_data) for entry in model.graph.initializer)
     data = path.with_name(f"{path.name}.data")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
-        part = Path(folder) / path.name
-        external = size >= external_bytes
+    external = size >= external_bytes
+
+    def write(folder: Path) -> None:
+        part = folder / path.name
         onnx.save_model(model, part, save_as_external_data=external, location=data.name, size_threshold=1024)
         try:
             onnx.checker.check_model(str(part), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise LosiaError(f"{path}: onnx.checker refuses it: {str(error).partition(chr(10))[0]}") from error
-        if external:
-            os.replace(part.with_name(data.name), data)
-        os.replace(part, path)
+
+    write_files(path.parent, write, path.name)
     return [path, data] if external else [path]

@@ -17,17 +17,14 @@ from losia_fx.compile.backend import LosiaBackend
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError, LosiaWarning
 from losia_fx.ops.experts import subnet_batched, subnet_grouped
-from losia_fx.ops.linear import subnet_weight
-from losia_fx.passes import Observer, Product, copy_graph_module, placeholders
+from losia_fx.passes import Observer, Product, Rewritten, copy_graph_module, placeholders, rewritten_from
 from losia_fx.plan import SubnetPlan, SubnetSlot
 from losia_fx.runtime.controller import find_controller
 
 from ..load_model import Example
-from .owners import CALL, OWNER, Names, annotate, weight_groups
+from .places import Annotator, ModelNames, place_of, weight_groups
 
 LINEAR, BATCHED = "SubnetLinear", "SubnetBatched"
-PRODUCT = "losia_product"
-"""Key in the meta of a rewritten node: the product that it was (losia_fx.passes)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class _Taken:
 
     def __init__(self, model: nn.Module, example: Example) -> None:
         self.graphs: list[RewrittenGraph] = []
-        self._names = Names.of(model)
+        self._names = ModelNames.of(model)
         self._groups = weight_groups(losia_fx.controller(model).groups)
         self._states = losia_fx.subnets(model)
         self._called = {id(value): name for name, value in example.kwargs.items()}
@@ -114,7 +111,7 @@ class _Taken:
 
         def keep(stage: str, after: fx.GraphModule) -> None:
             graph.gm = copy_graph_module(after)
-            annotate(graph.gm, self._names, fqns, plan, self._groups)
+            Annotator(self._names, plan, self._groups).annotate_forward(graph.gm, fqns)
 
         return keep
 
@@ -167,22 +164,21 @@ class _Exporter(fx.Interpreter):
         self._root, self._graph, self._config = root, graph, config
 
     def run_node(self, n: fx.Node) -> Any:
-        owner = n.meta.get(OWNER, "")
-        if n.op not in ("call_function", "call_method") or not owner:
+        place = place_of(n)
+        if n.op not in ("call_function", "call_method") or place is None or not place.owner:
             return self._run_alone(n)
-        return _module(self._root, owner)(lambda: self._run_alone(n))
+        return _module(self._root, place.owner)(lambda: self._run_alone(n))
 
     def _run_alone(self, n: fx.Node) -> Any:
-        call = n.meta.get(CALL)
-        if call is None:
+        rewritten = rewritten_from(n)
+        if rewritten is None:
             return super().run_node(n)
-        place = next(place for place in self._graph.plan.places if place.call == call)
-        slot = self._graph.plan.slots[place.slot]
-        return self._product(n, self.map_nodes_to_values(n.args, n), slot)
+        return self._symbol(n, self.map_nodes_to_values(n.args, n), rewritten)
 
-    def _product(self, node: fx.Node, args: Any, slot: SubnetSlot) -> Tensor:
+    def _symbol(self, node: fx.Node, args: Any, rewritten: Rewritten) -> Tensor:
+        slot, product = self._graph.plan.slots[rewritten.site.slot], rewritten.product
         facts = slot.facts
-        if node.target is subnet_weight:
+        if product is None:
             whole: Tensor = args[0]
             return whole
         if node.target is subnet_grouped:
@@ -197,7 +193,7 @@ class _Exporter(fx.Interpreter):
             cols = torch.arange(weight.shape[1], device=weight.device)
         if node.target is subnet_batched:
             return _symbolic(BATCHED, (x, weight, values, rows, cols), attributes, (*x.shape[:-1], weight.shape[2]))
-        self._note(node.meta[PRODUCT], slot, attributes, x, weight)
+        self._note(product, slot, attributes, x, weight)
         y = _symbolic(LINEAR, (x, weight, values, rows, cols), attributes, (*x.shape[:-1], weight.shape[0]))
         return y if args[5] is None else y + args[5]
 

@@ -18,7 +18,7 @@ from losia_fx.config import matches
 from losia_fx.errors import ConfigError
 from losia_fx.passes import region_of
 
-from .owners import GROUP, OWNER, STATUS, WEIGHT
+from .places import Place, place_of
 
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 
@@ -44,11 +44,11 @@ class NodeRecord:
     source: str
     """File and line of that code: "modeling_llama.py:244"."""
     weight: str
-    """The parameter that arrives there, or whose product this is part of (see losia_fx.tools.owners)."""
+    """The parameter that arrives there, or whose product this is part of (see Place)."""
     group: int
     """Of that weight; -1 where it has none."""
     status: str
-    """"planned", "rewritten", "added", "part" or ""."""
+    """As in Place."""
 
     @property
     def shape_text(self) -> str:
@@ -84,8 +84,8 @@ def _inputs(node: fx.Node) -> list[str]:
 
 
 def _record(node: fx.Node, name: str, inputs: Sequence[str]) -> NodeRecord:
-    value = value_of(node)
-    tensor = value if isinstance(value, torch.Tensor) else None
+    tensor, place = tensor_of(node), place_of(node)
+    known = place or Place()
     return NodeRecord(
         name=name,
         op=node.op,
@@ -94,11 +94,11 @@ def _record(node: fx.Node, name: str, inputs: Sequence[str]) -> NodeRecord:
         shape=None if tensor is None else tuple(_size(size) for size in tensor.shape),
         dtype="" if tensor is None else str(tensor.dtype).removeprefix("torch."),
         bytes=0 if tensor is None else bytes_of(tensor),
-        owner=node.meta.get(OWNER) or _traced_owner(node),
+        owner=_traced_owner(node) if place is None else place.owner,
         source=_source(node.meta.get("stack_trace")),
-        weight=node.meta.get(WEIGHT, ""),
-        group=node.meta.get(GROUP, -1),
-        status=node.meta.get(STATUS, ""),
+        weight=known.weight,
+        group=known.group,
+        status=known.status,
     )
 
 
@@ -109,6 +109,12 @@ def value_of(node: fx.Node) -> Any:
         meta = node.meta["tensor_meta"]
         return torch.empty(meta.shape, dtype=meta.dtype, device="meta") if hasattr(meta, "dtype") else None
     return value
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """As value_of; None where that is no tensor."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
@@ -139,7 +145,7 @@ def _target(node: fx.Node) -> str:
 def _traced_owner(node: fx.Node) -> str:
     """Of a graph that was not captured by losia_fx.tools.capture, what the tracer says."""
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack and OWNER not in node.meta else ""
+    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 @cache

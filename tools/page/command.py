@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: give a whole number of at least 1")
     config = config_of(args)
-    from losia_fx.storage.whole import write_safely
+    from losia_fx.storage.atomic import write_file
 
     from ..plot.run_folder import is_run
     from .sources import of_model, of_run
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     def write(draft: Path) -> None:
         draft.write_text(text, encoding="utf-8")
 
-    write_safely(out, write)
+    write_file(out, write)
     print(out)
     return 0
 

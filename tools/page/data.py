@@ -15,7 +15,7 @@ from losia_fx.finetune.plots import coverage_of
 from losia_fx.finetune.record import Move, Selection
 from losia_fx.model.blocks import block_of, find_blocks
 
-from ..forecast.estimate import PARTS, Facts, Method, RoundFit, full_fine_tuning, lora, losia
+from ..forecast.estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia
 from ..forecast.explanation import Explanation, round_text
 from ..forecast.step_cost import WeightUse
 from ..graphs.capture import Captured
@@ -55,7 +55,7 @@ def page_data(
     }
 
 
-def methods(facts: Facts) -> Iterator[tuple[Method, str]]:
+def methods(facts: StepFacts) -> Iterator[tuple[MethodCost, str]]:
     """LoSiA at several rank factors, full fine-tuning and LoRA, each with what is special about it."""
     own = facts.config.rank_factor
     for factor in sorted({*RANK_FACTORS, own}):
@@ -73,7 +73,7 @@ def _fraction(factor: float) -> str:
     return f"1/{round(1 / factor)}" if math.isclose(1 / factor, round(1 / factor)) else f"{factor:g}"
 
 
-def _method(method: Method) -> dict[str, Any]:
+def _method(method: MethodCost) -> dict[str, Any]:
     return {**asdict(method), "bytes": method.bytes, "all_flops": method.all_flops}
 
 
@@ -113,7 +113,7 @@ def _blocks(
     return blocks
 
 
-def _cost(weight: WeightReport, uses: Sequence[WeightUse], facts: Facts) -> dict[str, int] | None:
+def _cost(weight: WeightReport, uses: Sequence[WeightUse], facts: StepFacts) -> dict[str, int] | None:
     if weight.subnet is None or not uses:
         return None
     plan = next(known for known in facts.weights if known.name == weight.name)

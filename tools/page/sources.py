@@ -21,11 +21,11 @@ from ..load_model import load_model
 from ..plot.run_folder import read_run
 from .data import page_data
 
-Step = tuple[int | None, int | None]
+StepSize = tuple[int | None, int | None]
 """Batch size and length of the step that is captured; None leaves either as it is."""
 
 
-def of_model(name: str | None, config: LosiaConfig, step: Step, steps: int) -> dict[str, Any]:
+def of_model(name: str | None, config: LosiaConfig, step: StepSize, steps: int) -> dict[str, Any]:
     """Raises what load_model(), transform() and capture() raise."""
     loaded = load_model(name)
     example = resize(loaded.example, *step)
@@ -35,7 +35,7 @@ def of_model(name: str | None, config: LosiaConfig, step: Step, steps: int) -> d
     return page_data(title, loaded.model, captured, found, first_selections(loaded.model, config), ())
 
 
-def of_run(folder: Path, config: LosiaConfig, step: Step, steps: int | None) -> dict[str, Any]:
+def of_run(folder: Path, config: LosiaConfig, step: StepSize, steps: int | None) -> dict[str, Any]:
     """The run's own settings go before ``config``. Raises LosiaError where run.json and checkpoint do not agree."""
     run = read_run(folder)
     settings = run.settings

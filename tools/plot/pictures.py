@@ -17,7 +17,7 @@ from losia_fx.finetune.plots import DPI, GREY, INK, coverage_of, map_of, plot_lo
 from losia_fx.finetune.record import RunRecord
 from losia_fx.finetune.report import Names
 from losia_fx.method.schedule import rewarm_factor
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 
 from .overlap import jaccard
 from .run_folder import Run
@@ -42,7 +42,7 @@ def draw(run: Run, out: Path, pictures: Iterable[str], kind: str, layers: Sequen
     }
     for picture in pictures:
         path = out / f"{picture}.{kind}"
-        write_safely(path, writers[picture])
+        write_file(path, writers[picture])
         yield path
 
 

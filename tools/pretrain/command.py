@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from losia_fx.console import progress
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.loss import cosine_schedule, held_out_loss
 from losia_fx.finetune.text import (
@@ -53,7 +53,7 @@ EVERYTHING = 10**9  # more blocks than there are, and more characters than any t
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TokenBlocks:
     """Token blocks (n, LENGTH): what is learnt, what the old domain is judged by, and the domain to come."""
 
     train: Tensor
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     tokenizer = train_tokenizer([document.text for document in train])
     sample = _sample(held_out, HELD_OUT_TEXT_BYTES)
-    blocks = Blocks(
+    blocks = TokenBlocks(
         token_blocks(train, tokenizer, LENGTH, limit=EVERYTHING, seed=args.seed, piece=EVERYTHING),
         held_out_blocks([sample], tokenizer, LENGTH, limit=HELD_OUT_BLOCKS),
         held_out_blocks(split(standard_library())[1], tokenizer, LENGTH, limit=HELD_OUT_BLOCKS),
@@ -131,22 +131,18 @@ def pretrain(model: LlamaForCausalLM, blocks: Tensor, *, steps: int, seed: int, 
     factor = cosine_schedule(steps, warm_up=max(1, steps // 20), floor=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
-    columns = (TextColumn("pretraining"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps, loss="")
-        for step, batch in enumerate(itertools.islice(batches(blocks, BATCH, seed=seed), steps), 1):
+    with progress(console, steps, every=100) as tell:
+        for batch in itertools.islice(batches(blocks, BATCH, seed=seed), steps):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            progress.update(task, advance=1, loss=f"loss {loss.item():.3f}")
-            if not console.is_terminal and step % 100 == 0:
-                console.print(f"step {step}/{steps}  loss {loss.item():.3f}")
+            tell(f"loss {loss.item():.3f}")
 
 
-def _print_figures(console: Console, model: LlamaForCausalLM, blocks: Blocks) -> None:
+def _print_figures(console: Console, model: LlamaForCausalLM, blocks: TokenBlocks) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     old = held_out_loss(model, blocks.old_held_out, BATCH)
     new = held_out_loss(model, blocks.new_held_out, BATCH)

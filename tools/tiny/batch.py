@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import FIRST_WORD, HELPERS, OPTIONS, SIZE, TARGET_LENGTH, Batch, Facts, words
+from .inputs import FIRST_WORD, HELPERS, OPTIONS, SIZE, TARGET_LENGTH, Batch, InputFacts, words
 
 # Heads (as in architectures.HEADS) that are given labels of the shape of their tokens.
 WRITERS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "MASKED_LM",
@@ -27,7 +27,7 @@ MOST = 16
 
 def candidates(model: Any, head: str) -> Iterator[Batch]:
     """Batches with labels (where forward takes any) and without, to be tried in this order."""
-    facts = Facts(model)
+    facts = InputFacts(model)
     seen = set()
     for names in _wanted(facts, model.main_input_name):
         options = [OPTIONS[name](facts) for name in names]
@@ -42,7 +42,7 @@ def candidates(model: Any, head: str) -> Iterator[Batch]:
                     yield {**inputs, **labels}
 
 
-def _wanted(facts: Facts, main: str | list[str]) -> Iterator[list[str]]:
+def _wanted(facts: InputFacts, main: str | list[str]) -> Iterator[list[str]]:
     """Names of inputs, from everything that can be made to the main one alone."""
     takes = [name for name in OPTIONS if name in facts.parameters]
     required = [name for name in takes if facts.parameters[name].default is inspect.Parameter.empty]
@@ -57,7 +57,7 @@ def _wanted(facts: Facts, main: str | list[str]) -> Iterator[list[str]]:
     yield mains
 
 
-def _with_features(model: Any, facts: Facts, batch: Batch) -> Iterator[Batch]:
+def _with_features(model: Any, facts: InputFacts, batch: Batch) -> Iterator[Batch]:
     """The batch with as many placeholder tokens as its images and sounds have features, if the model wants any."""
     if "input_ids" not in batch or batch["input_ids"].dim() != 2:
         return
@@ -107,7 +107,7 @@ def _token(config: Any, kind: str) -> int | None:
     return None
 
 
-def _labels(facts: Facts, inputs: Batch, head: str) -> Iterator[Batch]:
+def _labels(facts: InputFacts, inputs: Batch, head: str) -> Iterator[Batch]:
     if "labels" in facts.parameters:
         tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
         if tokens is not None and head in WRITERS:

@@ -21,7 +21,7 @@ BINS = ("feature_projection_input_dim", "input_size", "num_mel_bins", "n_mels", 
 Batch = dict[str, Any]
 
 
-class Facts:
+class InputFacts:
     """What a model's configurations and its forward say about its inputs."""
 
     def __init__(self, model: Any) -> None:
@@ -53,20 +53,20 @@ def words(*shape: int) -> Tensor:
     return torch.randint(FIRST_WORD, LAST_WORD, (SIZE, *shape))
 
 
-def _ids(facts: Facts) -> list[Batch]:
+def _ids(facts: InputFacts) -> list[Batch]:
     codebooks = facts.size("num_codebooks", default=0)
     shapes = ((), (codebooks + 1,), (codebooks,)) if codebooks else ((),)
     short = {"input_ids": words(TARGET_LENGTH)}  # where there are few positions
     return [*({"input_ids": words(LENGTH, *shape)} for shape in shapes), short]
 
 
-def _decoder_ids(facts: Facts) -> list[Batch]:
+def _decoder_ids(facts: InputFacts) -> list[Batch]:
     codebooks = facts.size("num_codebooks", "num_channels", default=1)
     shapes = ((TARGET_LENGTH,), (TARGET_LENGTH, codebooks), (codebooks, TARGET_LENGTH))
     return [{"decoder_input_ids": words(*shape)} for shape in shapes]
 
 
-def _pixels(facts: Facts) -> list[Batch]:
+def _pixels(facts: InputFacts) -> list[Batch]:
     """Images, patches in rows with the grid that they come from, or several images for each text."""
     channels, height, width = facts.image()
     patch, time = facts.size("patch_size", default=PATCH), facts.size("temporal_patch_size", default=1)
@@ -87,21 +87,21 @@ def _pixels(facts: Facts) -> list[Batch]:
     return options
 
 
-def _videos(facts: Facts) -> list[Batch]:
+def _videos(facts: InputFacts) -> list[Batch]:
     if "pixel_values" in facts.parameters:  # a model that sees images too: one of them is enough
         return [{}]
     frames = facts.size("num_frames", "frames_per_clip", default=2)
     return [{"pixel_values_videos": torch.randn(SIZE, frames, *facts.image())}]
 
 
-def _patches(facts: Facts) -> list[Batch]:
+def _patches(facts: InputFacts) -> list[Batch]:
     """Pix2Struct's rows: where a patch lies, and its pixels."""
     channels, patch = facts.size("num_channels", default=3), facts.size("patch_size", default=PATCH)
     places = torch.stack([torch.arange(1, 9), torch.arange(1, 9)], -1).float().expand(SIZE, -1, -1)
     return [{"flattened_patches": torch.cat((places, torch.randn(SIZE, 8, channels * patch * patch)), -1)}]
 
 
-def _spectrum(facts: Facts) -> list[Batch]:
+def _spectrum(facts: InputFacts) -> list[Batch]:
     bins = facts.size(
         "feature_projection_input_dim",
         "input_size",
@@ -122,13 +122,13 @@ def _spectrum(facts: Facts) -> list[Batch]:
     return options
 
 
-def _wave(facts: Facts) -> list[Batch]:
+def _wave(facts: InputFacts) -> list[Batch]:
     bins, length = facts.size("num_mel_bins", default=16), facts.size("max_length", default=FRAMES)
     shapes = ((SAMPLES,), (1, SAMPLES), (length, bins), (bins, FRAMES))
     return [{"input_values": torch.randn(SIZE, *shape)} for shape in shapes]
 
 
-def _series(facts: Facts) -> list[Batch]:
+def _series(facts: InputFacts) -> list[Batch]:
     """What was measured; for models of dated series, with what is known of the time that follows."""
     length, channels = facts.size("context_length", default=32), facts.size("num_input_channels", default=1)
     if "past_time_features" not in facts.parameters:
@@ -151,7 +151,7 @@ def _series(facts: Facts) -> list[Batch]:
     ]
 
 
-def _games(facts: Facts) -> list[Batch]:
+def _games(facts: InputFacts) -> list[Batch]:
     """A reinforcement learner's steps: what it saw, what it did, and what came of it."""
     config = facts.configs[0]
     return [
@@ -165,7 +165,7 @@ def _games(facts: Facts) -> list[Batch]:
     ]
 
 
-def _speech_labels(facts: Facts) -> list[Batch]:
+def _speech_labels(facts: InputFacts) -> list[Batch]:
     """FastSpeech 2's: how long, how high and how loud each token of a text is, and the spectrum."""
     bins = facts.size("num_mel_bins", default=16)
     return [
@@ -178,7 +178,7 @@ def _speech_labels(facts: Facts) -> list[Batch]:
     ]
 
 
-def _questions(facts: Facts) -> list[Batch]:
+def _questions(facts: InputFacts) -> list[Batch]:
     """Places in one prompt where an option is decided on."""
     return [
         {
@@ -189,35 +189,35 @@ def _questions(facts: Facts) -> list[Batch]:
     ]
 
 
-def _prompts(facts: Facts) -> list[Batch]:
+def _prompts(facts: InputFacts) -> list[Batch]:
     """An image that is done already, and what was to be done with it."""
     return [{name: torch.randn(SIZE, *facts.image()) for name in ("prompt_pixel_values", "prompt_masks")}]
 
 
-def _latents(facts: Facts) -> list[Batch]:
+def _latents(facts: InputFacts) -> list[Batch]:
     """What an encoder of sounds makes of them, channels first or last."""
     widths = {facts.size("latent_dim", "hidden_size", default=64): None, facts.size("hidden_size", default=64): None}
     shapes = [shape for width in widths for shape in ((width, LENGTH), (LENGTH, width))]
     return [{"latents": torch.randn(SIZE, *shape)} for shape in shapes]
 
 
-def _boxes(facts: Facts) -> list[Batch]:
+def _boxes(facts: InputFacts) -> list[Batch]:
     corners = torch.randint(0, 40, (SIZE, LENGTH, 4))
     return [{"bbox": torch.cat((corners[..., :2], corners[..., :2] + 5), -1)}]
 
 
-def _regions(facts: Facts) -> list[Batch]:
+def _regions(facts: InputFacts) -> list[Batch]:
     width = facts.size("visual_feat_dim", default=64)
     return [{"visual_feats": torch.randn(SIZE, 5, width), "visual_pos": torch.rand(SIZE, 5, 4)}]
 
 
-def _image_positions(facts: Facts) -> list[Batch]:
+def _image_positions(facts: InputFacts) -> list[Batch]:
     mask = torch.zeros(SIZE, LENGTH, dtype=torch.long)
     mask[:, 1 : 1 + facts.size("latent_query_num", default=8)] = 1
     return [{"image_embeds_position_mask": mask}]
 
 
-OPTIONS: dict[str, Callable[[Facts], list[Batch]]] = {
+OPTIONS: dict[str, Callable[[InputFacts], list[Batch]]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
     "pixel_values_videos": _videos,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 import losia_fx
-from losia_fx import _compat
-from losia_fx.compile import backend
-from losia_fx.passes import RemakeInputs
+from losia_fx.passes import GraphPass, RemakeInputs
 from tests.support import table
 from tests.support.joint_graphs import Gated, lively, losia, loss_of, plain_gradients, rms
 from tests.support.toys import assert_subnet_gradients
@@ -30,20 +28,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     def marked(graph: fx.Graph) -> set[fx.Node]:
         return {node for node in graph.nodes if "recompute" in node.meta}
 
-    def watched(edit: Callable[[fx.GraphModule], Any]) -> Any:
-        if not isinstance(edit, RemakeInputs):
-            return _compat.on_joint_graph(edit)
+    def watched(edit: RemakeInputs, gm: fx.GraphModule) -> PassResult:
+        before = marked(gm.graph)
+        result = GraphPass.__call__(edit, gm)
+        after = marked(gm.graph)
+        assert not GraphPass.__call__(edit, gm).modified
+        found.append(sorted(str(node.target) for node in after - before))
+        return result
 
-        def both(gm: fx.GraphModule) -> None:
-            before = marked(gm.graph)
-            edit(gm)
-            after = marked(gm.graph)
-            assert not edit(gm).modified
-            found.append(sorted(str(node.target) for node in after - before))
-
-        return _compat.on_joint_graph(both)
-
-    monkeypatch.setattr(backend, "on_joint_graph", watched)
+    monkeypatch.setattr(RemakeInputs, "__call__", watched)
     return found
 
 

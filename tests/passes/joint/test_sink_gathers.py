@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 import losia_fx
 from losia_fx import _compat
-from losia_fx.compile import backend
-from losia_fx.passes import SinkGathers
+from losia_fx.passes import GraphPass, SinkGathers
 from losia_fx.passes.joint import graph as joint
 from tests.support import table
 from tests.support.joint_graphs import BLOCKS, WIDTH, Counted, Mlp, Stack, count, drawn, lively, losia, loss_of, rms
@@ -30,21 +29,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Every joint graph that is made, counted before and after the pass; a second pass finds nothing to do."""
     found: Seen = []
 
-    def watched(edit: Callable[[fx.GraphModule], Any]) -> Any:
-        if not isinstance(edit, SinkGathers):
-            return _compat.on_joint_graph(edit)
+    def watched(edit: SinkGathers, gm: fx.GraphModule) -> PassResult:
+        before = count(gm.graph)
+        result = GraphPass.__call__(edit, gm)
+        after = count(gm.graph)
+        assert not GraphPass.__call__(edit, gm).modified
+        assert count(gm.graph) == after
+        found.append((before, after))
+        return result
 
-        def both(gm: fx.GraphModule) -> None:
-            before = count(gm.graph)
-            edit(gm)
-            after = count(gm.graph)
-            assert not edit(gm).modified
-            assert count(gm.graph) == after
-            found.append((before, after))
-
-        return _compat.on_joint_graph(both)
-
-    monkeypatch.setattr(backend, "on_joint_graph", watched)
+    monkeypatch.setattr(SinkGathers, "__call__", watched)
     return found
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
+import torch
 
+import losia_fx
 from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
 from losia_fx.tools import explain
-from losia_fx.tools.forecast.estimate import PARTS, Facts, RoundFit, full_fine_tuning, lora, losia
+from losia_fx.tools.forecast.estimate import PARTS, RoundFit, StepFacts, full_fine_tuning, lora, losia
 from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
@@ -42,13 +45,13 @@ def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.Cap
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
+def facts() -> StepFacts:
     """Of the decoder, as captured with the default options."""
     model, example = tiny.decoder()
-    return Facts.of(model, capture(model, example, LosiaConfig(compiler="aot_eager")))
+    return StepFacts.of(model, capture(model, example, LosiaConfig(compiler="aot_eager")))
 
 
-def test_other_factors_are_forecast_without_another_capture(facts: Facts) -> None:
+def test_other_factors_are_forecast_without_another_capture(facts: StepFacts) -> None:
     model, example = tiny.decoder()
     other = LosiaConfig(compiler="aot_eager", rank_factor=0.25, output_rank_factor=0.5)
     measured = measure(model, Example.of(example), other, 0)
@@ -57,7 +60,7 @@ def test_other_factors_are_forecast_without_another_capture(facts: Facts) -> Non
         assert forecast[part] == pytest.approx(measured[part], rel=0.1), part
 
 
-def test_the_methods_by_hand(facts: Facts) -> None:
+def test_the_methods_by_hand(facts: StepFacts) -> None:
     """Tokens 4 x 16; of the decoder's weights q (32, 32), k and v (16, 32), o, gate, up, down and the head (64, 32)."""
     shapes = [weight.shape for weight in facts.weights]
     assert len(shapes) == 8
@@ -74,6 +77,27 @@ def test_the_methods_by_hand(facts: Facts) -> None:
     assert full.memory["moments"] == pytest.approx(8 * full.trained, rel=0.01)
     # where the dense graph keeps x whole, ours keeps an eighth of it
     assert full.memory["activations"] > ours.memory["activations"]
+
+
+@pytest.mark.parametrize("model", ["decoder", "experts"])
+def test_what_track_delta_costs_is_what_is_held(model: str) -> None:
+    """Random subnets, which all move at once; where they move to is kept before they do."""
+    found, example = getattr(tiny, model)()
+    options: dict[str, Any] = {"rank_factor": 0.25, "trainable": ("*norm*",)}
+    forecast = StepFacts.of(found, capture(found, example, LosiaConfig(compiler="aot_eager", **options)))
+    steps = {"schedule": "sync", "period": 1, "importance": "random", "compiler": "eager"}
+    losia_fx.transform(found, track_delta=True, **steps, **options)
+    controller = losia_fx.controller(found)
+    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(60):
+        found(**example).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        places = 1 + len(controller.history) // len(controller.groups)
+        held = sum(state.base.nbytes for state in controller.states if state.base is not None)
+        held += sum(history.nbytes for history in controller.bases.full.values())
+        assert forecast.base_bytes(places) == pytest.approx(held, rel=0.05), places
+    assert places > 20
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,7 @@ def test_the_tables_say_it(capsys: pytest.CaptureFixture[str]) -> None:
     for label in PARTS.values():
         assert f"│ {label} " in text
     assert "full fine-tuning" in text
+    assert re.search(r"track_delta=True, which save_delta needs, .* in host memory: [0-9.]+ kB after 1 visits", text)
     assert "measured" not in text.split("Memory of a step")[1].split("kept for the backward:")[0]
 
 

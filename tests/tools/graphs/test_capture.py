@@ -13,13 +13,11 @@ from torch import Tensor, fx, nn
 import losia_fx
 from losia_fx import LosiaConfig, LosiaError
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.passes import graph_modules
-from losia_fx.tools.graphs.capture import BACKWARD, DYNAMO, FORWARD, capture
-from losia_fx.tools.graphs.owners import GROUP, OWNER, WEIGHT
+from losia_fx.passes import DYNAMO, JOINT_STAGES, graph_modules
+from losia_fx.tools.graphs.capture import BACKWARD, FORWARD, STAGES, capture
+from losia_fx.tools.graphs.places import place_of, weight_of
 from tests.support.toys import Toy, batch, fingerprint
 from tests.tools.shown import captured
-
-STAGES = (DYNAMO, "subnet-rewrite", "insert-localization", FORWARD, BACKWARD)
 
 
 def config(**options: Any) -> LosiaConfig:
@@ -29,7 +27,7 @@ def config(**options: Any) -> LosiaConfig:
 def of_weight(gm: fx.GraphModule, *operators: str) -> Counter[str]:
     """How many nodes of these operators belong to each weight."""
     nodes = [node for part in graph_modules(gm) for node in part.graph.nodes if node.op == "call_function"]
-    return Counter(n.meta.get(WEIGHT, "") for n in nodes if any(name in str(n.target) for name in operators))
+    return Counter(weight_of(n) for n in nodes if any(name in str(n.target) for name in operators))
 
 
 def weights_of(layers: int) -> set[str]:
@@ -51,10 +49,41 @@ def test_stages_and_what_belongs_to_which_weight() -> None:
     products = of_weight(graph.stages[BACKWARD], "aten.mm.")
     assert products == {name: 1 if name == "layers.0.mix.weight" else 2 for name in once}
     for node in rewritten.graph.find_nodes(op="call_function", target=subnet_linear):
-        name = node.meta[WEIGHT]
-        assert node.meta[OWNER] == name.removesuffix(".weight")
-        assert name in captured.groups[node.meta[GROUP]]
-    assert all(OWNER in node.meta for stage in graph.stages.values() for node in stage.graph.nodes)
+        place = place_of(node)
+        assert place is not None
+        assert place.owner == place.weight.removesuffix(".weight")
+        assert place.weight in captured.groups[place.group]
+    assert all(place_of(node) is not None for stage in graph.stages.values() for node in stage.graph.nodes)
+
+
+def test_the_joint_graph_has_the_products_of_both_and_says_what_passes_did() -> None:
+    (graph,) = captured("llama").graphs
+    joint, sunk, remade, loose = (graph.stages[stage] for stage in JOINT_STAGES)
+    both = of_weight(graph.stages[FORWARD], "aten.mm.") + of_weight(graph.stages[BACKWARD], "aten.mm.")
+    assert of_weight(joint, "aten.mm.") == both
+    old = {node.name for node in joint.graph.nodes}
+    assert {place.status for node in joint.graph.nodes if (place := place_of(node))} == {"", "part"}
+    added = {node.name for node in sunk.graph.nodes} - old
+    assert added
+    assert with_status(sunk, "added") == added
+    marked = {node.name for node in remade.graph.nodes if "recompute" in node.meta}
+    assert marked
+    assert with_status(remade, "remade") == marked - added
+    reshaped = loose.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
+    assert with_status(loose, "rewritten") == {node.name for node in reshaped} & old
+    weights = {name for names in captured("llama").groups for name in names}
+    for stage in JOINT_STAGES:  # inputs of the joint graph are those of the graph that it was made of
+        holders = graph.stages[stage].graph.find_nodes(op="placeholder")
+        assert weights <= {weight_of(holder) for holder in holders}
+
+
+def with_status(gm: fx.GraphModule, status: str) -> set[str]:
+    return {node.name for node in gm.graph.nodes if (place := place_of(node)) and place.status == status}
+
+
+def test_without_a_joint_graph_none_of_its_stages_is_there() -> None:
+    captured = capture(Toy(), batch(), LosiaConfig(rank_factor=0.25, compiler="eager"))
+    assert captured.stages == (DYNAMO, "subnet-rewrite", "insert-localization", FORWARD, BACKWARD)
 
 
 def test_dense_graphs_are_those_of_full_training() -> None:
@@ -81,7 +110,7 @@ def test_transformed_model_is_shown_as_it_is() -> None:
     model = losia_fx.transform(Toy(), rank_factor=0.5, schedule="static", compiler="aot_eager")
     captured = capture(model, batch())
     assert captured.config.rank_factor == 0.5
-    assert captured.stages == (DYNAMO, "subnet-rewrite", FORWARD, BACKWARD)
+    assert captured.stages == (DYNAMO, "subnet-rewrite", *JOINT_STAGES, FORWARD, BACKWARD)
     assert captured.graphs[0].plan.slots[0].facts.rows == losia_fx.subnets(model)["layers.0.mix.weight"].rows.numel()
     assert losia_fx.controller(model).config.rank_factor == 0.5
 

@@ -99,6 +99,23 @@ def test_nodes(toy: Diff) -> None:
     assert len(localization.added) == 14
 
 
+def test_passes_on_the_joint_graph() -> None:
+    stages = {stage.after: stage for stage in diff(captured("llama")).stages}
+    sunk, remade, loose = (stages[name] for name in ("sink-gathers", "remake-inputs", "loosen-views"))
+    assert (sunk.before, remade.before, loose.before) == ("joint", "sink-gathers", "remake-inputs")
+    assert sunk.ops["aten.gather.default"] < 0 < sunk.ops["aten.index.Tensor"]
+    assert sunk.added
+    assert sunk.removed
+    assert not sunk.remade
+    assert remade.remade
+    assert (remade.added, remade.removed, remade.rewritten, remade.ops) == ((), (), {}, {})
+    assert set(loose.ops) == {"aten.reshape.default", "aten.view.default", "aten._unsafe_view.default"}
+    assert loose.ops["aten.reshape.default"] == len(loose.rewritten) > 0
+    assert sum(loose.ops.values()) == 0
+    assert all(before == after for before, after in loose.rewritten.items())
+    assert (loose.added, loose.removed, loose.remade) == ((), (), ())
+
+
 def test_bodies_count_too(toy: Diff) -> None:
     found = diff(capture(Toy(checkpointed=True), batch(), CONFIG))
     assert len(found.stages[0].rewritten) == 7

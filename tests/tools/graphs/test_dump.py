@@ -14,7 +14,7 @@ import networkx as nx
 import pytest
 from torch import Tensor, fx, nn
 
-from losia_fx import LosiaError
+from losia_fx import LosiaConfig, LosiaError
 from losia_fx.cli import main
 from losia_fx.tools import dump
 from losia_fx.tools.graphs import documents
@@ -26,7 +26,8 @@ from tests.support.toys import VOCABULARY, Toy, batch
 from tests.tools.shown import CONFIG, EACH, OPTIONS, argument, captured, captured_once, linears
 
 __all__ = ["captured_once"]
-STAGES = ["dynamo", "subnet-rewrite", "insert-localization", "forward", "backward"]
+JOINT = ["joint", "sink-gathers", "remake-inputs", "loosen-views"]
+STAGES = ["dynamo", "subnet-rewrite", "insert-localization", *JOINT, "forward", "backward"]
 SHARED = pytest.mark.usefixtures("captured_once")
 
 
@@ -41,11 +42,13 @@ def test_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     headings = re.findall(r"^graph 0, ([\w-]+): (\d+) nodes(?:, (\d+) rewritten)?$", text, re.MULTILINE)
     assert [stage for stage, _, _ in headings] == STAGES
-    assert [int(count or 0) for _, _, count in headings] == [0, linears(name), linears(name), 0, 0]
+    rewritten = {stage: int(count or 0) for stage, _, count in headings}
+    assert [rewritten[stage] for stage in STAGES if stage not in JOINT] == [0, linears(name), linears(name), 0, 0]
+    assert rewritten["joint"] == 0
+    assert rewritten["sink-gathers"] <= rewritten["remake-inputs"] < rewritten["loosen-views"]
     for stage, nodes, _ in headings:
         assert int(nodes) == len(records(captured(name).graphs[0].stages[stage]))
-    rewritten = [line for line in text.splitlines() if line.startswith("* ")]
-    assert len(rewritten) >= 2 * linears(name)
+    assert len([line for line in text.splitlines() if line.startswith("* ")]) >= 2 * linears(name)
     (section,) = re.findall(r"^graph 0, dynamo: .*?\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     head, *rows = section.splitlines()
     places = [head.index(column) for column in ("op", "shape", "dtype", "owner module", "source")]
@@ -154,6 +157,41 @@ def test_dump_graph() -> None:
     assert re.search(r"losia\.subnet_linear\.v\d+ +2x6x16 +float32 +layers\.1\.mix +toys\.py:\d+$", line)
 
 
+@SHARED
+@pytest.mark.parametrize("stage", JOINT)
+def test_a_stage_of_the_joint_graph(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("llama", "--stage", stage) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.startswith("graph ")] == [
+        line for line in text.splitlines() if line.startswith(f"graph 0, {stage}: ")
+    ]
+    assert re.search(r"^  tangents_1 +placeholder ", text, re.MULTILINE)
+    assert re.search(r"^\| \w+ +aten.mm.default +\d+x\d+ .* model\.layers\.0\.self_attn\.q_proj", text, re.MULTILINE)
+    marks = {line[0] for line in text.splitlines()[4:]}
+    assert {"+", "~"} & marks == {"joint": set(), "sink-gathers": {"+"}}.get(stage, {"+", "~"})
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "said"),
+    [
+        *((stage, {"compiler": "eager"}, "compiler 'eager' makes no joint graph of forward") for stage in JOINT),
+        (
+            "loosen-views",
+            {"compiler": "inductor"},
+            "no graph comes through it with compiler 'inductor', schedule 'async'",
+        ),
+        (
+            "insert-localization",
+            {"schedule": "static"},
+            "with compiler 'inductor', schedule 'static' and importance 'mixed'",
+        ),
+    ],
+)
+def test_a_stage_that_these_options_do_without(stage: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LosiaError, match=f"^--stage {stage}: .*{said}.*; there are dynamo, subnet-rewrite"):
+        dump_graph(Toy(), batch(), config=LosiaConfig(rank_factor=0.25, **options), stage=stage)
+
+
 def test_nested_bodies_are_joined_to_their_graph() -> None:
     value = json.loads(
         dump_graph(Toy(checkpointed=True), batch(), config=CONFIG, stage="subnet-rewrite", format="json")
@@ -218,8 +256,8 @@ def test_escapes() -> None:
     [
         (["--layer", "nosuch"], "--layer nosuch: no module of that name in the graphs; there are model.layers.0."),
         (["--stage", "nosuch"], "--stage nosuch: there is no such stage; there are dynamo, subnet-rewrite"),
-        (["--format", "dot"], "--format dot holds one graph, and there are 5 (graph0-dynamo, "),
-        (["--format", "gexf", "--out", "there.gexf"], "--out there.gexf: 5 graphs need a folder"),
+        (["--format", "dot"], "--format dot holds one graph, and there are 9 (graph0-dynamo, "),
+        (["--format", "gexf", "--out", "there.gexf"], "--out there.gexf: 9 graphs need a folder"),
         (["--out", "no/dump.txt"], "--out no/dump.txt: there is no folder no"),
         (["--out", "."], "--out .: is a folder; name a file"),
         (["--no-weights"], "--no-weights: is about ONNX, not --format text"),

@@ -18,6 +18,7 @@ from losia_fx.tools.graphs.networkx import (
     loss_of,
     to_networkx,
 )
+from losia_fx.tools.graphs.places import weight_of
 from tests.support.toys import Toy, batch
 from tests.tools.shown import CONFIG, EACH, captured
 
@@ -133,5 +134,5 @@ def test_activations_that_layers_hold() -> None:
             assert held.freed == 3 * tokens * size
             assert set(held.before) <= {node.name for node in graph.dense["forward"].graph.nodes}
             (kept,) = (node for node in graph.stages["forward"].graph.nodes if node.name in held.after)
-            assert kept.meta["losia_weight"] == held.weight
+            assert weight_of(kept) == held.weight
     assert found["head.weight"].freed == 0  # every column learns

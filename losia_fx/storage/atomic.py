@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, flushed to the disk, renamed."""
+"""Files that are whole or as they were: written under another name, flushed to the disk, renamed into place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_safely(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has ``write`` fill a neighbour of ``path``, flushes it to the disk and renames it.
 
     The file is whole or as it was, never half: not after a crash, not on a full disk.
@@ -23,7 +23,7 @@ def write_safely(path: Path, write: Callable[[Path], None]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def write_folder_safely(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Has ``write`` fill a new folder, flushes every file in it and renames it to ``path``, which must not exist."""
     draft = path.with_name(f".{path.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
@@ -39,14 +39,17 @@ def write_folder_safely(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_files_safely(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a new folder, flushes every file in it and moves them into ``folder``: each is whole."""
-    draft = folder / ".files.draft"
+def write_files(folder: Path, write: Callable[[Path], None], name: str = "files") -> None:
+    """Has ``write`` fill a new folder, flushes every file in it and moves them into ``folder``: each is whole.
+
+    name: of the new folder, where others may be writing to ``folder`` too.
+    """
+    draft = folder / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         write(draft)
-        for file in sorted(draft.iterdir()):
+        for file in sorted(draft.iterdir(), key=lambda file: -file.stat().st_size):  # an index is less than its shards
             flush(file)
             file.replace(folder / file.name)
         flush(folder)

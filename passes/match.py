@@ -10,7 +10,8 @@ from torch import fx
 from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetSlot, WholeSite
 
 from .base import placeholders, region_of
-from .products import Product, find_products, use_of
+from .nodes import use_of
+from .products import Product, find_products
 
 
 @dataclass

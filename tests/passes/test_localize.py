@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.ops.localization import PROFILES, tap
+from losia_fx.ops.localization import tap
 from losia_fx.passes import InsertLocalization, SubnetRewrite, copy_graph_module
 from losia_fx.plan import SubnetPlan
+from losia_fx.registry import BY_HANDLE
 from tests.support import graphs
 from tests.support.graphs import INTO
 
@@ -108,7 +109,7 @@ def test_the_full_gradient_of_a_weight_used_twice(compiler: str) -> None:
     InsertLocalization(plan)(gm)
     inputs = {"x": torch.randn(5, INTO), "w": torch.randn(INTO, INTO, requires_grad=True)}
     graphs.used_twice(*inputs.values()).sum().backward()
-    gatherer = PROFILES[10**9 + 1] = Gatherer()
+    gatherer = BY_HANDLE[10**9 + 1] = Gatherer()
     state = graphs.State(inputs, plan, handle=10**9 + 1)
     run = torch.compile(gm, backend=compiler, fullgraph=True)
     run(*state.arguments(gm, inputs)).sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from losia_fx import PassPostconditionError, PassPreconditionError
 from losia_fx.ops.linear import subnet_linear
-from losia_fx.passes import SubnetRewrite, copy_graph_module, subnet_rewrite
+from losia_fx.passes import SubnetRewrite, copy_graph_module, rewrite
 from losia_fx.plan import SubnetPlan
 from tests.support import graphs
 from tests.support.graphs import INTO, OUT
@@ -198,6 +198,6 @@ def test_requires_a_linear(node: str) -> None:
 
 def test_ensures_what_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     gm, plan, _ = make("plain")
-    monkeypatch.setattr(subnet_rewrite, "_rewrite", lambda graph, product, call, state: None)
+    monkeypatch.setattr(rewrite, "_rewrite", lambda graph, product, site, state: None)
     with pytest.raises(PassPostconditionError, match="subnet-rewrite"):
         SubnetRewrite(plan)(gm)

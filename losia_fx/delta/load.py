@@ -1,80 +1,23 @@
-"""save_delta and load_delta: what training changed, a small file that turns the base into the tuned model and back."""
+"""load_delta: turns the base into the tuned model and back, checked to the last bit before a weight is touched."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from losia_fx.errors import DeltaError
-from losia_fx.method.visits import BaseHistory, Piece, Place, as_integers, is_plain, walk
+from losia_fx.method.visits import Place, as_integers, walk
 from losia_fx.model.blocks import plain_name
-from losia_fx.runtime.bases import base_histories
 from losia_fx.runtime.controller import find_controller
 
-from .format import WeightRecord, digest, fingerprint, write_delta
+from .format import WeightRecord, check_plain, digest, fingerprint
 from .read import DeltaFile
 
 Target = tuple[WeightRecord, nn.Parameter]
-
-
-def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes what training has changed in a transformed ``model`` to ``path``, a safetensors file.
-
-    The base is the model as it was before its first optimizer step: weights loaded before it, or loaded later from
-    elsewhere, are a base of their own; those of a checkpoint of the same run are not. The base values of what training
-    reached are kept on the CPU from that step on, at most one copy of each weight that learns: p*p of it a visit of
-    its subnet, all of it where it is named in ``trainable``. The file holds one number an element that was reached.
-
-    Accepts what torch.compile, DistributedDataParallel and the like made of the model. Raises DeltaError for a model
-    without subnets (restore() drops the base), for weights that are sharded, and for weights that something else than
-    training has changed since (averaging, or a hand): their base is not known. OSError where writing fails.
-    """
-    path = Path(path)
-    controller = find_controller(model)
-    if controller is None:
-        raise DeltaError(
-            f"{path}: {type(model).__name__} has no subnets, so its base is not known: save the delta of a model that "
-            "losia_fx.transform made, before losia_fx.restore"
-        )
-    for state in controller.states:
-        _check_plain(path, state.name, state.weight)
-    controller.look(shown=True)
-    histories = base_histories(controller)
-    if not histories:
-        raise DeltaError(
-            f"{path}: no optimizer has stepped the subnets of this {type(controller.root).__name__} since it got them "
-            "(or since weights were loaded into it): there is no change to save"
-        )
-    records, pieces = [], {}
-    for name, (weight, history) in histories.items():
-        _check_plain(path, name, weight)
-        base = history.base_of(weight)
-        if changed := _changes(path, name, weight, base, history):
-            visits = 0 if changed[0].rows is None else len(changed)
-            records.append(WeightRecord(name, tuple(weight.shape), weight.dtype, visits, digest(base), digest(weight)))
-            pieces[name] = changed
-    write_delta(path, type(controller.root).__name__, records, pieces)
-
-
-def _changes(path: Path, name: str, weight: Tensor, base: Tensor, history: BaseHistory) -> list[Piece]:
-    """base XOR tuned for every piece of the history; without the last visits that changed nothing."""
-    if not history.holds(base):
-        raise DeltaError(
-            f"{path}: {name}: was changed by something else than training since the first step (an average of models, "
-            "or a hand), so its base is not known: save the whole model instead"
-        )
-    before, now = as_integers(base), as_integers(weight)
-    changed = [
-        Piece(place.read(before) ^ place.read(now), piece.rows, piece.cols) for piece, place in walk(history.pieces)
-    ]
-    while changed and not changed[-1].values.any():
-        changed.pop()
-    return changed
 
 
 def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = False) -> None:
@@ -121,7 +64,7 @@ def find_targets(model: nn.Module, delta: DeltaFile) -> list[Target]:
                     f"{delta.path}: {record.name}: its {what} is {found} in the model and {wanted} in the delta: "
                     f"load the base in the {what} that the delta was made with"
                 )
-        _check_plain(delta.path, record.name, parameter)
+        check_plain(delta.path, record.name, parameter)
         place = (parameter.device, parameter.data_ptr())
         if place in places:
             raise DeltaError(f"{delta.path}: {record.name}: shares its memory with another weight of the delta")
@@ -140,12 +83,6 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         root = root.module
     named = root.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter for name, parameter in named if id(parameter) not in hidden}
-
-
-def _check_plain(path: Path, name: str, weight: Tensor) -> None:
-    if not is_plain(weight):
-        kind = "on the meta device" if weight.is_meta else f"a {type(weight.data).__name__}, sharded"
-        raise DeltaError(f"{path}: {name}: is {kind}: a delta needs the whole weight")
 
 
 def check_weights(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,18 +14,17 @@ from torch import fx
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
 from losia_fx.ops.experts import subnet_batched, subnet_grouped
 from losia_fx.ops.linear import subnet_linear, subnet_weight
-from losia_fx.plan import SubnetPlan, SubnetSlot, WholeSite
+from losia_fx.plan import ProductSite, SubnetPlan, SubnetSlot, WholeSite
 
 from .base import GraphPass, append_placeholders, placeholders, region_of
-from .products import Permutation, Product, find_products, renewed
+from .products import Product, find_products, renewed
+from .rewritten import Rewritten, note, rewritten_nodes
+from .views import Permutation
 
 Inputs = dict[int, tuple[fx.Node, ...]]
 """The placeholders of each slot's state in one body."""
 Edit = Callable[[fx.GraphModule, tuple[str, ...], Inputs], None]
 """Edits one body, given its place and the state's placeholders there."""
-
-CALL, PRODUCT = "losia_call", "losia_product"
-"""Keys in a rewritten node's meta: the number of its site in the plan, and the product that it was."""
 
 
 def thread_inputs(
@@ -101,7 +101,7 @@ class SubnetRewrite(GraphPass):
                     _take_whole(part.graph, whole, inputs[whole.slot])
             for site in self.plan.sites:
                 if site.body == body:
-                    _rewrite(part.graph, renewed(found[site.call]), site.call, inputs[site.slot])
+                    _rewrite(part.graph, renewed(found[site.call]), site, inputs[site.slot])
 
         thread_inputs(gm, self.plan, lambda slot: slot.input_names, edit)
         return len(self.plan.sites) + len(self.plan.whole)
@@ -136,12 +136,11 @@ class SubnetRewrite(GraphPass):
         return found
 
     def ensures(self, gm: fx.GraphModule) -> None:
-        for body in {site.body for site in self.plan.places}:
-            done = sum(CALL in node.meta for node in _body(gm, body).graph.nodes)
-            planned = sum(site.body == body for site in self.plan.places)
-            if done != planned:
+        done = Counter(body for body, _, _ in rewritten_nodes(gm))
+        for body, planned in Counter(site.body for site in self.plan.places).items():
+            if done[body] != planned:
                 raise PassPostconditionError(
-                    f"{self.name}: {done} rewritten nodes in {'.'.join(body) or 'the graph'}, {planned} planned"
+                    f"{self.name}: {done[body]} rewritten nodes in {'.'.join(body) or 'the graph'}, {planned} planned"
                 )
 
 
@@ -152,12 +151,13 @@ def _take_whole(graph: fx.Graph, site: WholeSite, state: tuple[fx.Node, ...]) ->
     values, rows, *cols = state
     with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
         whole = graph.call_function(subnet_weight, (weight, values, rows, cols[0] if cols else None))
-    whole.meta = {**weight.meta, CALL: site.call}
+    whole.meta = dict(weight.meta)
+    note(whole, Rewritten(site, None))
     for user in site.users:
         nodes[user].replace_input_with(weight, whole)
 
 
-def _rewrite(graph: fx.Graph, product: Product, call: int, state: tuple[fx.Node, ...]) -> None:
+def _rewrite(graph: fx.Graph, product: Product, site: ProductSite, state: tuple[fx.Node, ...]) -> None:
     node = product.node
     with graph.inserting_before(node):
         values, rows, cols = _oriented(graph, product, state)
@@ -172,8 +172,10 @@ def _rewrite(graph: fx.Graph, product: Product, call: int, state: tuple[fx.Node,
         result = _lying_like(graph, node, _permuted(graph, new, product.after)) if product.after else new
     # Same value, same meta: example_value, stack_trace and nn_module_stack stay true.
     result.meta = dict(node.meta)
-    kept = node.meta if result is new else {key: node.meta[key] for key in node.meta if key != "example_value"}
-    new.meta = {**kept, CALL: call, PRODUCT: product}
+    new.meta = dict(node.meta)
+    if result is not new:
+        new.meta.pop("example_value", None)
+    note(new, Rewritten(site, product))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from losia_fx.ops.linear import subnet_linear, subnet_weight
+from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.localization import tap
 from losia_fx.plan import SubnetPlan
 
 from .base import GraphPass
 from .products import Product
-from .subnet_rewrite import CALL, PRODUCT, Inputs, thread_inputs
+from .rewrite import Inputs, thread_inputs
+from .rewritten import Rewritten, rewritten_from
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,25 @@ class InsertLocalization(GraphPass):
     plan: SubnetPlan
 
     def apply(self, gm: fx.GraphModule) -> int:
-        slot_of = {site.call: site.slot for site in self.plan.places}
         done = 0
 
         def edit(part: fx.GraphModule, body: tuple[str, ...], inputs: Inputs) -> None:
             nonlocal done
             for node in list(part.graph.nodes):
-                call = node.meta.get(CALL)
-                if call is not None:
-                    _insert(part.graph, node, call, inputs[slot_of[call]][0])
+                found = rewritten_from(node)
+                if found is not None:
+                    _insert(part.graph, node, found, inputs[found.site.slot][0])
                     done += 1
 
         thread_inputs(gm, self.plan, lambda slot: (slot.handle_name,), edit)
         return done
 
 
-def _insert(graph: fx.Graph, node: fx.Node, call: int, handle: fx.Node) -> None:
-    if node.target is subnet_weight:  # its backward has the full gradient in its hands: no input to keep
+def _insert(graph: fx.Graph, node: fx.Node, rewritten: Rewritten, handle: fx.Node) -> None:
+    call, product = rewritten.site.call, rewritten.product
+    if product is None:  # a losia.subnet_weight's backward has the full gradient in its hands: no input to keep
         node.args = (*node.args[:4], handle, call)
         return
-    product: Product = node.meta[PRODUCT]
     with graph.inserting_before(node):
         ticket = graph.call_function(tap, (node.args[0], handle, call, *_place(product)))
     given = 6 if node.target is subnet_linear or product.form == "grouped" else 5
