@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx import LosiaConfig, LosiaError
+from losia_fx import LosiaError, StateError
 from tests.support.rules import Options, Rules
 from tests.support.toys import VOCABULARY, Toy, batch, tiny_llama
 from tests.support.toys import loss_of as loss_of_ids
@@ -274,8 +275,34 @@ def test_an_optimizer_that_is_not_like_adam_is_named_once_and_starts_anew() -> N
     assert not any(sgd.state.get(subnet.values) for subnet in losia_fx.subnets(model).values())
 
 
-def test_roaming_is_the_rule_in_one_word() -> None:
-    config = LosiaConfig.roaming(rank_factor=0.25)
-    assert (config.schedule, config.importance, config.period) == ("all", "random", 1)
-    assert (config.head_rows, config.count_steps, config.rank_factor) == ("frequent", 50, 0.25)
-    assert not config.profiles
+WRONG_STATES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "label_counts": lambda counts: counts.float(),
+    "row_stays": lambda stays: stays[:-1],
+    "row_means": lambda means: means.double(),
+    "col_visits": lambda visits: None,
+}
+
+
+@pytest.mark.parametrize("part", WRONG_STATES)
+def test_a_part_that_does_not_fit_is_named(part: str) -> None:
+    options = {**SIZES, "schedule": "all", "importance": "visits", "head_rows": "frequent", "carry_moments": True}
+    model = losia_fx.transform(tiny_llama(layers=1), **options)
+    train(model, 2 * PERIOD)
+    state = losia_fx.state_dict(model)
+    name = next(key for key in state if key.endswith(f":{part}"))
+    changed = WRONG_STATES[part](state[name])
+    wrong = {key: value for key, value in state.items() if key != name} | ({} if changed is None else {name: changed})
+    with pytest.raises(StateError, match=name.replace(".", r"\.")):
+        losia_fx.load_state_dict(model, wrong)
+    losia_fx.load_state_dict(model, state)
+    other = losia_fx.transform(tiny_llama(layers=1), **{**options, "head_rows": "importance"})
+    with pytest.raises(StateError, match=r"head_rows was 'frequent' and is 'importance'"):
+        losia_fx.load_state_dict(other, state)
+
+
+def test_a_state_from_before_these_options_is_taken() -> None:
+    model = losia_fx.transform(tiny_llama(layers=1), **SIZES)
+    state = losia_fx.state_dict(model)
+    for option in ("rewarm_steps", "head_rows", "count_steps", "carry_moments"):
+        del state["config"][option]
+    losia_fx.load_state_dict(model, state)

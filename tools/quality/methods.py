@@ -58,7 +58,7 @@ def _lora(rank: int) -> Callable[[Any, int], Any]:
 
 
 def _subnets(**options: Any) -> Callable[[Any, int], Any]:
-    """The head stays frozen unless the options say so; compiled by no compiler, as the models are tiny."""
+    """The head stays frozen unless the options say so; nothing is compiled, as the models are tiny."""
 
     def prepare(model: Any, seed: int) -> Any:
         given = {"output_rank_factor": 0.0, "period": PERIOD, "compiler": "eager", **options}
@@ -67,13 +67,29 @@ def _subnets(**options: Any) -> Callable[[Any, int], Any]:
     return prepare
 
 
-_ALL = (
+_DRAWN: dict[str, Any] = {"importance": "random"}
+_ALL: dict[str, Any] = {"schedule": "all", **_DRAWN}
+_VISITS: dict[str, Any] = {"schedule": "all", "importance": "visits"}
+_HEAD: dict[str, Any] = {"output_rank_factor": 0.125}
+_FREQUENT: dict[str, Any] = {**_HEAD, "head_rows": "frequent", "count_steps": 50}
+
+_KNOWN = (
     Method("full", "every parameter", FULL_RATES, _full, adam, clip_norm=1.0),
     Method("lora-2", "LoRA, rank 2, every linear of the blocks", LORA_RATES, _lora(2), adam, clip_norm=1.0),
     Method("lora-8", "LoRA, rank 8, every linear of the blocks", LORA_RATES, _lora(8), adam, clip_norm=1.0),
     Method("paper", "the paper's rule: async, mixed", SUBNET_RATES, _subnets(), adam),
-    Method("random", "async, subnets drawn at random", SUBNET_RATES, _subnets(importance="random"), adam),
-    Method("random-rms", "the same with SubnetRMS", SUBNET_RATES, _subnets(importance="random"), _rms),
+    Method("random", "async, drawn", SUBNET_RATES, _subnets(**_DRAWN), adam),
     Method("static", "the first subnets, kept", SUBNET_RATES, _subnets(schedule="static"), adam),
+    Method("all", "all drawn every 10 steps", SUBNET_RATES, _subnets(**_ALL), adam),
+    Method("all-carry", "the same, moments carried", SUBNET_RATES, _subnets(**_ALL, carry_moments=True), adam),
+    Method("all-rms", "the same with SubnetRMS", SUBNET_RATES, _subnets(**_ALL), _rms),
+    Method(
+        "all-visits", "all by visits every 10 steps", SUBNET_RATES, _subnets(schedule="all", importance="visits"), adam
+    ),
+    Method("sign", "all drawn every step, Adam", SUBNET_RATES, _subnets(**_ALL, period=1), adam),
+    Method("roaming", "all drawn every step, SubnetRMS", SUBNET_RATES, _subnets(**_ALL, period=1), _rms),
+    Method("paper-head", "the paper's rule, and the head by it", SUBNET_RATES, _subnets(**_HEAD), adam),
+    Method("paper-head-frequent", "its blocks, the head by labels", SUBNET_RATES, _subnets(**_FREQUENT), adam),
+    Method("roaming-head", "roaming, the head by labels", SUBNET_RATES, _subnets(**_ALL, **_FREQUENT, period=1), _rms),
 )
-METHODS = {method.name: method for method in _ALL}
+METHODS = {method.name: method for method in _KNOWN}
