@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import losia_fx
+from losia_fx.method.schedule import checked_steps
 from losia_fx.method.transfers import copies
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
@@ -223,10 +224,20 @@ def evaluate(job: Job, step: int) -> None:
 
 
 def follow_subnets(model: PreTrainedModel, record: RunRecord, step: int) -> None:
-    """Records the re-selections that this step made, if any."""
-    events = losia_fx.controller(model).history[len(record.moves) :]
-    record.moves += [Move(event.step, event.group, event.moved, event.captured) for event in events]
-    _record_subnets(model, record, [event.group for event in events], step)
+    """Records the re-selections that this step made, if any; of groups that all move at once, one round in a while."""
+    controller = losia_fx.controller(model)
+    at_once = controller.config.schedule == "all"
+    if at_once and step % checked_steps(controller.config):
+        return
+    last = record.moves[-1].step if record.moves else -1
+    events = list(itertools.takewhile(lambda event: event.step > last, reversed(controller.history)))[::-1]
+    moves = [
+        Move(event.step, group, event.moved, event.captured)
+        for event in (events[-1:] if at_once else events)
+        for group in (range(len(controller.groups)) if event.group is None else (event.group,))
+    ]
+    record.moves += moves
+    _record_subnets(model, record, [move.group for move in moves], step)
 
 
 def _record_subnets(model: PreTrainedModel, record: RunRecord, groups: Iterable[int], step: int) -> None:

@@ -113,12 +113,11 @@ def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
 
 def _take_kept(subnet: SubnetState, state: Mapping[str, Any]) -> None:
     device = subnet.weight.device
-    entries = (state.get(f"{subnet.name}:{part}") for part in KEPT)
-    counts, *others = (None if entry is None else entry.to(device, copy=True) for entry in entries)
-    stays, means = others[:2], others[2:]
-    subnet.label_counts = counts
-    subnet.visits = None if stays[0] is None else (stays[0], stays[1])
-    subnet.means = None if means[0] is None else Means(*means)
+    entries = {part: state.get(f"{subnet.name}:{part}") for part in KEPT}
+    found = {part: entry.to(device, copy=True) for part, entry in entries.items() if entry is not None}
+    subnet.label_counts = found.get(KEPT[0])
+    subnet.visits = (found[KEPT[1]], found[KEPT[2]]) if KEPT[1] in found else None
+    subnet.means = Means(*(found[part] for part in KEPT[3:])) if KEPT[3] in found else None
 
 
 def _profiled(train: TrainState, step: int) -> tuple[int, ...]:

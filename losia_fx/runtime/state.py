@@ -68,6 +68,8 @@ class SubnetState:
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
         self._placed: PlacedBlock | None = None
+        self._written_at: tuple[int, int] | None = None
+        """Versions of rows and cols when S was written last."""
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
         self.shape = tuple(self.weight.shape)
@@ -233,7 +235,10 @@ class SubnetState:
             self._placed.write()
             return
         scatter(weight, rows, cols, values.detach().to(weight.dtype))
-        self._placed = PlacedBlock.of(weight, rows, cols, values)
+        at = (rows._version, -1 if cols is None else cols._version)
+        # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
+        self._placed = PlacedBlock.of(weight, rows, cols, values) if at == self._written_at else None
+        self._written_at = at
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..pretrain.command import new_model, pretrain, train_tokenizer
 from . import text
@@ -29,7 +29,7 @@ class Base:
     known: Corpus
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        found: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        found: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
         return found
 
     def model(self) -> Any:

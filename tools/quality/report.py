@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from losia_fx.storage.whole import write_safely
+from losia_fx.storage.atomic import write_file
 
 from .frontier import Outcomes, Point, at_level, levels, of_task, points, tasks
 from .methods import METHODS
@@ -87,4 +87,4 @@ def draw(path: Path, outcomes: Outcomes) -> None:
         axes.set(title=f"{task[0]} -> {task[1]}", xlabel=f"held-out loss on {task[1]}", ylabel=f"on {task[0]}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    write_safely(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    write_file(path, lambda part: figure.savefig(part, dpi=150, format="png"))
