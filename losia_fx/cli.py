@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 the machine failed it (a full disk), 2 wrong use, 130 interrupted."""
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
         return int(args.run(args))
     except LosiaError as error:
         return _fail(str(error), 2)
@@ -54,15 +54,17 @@ def command(name: str) -> Callable[..., int]:
     return run
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Of the commands the one in ``argv`` alone says its arguments: some have to look for theirs."""
     parser = _Parser(prog="losia-fx", description="LoSiA: fine-tuning through subnets that move with the importance.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)
         summary = (module.__doc__ or name).partition("\n")[0]
         subparser = commands.add_parser(name, help=summary, description=summary)
-        module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        if name in argv[:1]:
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
     return parser
 
 

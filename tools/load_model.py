@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from losia_fx.errors import ConfigError
-from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.settings import EMBEDDED_MODEL
 from losia_fx.storage import checkpoint_folder
 from losia_fx.storage.checkpoint_folder import load_config
 

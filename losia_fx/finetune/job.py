@@ -1,289 +1,268 @@
-"""The work of ``losia-fx finetune``: train in a plain loop, evaluate, write.
+"""The work of ``losia-fx finetune``: TRL's SFTTrainer around a transformed model.
 
-The loop is the one any user would write: ``transform``, an ordinary optimizer, backward, step. Everything else here is
-about telling what happened and about leaving a usable checkpoint, also after Ctrl-C or a crash. Under torchrun every
-process runs this, on its share of each batch; the first alone judges, prints and writes.
+The order is the one any user would write: data, trainer, ``transform``, callbacks, ``train``. (The trainer comes first
+as it makes tokens of the data: only then is it known how many steps there are, and so how long a slot is. Its optimizer
+comes in ``train``.) Under torchrun every process runs this; the first alone prints and writes.
 """
 
 from __future__ import annotations
 
-import itertools
-import signal
-import threading
+import math
+import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-import torch
+import datasets
 from rich.console import Console
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig
 
 import losia_fx
-from losia_fx.method.schedule import checked_steps
-from losia_fx.method.transfers import copies
+from losia_fx.config import LosiaConfig
+from losia_fx.console import progress, say
+from losia_fx.errors import LosiaError
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
-from .command import CHECKPOINTS, DEFAULT_LR, RUN_FILE, FinetuneSettings, is_finished
-from .inputs import RunData, check_device, load, load_data, settle
-from .loss import cosine_schedule, held_out_loss, on_device
+from .checkpoints import check_identity, folders, newest_whole
+from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread
+from .inputs import choose_device, count_groups, load, put_chat_template, settle, sft_config, training_options
 from .plots import plot_losses, plot_subnets
-from .ranks import Ranks, find_ranks, joined
-from .record import Evaluation, Move, RunRecord, Selection, StepRecord
-from .report import print_table, progress_bar, write_json
-from .state import RunState
-from .text import batches
-
-EVALUATIONS = 4  # over the run, besides the one before it
+from .reading import TEXT, Examples
+from .record import RunRecord
+from .report import print_table, write_json
+from .settings import CONFIG_FILE, RUN_FILE, SHORT, FinetuneSettings, is_finished, write_config
+from .trainer import RunCallback, RunTrainer, finish_step_on_interrupt, record_subnets
 
 
 @dataclass(frozen=True)
 class Job:
-    """A transformed model, what it is trained on, how, by which process, and what is written down about it."""
+    """A trainer of a transformed model, what was asked for and chosen, and what is written down about the run."""
 
-    model: PreTrainedModel
+    trainer: RunTrainer
     data: RunData
     settings: FinetuneSettings
+    steps: int
     record: RunRecord
     console: Console
-    ranks: Ranks
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(str(self.settings.device))
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return bool(self.trainer.is_world_process_zero())
 
-
-@dataclass
-class Interruption:
-    """Whether Ctrl-C was pressed: the loop ends after the step it is in."""
-
-    requested: bool = False
+    def describe(self) -> dict[str, Any]:
+        """What the run does, under short names, for its record."""
+        config = asdict(losia_fx.controller(self.trainer.model).config)
+        short = {SHORT.get(name, name): value for name, value in self.settings.flat().items()}
+        size = {"batch_size": self.trainer.args.per_device_train_batch_size}
+        return {**config, **size, **short, "steps": self.steps, "device": str(self.trainer.args.device)}
 
 
 def finetune(settings: FinetuneSettings) -> int:
     """Runs the job; returns 0, or 130 where Ctrl-C cut it short (what was learnt until then is written as well)."""
-    ranks = find_ranks()
-    console = Console(quiet=not ranks.first)
-    if settings.resume and is_finished(settings.out):
-        console.print(f"{settings.out} holds a finished run: there is nothing to resume", soft_wrap=True)
+    console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)
+    if settings.resume and is_finished(settings.output_dir):
+        say(console, f"{settings.output_dir} holds a finished run: there is nothing to resume")
         return 0
     started = time.perf_counter()
-    check_device(settings)
-    model, tokenizer = load(settings)
-    settings = settle(settings, model, console, ranks)
-    data = load_data(settings, tokenizer, console, ranks)
-    job = Job(model, data, settings, transform(model, settings), console, ranks)
-    with joined(ranks, job.device):
-        prepare_out(job)
-        announce(job)
-        with finish_step_on_interrupt(console) as interruption:
-            train(job, interruption)
-        if ranks.first:
-            write(job, tokenizer)
-            print_table(console, job.record, data.names, settings, time.perf_counter() - started)
+    on_cpu = choose_device(settings)
+    model, tokenizer = load(settings, on_cpu)
+    groups = count_groups(model, settings)
+    data = load_data(settings, partial(say, console))
+    put_chat_template(settings, tokenizer, data.train)
+    options = training_options(settings, model, tokenizer.chat_template, data.train, on_cpu)
+    trainer = make_trainer(model, tokenizer, data, sft_config(options, settings))
+    steps = total_steps(trainer)
+    settings = settle(settings, options, model, steps, groups, partial(say, console))
+    job = Job(trainer, data, settings, steps, transform(trainer, settings), console)
+    announce(job)
+    train(job)
+    if job.first:
+        write(job, tokenizer)
+        print_table(console, job.record, data.names, job.describe(), settings.output_dir, time.perf_counter() - started)
+    trainer.accelerator.end_training()
     return 130 if job.record.interrupted else 0
 
 
-def prepare_out(job: Job) -> None:
-    """Makes the folder, and room for checkpoints; those of an earlier run go unless it is to be resumed."""
-    out = job.settings.out
-    if job.ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        if not job.settings.resume:
-            remove_folder(out / CHECKPOINTS)
-        if job.settings.checkpoint_every is not None:
-            (out / CHECKPOINTS).mkdir(exist_ok=True)
-    job.ranks.wait()
-
-
-def transform(model: PreTrainedModel, settings: FinetuneSettings) -> RunRecord:
-    """Makes the model learn through subnets, on its device; the record of the run holds its first subnets."""
-    nn.Module.to(model, torch.device(str(settings.device)))
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    dense = {name: p.shape for name, p in model.named_parameters()}
-    losia_fx.transform(
-        model,
-        rank_factor=settings.rank_factor,
-        period=settings.period,
-        seed=settings.seed,
-        compiler=settings.compiler,
-        track_delta=True,
+def make_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData, args: SFTConfig
+) -> RunTrainer:
+    """The trainer of the untransformed model, with the tokens of all data. Raises LosiaError where none are left."""
+    datasets.disable_progress_bars()
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    tokens = args.max_steps * batch * args.max_length if args.max_steps > 0 and args.max_length else None
+    domains = {"new": data.new, "old": data.old} if args.eval_strategy != "no" else {}
+    judged = {name: as_dataset(examples) for name, examples in domains.items() if examples is not None}
+    if "new" not in judged:  # nothing to hold the old domain against
+        args.eval_strategy, judged = "no", {}
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_dataset(data.train, tokens, args.seed),
+        eval_dataset=judged if "old" in judged else judged.get("new"),
+        processing_class=tokenizer,
     )
+    trainer.train_dataset = whole_blocks(trainer.train_dataset, args)
+    if not len(trainer.train_dataset):
+        raise LosiaError(f"{data.names.new}: nothing is left to learn within --seq-length {args.max_length}: raise it")
+    judged = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"new": trainer.eval_dataset}
+    judged = {name: whole_blocks(prepared, args) for name, prepared in judged.items() if prepared is not None}
+    judged = {n: d if n == "new" and data.judged_whole else spread(d) for n, d in judged.items()}
+    trainer.eval_dataset = judged if "old" in judged else judged.get("new")
+    if "old" in judged and args.metric_for_best_model == "loss":
+        args.metric_for_best_model = "eval_new_loss"
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def whole_blocks(prepared: datasets.Dataset, args: SFTConfig) -> datasets.Dataset:
+    """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not."""
+    if not args.packing or args.packing_strategy != "wrapped":
+        return prepared
+    full = [number for number, length in enumerate(lengths(prepared)) if length == args.max_length]
+    return prepared.select(full) if full else prepared
+
+
+def total_steps(trainer: RunTrainer) -> int:
+    """The optimizer steps of the run, as a Trainer counts them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batches = len(trainer.get_train_dataloader())
+    updates: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(float(args.num_train_epochs) * updates)
+
+
+def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:
+    """Makes the model learn through subnets; the record of the run holds its first ones."""
+    model, args = trainer.model, trainer.args
+    args.learning_rate = settings.training["learning_rate"]
+    args.eval_steps, args.save_steps = settings.training["eval_steps"], settings.training["save_steps"]
+    dense = {name: p.shape for name, p in model.named_parameters()}
+    losia_fx.transform(model, LosiaConfig(**{**settings.losia, "seed": settings.seed}), track_delta=True)
     record = RunRecord(
         groups=[list(names) for names in losia_fx.controller(model).groups],
         shapes={name: tuple(dense[name]) for name in losia_fx.subnets(model)},
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         all_parameters=sum(shape.numel() for shape in dense.values()),
     )
-    _record_subnets(model, record, range(len(record.groups)), step=0)
+    record_subnets(model, record, range(len(record.groups)), step=0)
     return record
 
 
 def announce(job: Job) -> None:
     """Says what is about to be trained on, and warns where the run ends before every group has moved once."""
-    settings, data, say = job.settings, job.data, job.console.print
-    blocks = f"{len(data.train):,} blocks of {settings.seq_length} tokens"
-    say(f"training on {blocks} of {data.names.new}, judging by {len(data.new):,} held out", soft_wrap=True)
-    groups, period = len(job.record.groups), settings.period or 1
-    if groups * period > settings.steps:
-        fits = settings.steps // groups
+    args, data, prepared = job.trainer.args, job.data, job.trainer.train_dataset
+    what = f"blocks of {args.max_length} tokens" if args.packing else "examples"
+    judged = job.trainer.eval_dataset
+    judged = judged["new"] if isinstance(judged, dict) else judged
+    by = f", judging by {len(judged):,} held out" if judged is not None else ""
+    say(job.console, f"training on {len(prepared):,} {what} of {data.names.new}, {_loss_of(job)}{by}")
+    if not args.packing and args.max_length is not None:
+        _say_cut(job, data.train, prepared)
+    if job.settings.show_example:
+        show_example(job)
+    groups, period = len(job.record.groups), job.settings.losia["period"]
+    if groups * period > job.steps and job.settings.losia.get("schedule") != "static":
+        fits = job.steps // groups
         advice = f"--period {fits} would fit" if fits else f"give at least {groups} steps"
         say(
-            f"[yellow]warning: {settings.steps} steps are less than one round ({groups} groups x period {period} = "
-            f"{groups * period}), so some subnets never move: {advice}[/]",
-            soft_wrap=True,
+            job.console,
+            f"warning: {job.steps} steps are less than one round ({groups} groups x period {period} = "
+            f"{groups * period}), so some subnets never move: {advice}",
+            style="yellow",
         )
 
 
-def train(job: Job, interruption: Interruption) -> None:
-    """The loop, with an evaluation before it, some within, and one at its end; Ctrl-C ends it early."""
-    model, settings, record = job.model, job.settings, job.record
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr or DEFAULT_LR)
-    factor = cosine_schedule(settings.steps, warm_up=max(1, settings.steps // 10), floor=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    state = RunState(settings, job.ranks.size, job.data.train, model, optimizer, scheduler, record)
-    done = state.load() if settings.resume else 0
-    if done:
-        job.console.print(f"going on after step {done}", soft_wrap=True)
-    stream = micro_batches(job, done)
-    pauses = {round(settings.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
-    call = job.ranks.wrap(model, job.device)
-    model.train()
-    try:
-        if not done:
-            evaluate(job, step=0)
-        with progress_bar(record, settings, job.console) as show:
-            for step in range(done + 1, settings.steps + 1):
-                if job.ranks.any(interruption.requested, job.device):
-                    keep(job, state)
-                    raise KeyboardInterrupt
-                group, started = losia_fx.controller(model).active, time.perf_counter()
-                loss = backward(job, call, itertools.islice(stream, settings.accumulate), step)
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                mean = job.ranks.mean(loss)  # waits for the device, which has all of the step's work by now
-                lr, seconds = float(scheduler.get_last_lr()[0]), time.perf_counter() - started
-                scheduler.step()
-                tokens = settings.step_tokens * job.ranks.size / seconds
-                record.steps.append(StepRecord(step, mean, lr, seconds, tokens, group))
-                follow_subnets(model, record, step)
-                show(record.steps[-1])
-                if step in pauses:
-                    evaluate(job, step)
-                if step % (settings.checkpoint_every or settings.steps) == 0:
-                    keep(job, state)
-    except KeyboardInterrupt:
-        record.interrupted = True
+def _loss_of(job: Job) -> str:
+    if job.trainer.args.assistant_only_loss:
+        return "loss on the assistant's turns"
+    return "loss on completions" if job.trainer.completion_only_loss else "loss on every token"
 
 
-def keep(job: Job, state: RunState) -> None:
-    """Writes a checkpoint, if the run keeps any and this process is the one that writes."""
-    if job.settings.checkpoint_every is not None and job.ranks.first:
-        state.save()
+def _say_cut(job: Job, examples: Examples, prepared: datasets.Dataset) -> None:
+    length = job.trainer.args.max_length
+    cut = sum(found >= length for found in lengths(prepared))
+    left = len(examples.rows) - len(prepared) if examples.shape != TEXT else 0
+    if cut:
+        say(job.console, f"{cut:,} of them reach --seq-length {length} and end there", style="yellow")
+    if left:
+        say(job.console, f"{left:,} more have no token with loss within it, and are left out", style="yellow")
 
 
-def micro_batches(job: Job, done: int) -> Iterator[Tensor]:
-    """This process's share of the batches, from those on that ``done`` steps have not used."""
-    settings, ranks = job.settings, job.ranks
-    stream = batches(job.data.train, settings.batch_size * ranks.size, seed=settings.seed)
-    return (ranks.share(batch) for batch in itertools.islice(stream, done * settings.accumulate, None))
+def show_example(job: Job) -> None:
+    """Prints an example as the model sees it: its tokens as text, and which of them carry loss."""
+    example = job.trainer.train_dataset[0]
+    ids, labels = example["input_ids"], example["labels"]
+    with_loss = [label != -100 for label in labels]
+    text, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or with_loss[end] != with_loss[start]:
+            part = job.trainer.processing_class.decode(ids[start:end])
+            text, start = text + (f">>{part}<<" if with_loss[start] else part), end
+    say(job.console, f"an example of {len(ids)} tokens; {sum(with_loss)} carry loss, those between >> and <<:\n{text}")
 
 
-def backward(job: Job, call: nn.Module, parts: Iterator[Tensor], step: int) -> Tensor:
-    """Gradients of the mean loss over the micro-batches (all of one size) of all processes.
-
-    Returns this process's loss, 0-dim on its device.
-
-    What is random in the model is drawn by the seed, the step and the process, so a run goes on as it would have.
-    """
-    settings, ranks = job.settings, job.ranks
-    torch.manual_seed((settings.seed * 1_000_003 + step) * ranks.size + ranks.rank)
-    total = torch.zeros((), device=job.device)
-    for number, batch in enumerate(parts, 1):
-        ids = on_device(batch, job.device)
-        with ranks.quiet(call, last=number == settings.accumulate):
-            loss = call(input_ids=ids, labels=ids, use_cache=False).loss / settings.accumulate
-            loss.backward()
-        total += loss.detach()
-    return total
-
-
-def evaluate(job: Job, step: int) -> None:
-    """Records the held-out losses; the first process does it while the others wait at their next gradient."""
-    if not job.ranks.first:
-        return
-    size, data = job.settings.batch_size, job.data
-    old = None if data.old is None else held_out_loss(job.model, data.old, size)
-    job.record.evaluations.append(Evaluation(step, held_out_loss(job.model, data.new, size), old))
-
-
-def follow_subnets(model: PreTrainedModel, record: RunRecord, step: int) -> None:
-    """Records the re-selections that this step made, if any; of groups that all move at once, one round in a while."""
-    controller = losia_fx.controller(model)
-    at_once = controller.config.schedule == "all"
-    if at_once and step % checked_steps(controller.config):
-        return
-    last = record.moves[-1].step if record.moves else -1
-    events = list(itertools.takewhile(lambda event: event.step > last, reversed(controller.history)))[::-1]
-    moves = [
-        Move(event.step, group, event.moved, event.captured)
-        for event in (events[-1:] if at_once else events)
-        for group in (range(len(controller.groups)) if event.group is None else (event.group,))
-    ]
-    record.moves += moves
-    _record_subnets(model, record, [move.group for move in moves], step)
+def train(job: Job) -> None:
+    """Prepares the folder, and trains from its beginning or from the newest whole checkpoint; Ctrl-C ends it early."""
+    out, trainer = job.settings.output_dir, job.trainer
+    options = job.settings.flat()
+    data = fingerprint(trainer.train_dataset)
+    machine = {"processes": trainer.args.world_size, "device": trainer.args.device.type}
+    identity = {"options": options, "data": data, **machine}
+    resumed = newest_whole(out, partial(say, job.console)) if job.settings.resume else None
+    if resumed is not None:
+        check_identity(resumed, identity)
+        say(job.console, f"going on after step {resumed.name.partition('-')[2]}")
+    trainer.accelerator.wait_for_everyone()
+    if job.first:
+        prepare_out(out, resumed, options)
+    trainer.accelerator.wait_for_everyone()
+    trainer.args.eval_on_start = trainer.args.eval_strategy != "no" and resumed is None
+    trainer.add_callback(losia_fx.LosiaCallback(trainer))
+    done = 0 if resumed is None else int(resumed.name.partition("-")[2])
+    with (
+        finish_step_on_interrupt(job.console) as interruption,
+        progress(job.console, job.steps, done=done, text="compiling", every=0, transient=False) as advance,
+    ):
+        follower = RunCallback(trainer, job.record, identity, interruption, job.console, resumed, advance)
+        trainer.add_callback(follower)
+        try:
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        except KeyboardInterrupt:
+            job.record.interrupted = True
 
 
-def _record_subnets(model: PreTrainedModel, record: RunRecord, groups: Iterable[int], step: int) -> None:
-    names, subnets = list(itertools.chain.from_iterable(record.groups[g] for g in groups)), losia_fx.subnets(model)
-    # copies: a re-selection overwrites rows and cols in place
-    found = iter(copies([index for name in names for index in (subnets[name].rows, subnets[name].cols)]))
-    for name in names:
-        record.selections.setdefault(name, []).append(Selection(step, next(found), next(found)))
-
-
-@contextmanager
-def finish_step_on_interrupt(console: Console) -> Iterator[Interruption]:
-    """The first Ctrl-C only asks, so that no weight is left half written; the second raises at once."""
-    interruption = Interruption()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        if interruption.requested:
-            raise KeyboardInterrupt
-        interruption.requested = True
-        console.print("[yellow]finishing this step, then saving (Ctrl-C again: at once)[/]")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may hold handlers
-        yield interruption
-        return
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield interruption
-    finally:
-        signal.signal(signal.SIGINT, before)
+def prepare_out(out: Path, resumed: Path | None, options: Mapping[str, Any]) -> None:
+    """Makes the folder; what an earlier run left goes, and so does what was cut short after the one to go on from."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RUN_FILE).unlink(missing_ok=True)
+    found = folders(out) if (out / CONFIG_FILE).is_file() else []  # else they are another program's
+    for folder in found if resumed is None else found[found.index(resumed) + 1 :]:
+        remove_folder(folder)
+    write_config(out / CONFIG_FILE, options)
 
 
 def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     """The dense checkpoint first: it is what must survive if the disk is full or patience is out."""
-    out, record, names = job.settings.out, job.record, job.data.names
+    out, record, names, model = job.settings.output_dir, job.record, job.data.names, job.trainer.model
 
     def save(folder: Path) -> None:
-        job.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     write_files(out, save)
     if record.steps:
         # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
         (out / "delta").mkdir(exist_ok=True)
-        losia_fx.save_delta(job.model, out / "delta" / "delta.safetensors")
+        losia_fx.save_delta(model, out / "delta" / "delta.safetensors")
     write_file(out / "losses.png", lambda path: plot_losses(path, record, names))
     write_file(out / "subnets.png", lambda path: plot_subnets(path, record))
-    write_file(out / RUN_FILE, lambda path: write_json(path, record, names, job.settings))
-    if not record.interrupted:
-        remove_folder(out / CHECKPOINTS)
+    write_file(out / RUN_FILE, lambda path: write_json(path, record, names, job.describe()))
+    if not record.interrupted and job.settings.resume:  # they were there to go on from; others were asked for
+        for folder in folders(out):
+            remove_folder(folder)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from losia_fx.method.subnet import scatter
 
-from .record import RunRecord, Selection
-from .report import Names
+from .record import Names, RunRecord, Selection
 
 DPI = 140
 INK, GREY, NEW, OLD = "#1f2430", "#c3c7cf", "#0b6e99", "#c4572c"

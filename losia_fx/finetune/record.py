@@ -53,6 +53,14 @@ class Move:
     captured: float | None
 
 
+@dataclass(frozen=True)
+class Names:
+    """What to call the new and the old domain."""
+
+    new: str
+    old: str | None
+
+
 @dataclass
 class RunRecord:
     """Groups are lists of weight names, ``shapes`` the dense shapes of those weights."""

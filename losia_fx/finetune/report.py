@@ -6,82 +6,56 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from losia_fx.console import say
+
 from .bitmaps import encode
-from .command import FinetuneSettings
-from .record import Evaluation, RunRecord, Selection, StepRecord
-
-LINES_WITHOUT_TERMINAL = 10
+from .record import Evaluation, Names, RunRecord, Selection, StepRecord
+from .settings import CONFIG_FILE
 
 
-@dataclass(frozen=True)
-class Names:
-    """What to call the new and the old domain."""
-
-    new: str
-    old: str | None
-
-    @staticmethod
-    def of(settings: FinetuneSettings) -> Names:
-        new = _listed(settings.data) if settings.data else "Python standard library"
-        embedded = settings.model is None and not settings.old_data
-        return Names(new, "Perl manual" if embedded else _listed(settings.old_data) if settings.old_data else None)
+def step_line(record: RunRecord, step: StepRecord) -> str:
+    """What a step came to: its loss, its speed, what LoSiA is doing, and what the last re-selection gave."""
+    group = "none" if step.group is None else record.group_label(step.group)
+    line = f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  profiling {group}  lr {step.lr:.1e}"
+    if not record.moves:
+        return line
+    move = record.moves[-1]
+    holds = "" if move.captured is None else f", holding {move.captured:.0%} of the importance"
+    return f"{line}  last re-selected {record.group_label(move.group)} ({move.moved:.0%} new{holds})"
 
 
-@contextmanager
-def progress_bar(
-    record: RunRecord, settings: FinetuneSettings, console: Console
-) -> Iterator[Callable[[StepRecord], None]]:
-    """A bar that follows the steps; where the output is no terminal, a line every tenth of the run."""
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(compact=True),
-    )
-    every = max(1, settings.steps // LINES_WITHOUT_TERMINAL)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=settings.steps, completed=len(record.steps))
-
-        def show(step: StepRecord) -> None:
-            group = "none" if step.group is None else record.group_label(step.group)
-            line = f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  profiling {group}  lr {step.lr:.1e}"
-            progress.update(task, advance=1, description=line)
-            if not console.is_terminal and step.step % every == 0:
-                console.print(f"step {step.step}/{settings.steps}  {line}")
-
-        yield show
-
-
-def print_table(console: Console, record: RunRecord, names: Names, settings: FinetuneSettings, seconds: float) -> None:
+def print_table(
+    console: Console, record: RunRecord, names: Names, settings: Mapping[str, Any], out: Path, seconds: float
+) -> None:
     if record.evaluations:
         console.print(_loss_table(record.evaluations, names))
     cost = Table(title="What it took", show_header=False, title_justify="left")
     for label, value in _costs(record, settings, seconds):
         cost.add_row(label, value)
     console.print(cost)
-    done = f"{len(record.steps)} of {settings.steps} steps"
+    done = f"{len(record.steps)} of {settings['steps']} steps"
     state = f"[yellow]interrupted after {done}: the checkpoint holds what was learnt until then[/]"
     console.print(state if record.interrupted else f"{done} done")
     delta = "delta/delta.safetensors, " if record.steps else ""
-    console.print(f"written to {settings.out}: checkpoint, {delta}run.json, losses.png, subnets.png", soft_wrap=True)
+    say(console, f"written to {out}: checkpoint, {delta}run.json, {CONFIG_FILE}, losses.png, subnets.png")
 
 
-def write_json(path: Path, record: RunRecord, names: Names, settings: FinetuneSettings) -> None:
-    memory, memory_kind = peak_memory(str(settings.device))
+def write_json(path: Path, record: RunRecord, names: Names, settings: Mapping[str, Any]) -> None:
+    """settings: what the run did, under short names: at least device, steps, period, rank_factor, seed, lr, batch_size
+    and seq_length."""
+    memory, memory_kind = peak_memory(str(settings["device"]))
     run = {
-        "settings": asdict(settings),
+        "settings": dict(settings),
         "versions": versions(),
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": _device(settings)},
         "domains": asdict(names),
@@ -118,6 +92,8 @@ def versions() -> dict[str, str]:
         "losia_fx": own,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "trl": importlib.metadata.version("trl"),
+        "datasets": importlib.metadata.version("datasets"),
         "python": platform.python_version(),
     }
 
@@ -151,21 +127,24 @@ def _loss_row(table: Table, label: str, before: float, after: float) -> None:
     table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"[{colour}]{after - before:+.3f}[/]")
 
 
-def _costs(record: RunRecord, settings: FinetuneSettings, seconds: float) -> Iterator[tuple[str, str]]:
+def _costs(record: RunRecord, settings: Mapping[str, Any], seconds: float) -> Iterator[tuple[str, str]]:
     share = record.trained_parameters / record.all_parameters
     yield "trained parameters", f"{record.trained_parameters:,} of {record.all_parameters:,} ({share:.1%})"
     if record.median_step_seconds is not None:
         yield "time per step", f"{record.median_step_seconds * 1000:.0f} ms (median; compilation left out)"
-    memory, kind = peak_memory(str(settings.device))
+    memory, kind = peak_memory(str(settings["device"]))
     yield "peak memory", kind if memory is None else f"{memory / 2**20:,.0f} MiB ({kind})"
-    yield "re-selections", f"{len(record.moves)} over {len(record.groups)} groups, in slots of {settings.period} steps"
+    yield (
+        "re-selections",
+        _moves(record, settings["period"]),
+    )
     yield "wall time", f"{seconds:.0f} s in all"
 
 
-def _device(settings: FinetuneSettings) -> str:
-    device = torch.device(str(settings.device))
+def _moves(record: RunRecord, period: int) -> str:
+    return f"{len(record.moves)} over {len(record.groups)} groups, in slots of {period} steps"
+
+
+def _device(settings: Mapping[str, Any]) -> str:
+    device = torch.device(str(settings["device"]))
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

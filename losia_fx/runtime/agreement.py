@@ -17,6 +17,7 @@ from losia_fx import registry
 from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.subnet import scatter
+from losia_fx.method.transfers import copies
 from losia_fx.model.kinds import is_sharded
 
 from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled
@@ -295,9 +296,9 @@ def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
 
 
 def _same(states: Sequence[SubnetState]) -> list[bool]:
-    """Whether W[rows, cols] is S as W can hold it, of each; the device is waited for once."""
+    """Whether W[rows, cols] is S as W can hold it, of each; each device is waited for once."""
     found = [equal(state.block_of(state.weight), state.values.to(state.weight.dtype)) for state in states]
-    return torch.stack(found).tolist() if found else []
+    return [bool(same) for same in copies(found)]
 
 
 def _refuse_spread(states: Iterable[SubnetState]) -> None:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import gzip
 import json
-import math
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_fx.cli import main
+from losia_fx.config import LosiaConfig
 from losia_fx.finetune import job as finetune_job
-from losia_fx.finetune.command import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
-from losia_fx.finetune.inputs import HELD_OUT_BLOCKS
-from losia_fx.finetune.loss import cosine_schedule, held_out_loss
-from losia_fx.finetune.ranks import Ranks
+from losia_fx.finetune import trainer as finetune_trainer
+from losia_fx.finetune.inputs import default_rate
+from losia_fx.finetune.options import add_arguments, training_options
 from losia_fx.finetune.record import RunRecord
-from losia_fx.finetune.text import held_out_blocks, read_documents, split
+from losia_fx.finetune.settings import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
 from losia_fx.storage.atomic import write_file
+from losia_fx.tools.pretrain.text import Document, held_out_blocks, held_out_loss
+from tests.cli.tiny import TEMPLATE, chats, completions, numbers, save_model
 
 SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
 
@@ -33,26 +36,14 @@ SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
 def data(tmp_path: Path) -> Path:
     """Some thousand tokens of a text with a pattern that is quickly learnt."""
     path = tmp_path / "numbers.txt"
-    path.write_text("".join(f"value_{n} = compute({n % 7})\n" for n in range(1500)), encoding="utf-8")
+    path.write_text(numbers(), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one layer and so two groups, random, with the embedded tokenizer: compiled in a second."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -68,26 +59,6 @@ def finetune(out: Path, data: Path, *more: str) -> int:
 
 def run_json(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
-
-
-def test_the_loss_is_asked_for_when_the_step_is_made(
-    tmp_path: Path, data: Path, tiny: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU has all of a step's work in its queue before the host waits for its loss."""
-    seen: list[str] = []
-
-    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def told(*args: Any) -> Any:
-            seen.append(name)
-            return original(*args)
-
-        return told
-
-    for owner, name in ((Ranks, "mean"), (torch.optim.AdamW, "step")):
-        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
-    steps = ("--steps", "3", "--period", "1", "--accumulate", "2")
-    assert finetune(tmp_path / "out", data, "--model", str(tiny), *steps) == 0
-    assert seen == ["step", "mean"] * 3
 
 
 def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,12 +84,6 @@ def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: Path, capsys: 
     assert [event["group"] for event in run["history"]] == [0, 1, 2, 3, 4] * 2
     assert not list(out.glob(".*"))  # no drafts
 
-    plain = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
-    _, held_out = split(read_documents([data]))
-    blocks = held_out_blocks(held_out, tokenizer, 32, limit=HELD_OUT_BLOCKS)
-    assert held_out_loss(plain, blocks, 4) == pytest.approx(run["evaluations"][-1]["new"], abs=1e-4)
-
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_checkpoint_it_wrote_is_a_model_to_go_on_from(
@@ -134,10 +99,10 @@ def test_the_checkpoint_it_wrote_is_a_model_to_go_on_from(
     assert finetune(second, lines, "--model", str(first), "--steps", "5", "--lr", "3e-3", *options) == 0
     text = capsys.readouterr().out
     assert "new: lines.jsonl" in text
-    assert f'{lines}: read as JSON lines, field "text", 40 documents\n{data}: read as plain text\n' in text
+    assert f"{lines}: read as JSON lines, column text: 40 examples\n{data}: read as plain text\n" in text
     assert "old: numbers.txt" in text
     assert AutoModelForCausalLM.from_pretrained(second, local_files_only=True).dtype == torch.bfloat16
-    assert (run_json(first)["settings"]["lr"], run_json(second)["settings"]["lr"]) == (5e-5, 3e-3)
+    assert (run_json(first)["settings"]["lr"], run_json(second)["settings"]["lr"]) == (1e-2, 3e-3)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -169,7 +134,7 @@ def test_a_run_shorter_than_a_round_says_which_period_fits(
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
-    follow = finetune_job.follow_subnets
+    follow = finetune_trainer.follow_subnets
 
     def press(model: Any, record: RunRecord, now: int) -> None:
         follow(model, record, now)
@@ -177,7 +142,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> No
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(finetune_job, "follow_subnets", press)
+    monkeypatch.setattr(finetune_trainer, "follow_subnets", press)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -209,7 +174,7 @@ def test_ctrl_c_leaves_a_checkpoint(
 def test_ctrl_c_before_training_writes_nothing(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(settings: FinetuneSettings) -> Any:
+    def load(settings: FinetuneSettings, on_cpu: bool) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune_job, "load", load)
@@ -232,6 +197,18 @@ def test_ctrl_c_before_training_writes_nothing(
         (["--lr", "nan"], "--lr nan"),
         (["--rank-factor", "1.5"], "--rank-factor 1.5: give a number in (0, 1]"),
         (["--period", "0"], "--period 0"),
+        (["--epochs", "0"], "--epochs 0.0: give a number above 0"),
+        (["--held-out", "1"], "--held-out 1.0: give a share"),
+        (["--target", "nothing"], "nothing"),
+        (["--schedule", "often"], "argument --schedule: invalid choice: 'often'"),
+        (["--profile-steps", "9", "--period", "3"], "--profile-steps 9"),
+        (["--packing", "maybe"], "argument --packing: 'maybe': give true or false"),
+        (["--lr-scheduler-type", "wavy"], "wavy"),
+        (["--optim", "magic"], "magic"),
+        (["--resume-from-checkpoint", "x"], "--resume goes on from the newest"),
+        (["--trust-remote-code"], "--trust-remote-code: a checkpoint's own code is never run"),
+        (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja: cannot be read"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--compiler", "gcc"], "argument --compiler: invalid choice: 'gcc'"),
         (["--device", "toaster"], "--device toaster:"),
@@ -294,17 +271,31 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, data: Path, capsys: pytest
 
 
 def test_help_needs_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["finetune", "--help"])
-    assert end.value.code == 0
-    assert "--rank-factor" in capsys.readouterr().out
+    for flag, shown in (("--help", "--rank-factor"), ("--help-all", "--neftune-noise-alpha")):
+        with pytest.raises(SystemExit) as end:
+            main(["finetune", flag])
+        assert end.value.code == 0
+        assert shown in capsys.readouterr().out
+
+
+def test_every_option_of_the_libraries_is_there() -> None:
+    from trl import SFTConfig
+
+    known = {option.name for option in fields(SFTConfig)}
+    assert {option.name for option in training_options()} == known
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    written = {flag for action in parser._actions for flag in action.option_strings}
+    for name in known | {option.name for option in fields(LosiaConfig)} - {"track_delta"}:
+        assert {f"--{name}", f"--{name.replace('_', '-')}"} <= written, name
 
 
 def test_the_embedded_model_is_what_its_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, local_files_only=True)
-    blocks = held_out_blocks(read_documents([EMBEDDED_OLD_TEXT]), tokenizer, 128, limit=128)
+    text = gzip.decompress(EMBEDDED_OLD_TEXT.read_bytes()).decode()
+    blocks = held_out_blocks([Document("held out", text)], tokenizer, 128, limit=128)
     readme = (ASSETS / "README.md").read_text(encoding="utf-8")
     stated = re.search(r"held-out, Perl manual +([\d.]+) nats", readme)
     assert stated is not None
@@ -313,13 +304,113 @@ def test_the_embedded_model_is_what_its_readme_says(monkeypatch: pytest.MonkeyPa
     assert not model.config.tie_word_embeddings
 
 
-def test_the_learning_rate_rises_and_falls() -> None:
-    factor = cosine_schedule(100, warm_up=10, floor=0.0)
-    values = [factor(step) for step in range(101)]
-    assert values[0] == pytest.approx(0.1)
-    assert max(values) == values[9] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(values[10:]))
-    assert math.isclose(values[100], 0.0, abs_tol=1e-12)
+def test_the_learning_rate_is_chosen_by_the_size() -> None:
+    assert default_rate(1_300_000) == default_rate(100_000) == 1e-2
+    assert default_rate(7_000_000_000) == 5e-5
+    rates = [default_rate(10**power) for power in range(6, 12)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_chats_and_completions(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loss on the answers alone; an example is shown as the model sees it."""
+    talk, template = write_lines(tmp_path / "talk.jsonl", chats()), tmp_path / "template.jinja"
+    few = ("--model", str(tiny), "--steps", "2", "--period", "1", "--show-example")
+    assert finetune(tmp_path / "no", talk, *few) == 2
+    assert "the tokenizer has no template for them: give --chat-template FILE" in capsys.readouterr().err
+    template.write_text("{% broken", encoding="utf-8")
+    assert finetune(tmp_path / "no", talk, *few, "--chat-template", str(template)) == 2
+    assert "does not fit the first example" in capsys.readouterr().err
+    template.write_text(TEMPLATE, encoding="utf-8")
+    assert finetune(tmp_path / "chats", talk, *few, "--chat-template", str(template)) == 0
+    printed = capsys.readouterr().out
+    assert "loss on the assistant's turns, judging by 2 held out" in printed
+    assert re.search(r"<\|user\|>What follows \d+\?<\|assistant\|>>>It is \d+\.<\|endoftext\|><<", printed)
+    assert AutoTokenizer.from_pretrained(tmp_path / "chats", local_files_only=True).chat_template == TEMPLATE
+
+    pairs, judge = (write_lines(tmp_path / f"{n}.jsonl", completions(n)) for n in (24, 6))
+    assert finetune(tmp_path / "pairs", pairs, *few, "--eval-data", str(judge), "--old-data", str(template)) == 0
+    printed = capsys.readouterr().out
+    assert "training on 24 examples of 24.jsonl, loss on completions, judging by 6 held out" in printed
+    assert re.search(r"my \$x\d+ =>> \d+ \* shift;<\|endoftext\|><<", printed)
+    assert "old: template.jinja" in printed
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_cut_or_left_out_is_said(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*completions(8), {"prompt": "x = 1\n" * 40, "completion": "y"}, {"prompt": "x", "completion": " y" * 90}]
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
+    few = ("--model", str(tiny), "--steps", "1", "--period", "1", "--held-out", "0")
+    assert finetune(tmp_path / "out", pairs, *few) == 0
+    printed = capsys.readouterr().out
+    assert "1 of them reach --seq-length 32 and end there" in printed
+    assert "1 more have no token with loss within it, and are left out" in printed
+    assert "Held-out loss" not in printed
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_writes_the_yaml_that_repeats_it(tmp_path: Path, tiny: Path, data: Path) -> None:
+    options = ("--model", str(tiny), "--steps", "3", "--learning-rate", "2e-3", "--weight_decay", "0.1")
+    more = ("--period", "1", "--importance", "gradient", "--exclude", "q_proj", "v_proj", "--beta1", "0.5")
+    assert finetune(tmp_path / "one", data, *options, *more) == 0
+    config = tmp_path / "one" / "finetune.yaml"
+    assert main(["finetune", "--config", str(config), "--out", str(tmp_path / "two")]) == 0
+    one, two = run_json(tmp_path / "one"), run_json(tmp_path / "two")
+    assert [step["loss"] for step in one["steps"]] == [step["loss"] for step in two["steps"]]
+    assert one["settings"] == two["settings"]
+    assert (one["settings"]["exclude"], one["settings"]["beta1"]) == (["q_proj", "v_proj"], 0.5)
+    assert config.read_text(encoding="utf-8") == (tmp_path / "two" / "finetune.yaml").read_text(encoding="utf-8")
+    assert main(["finetune", "--config", str(config), "--out", str(tmp_path / "three"), "--steps", "1"]) == 0
+    assert len(run_json(tmp_path / "three")["steps"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: fast\n", "options.yaml: argument --lr: invalid float value: 'fast'"),
+        ("colour: red\n", "options.yaml: unrecognized arguments: --colour red"),
+        ("- lr\n", "options.yaml: give names of options and their values"),
+        ("lr: [\n", "options.yaml: not YAML"),
+        ("rank-factor: 2\n", "--rank-factor 2.0: give a number in (0, 1]"),
+    ],
+)
+def test_a_wrong_yaml_is_one_line(tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "options.yaml").write_text(text, encoding="utf-8")
+    assert main(["finetune", "--config", str(tmp_path / "options.yaml"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_tied_head_is_said(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tied = save_model(tmp_path / "tied", tie_word_embeddings=True)
+    few = ("--model", str(tied), "--steps", "1", "--period", "1")
+    assert finetune(tmp_path / "one", data, *few) == 0
+    remedy = "--train-tied-head trains it"
+    assert remedy in capsys.readouterr().out
+    assert finetune(tmp_path / "two", data, *few, "--train-tied-head") == 0
+    assert remedy not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_logs_go_to_tensorboard(tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    few = ("--model", str(tiny), "--steps", "4", "--period", "2", "--logging-steps", "1")
+    assert finetune(tmp_path / "out", data, *few, "--report-to", "tensorboard") == 0
+    found = EventAccumulator(str(tmp_path / "logs")).Reload()
+    losses = [event.value for event in found.Scalars("train/loss")]
+    assert losses == pytest.approx([step["loss"] for step in run_json(tmp_path / "out")["steps"]], rel=1e-4)
+    names = set(found.Tags()["scalars"])
+    assert {"eval/loss", "train/losia/active_group", "train/losia/moved", "train/losia/captured"} <= names
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

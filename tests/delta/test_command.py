@@ -18,7 +18,7 @@ from losia_fx.cli import main
 from losia_fx.delta.format import fingerprint, write_delta
 from losia_fx.delta.read import DeltaFile
 from losia_fx.finetune import job as finetune_job
-from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.settings import EMBEDDED_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_before_a_step_leaves_no_delta(
 
     for name in ("plot_losses", "plot_subnets"):
         monkeypatch.setattr(finetune_job, name, lambda path, *record: path.write_bytes(b""))
-    monkeypatch.setattr(finetune_job, "evaluate", interrupt)
+    monkeypatch.setattr(finetune_job.RunTrainer, "training_step", interrupt)
     out = tmp_path / "out"
     size = ("--batch-size", "2", "--seq-length", "32", "--compiler", "eager", "--steps", "2")
     assert main(["finetune", "--model", str(base), "--out", str(out), *size]) == 130

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import losia_fx
-from losia_fx.finetune.loss import on_device
 from losia_fx.method.transfers import copies
 from losia_fx.ops.localization import tapped_bytes
 from tests.architectures.test_experts import MIXTRAL
@@ -82,14 +81,6 @@ def test_the_waits_are_seen() -> None:
     x = torch.ones(3, device=DEVICE)
     assert len(waits(lambda: (x.sum().item(), x.nonzero(), x.cpu()))) >= 3
     assert waits(lambda: (x + 1, copies([]))) == []
-
-
-@on_cuda
-def test_a_batch_is_fetched_without_a_wait() -> None:
-    ids = torch.arange(1000)
-    found = on_device(ids, DEVICE)
-    assert torch.equal(found.cpu(), ids)
-    assert waits(lambda: on_device(ids, DEVICE)) == []
 
 
 def test_copies_are_whole() -> None:

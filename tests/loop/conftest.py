@@ -20,7 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that name a tiny model with dropout, in bfloat16, and a text."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from losia_fx.finetune.command import EMBEDDED_MODEL
+    from losia_fx.finetune.settings import EMBEDDED_MODEL
 
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)

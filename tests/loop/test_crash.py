@@ -12,7 +12,8 @@ import pytest
 
 from losia_fx.cli import main
 from losia_fx.finetune import job as finetune_job
-from losia_fx.finetune.state import LOSIA, RUN, WEIGHTS, folders
+from losia_fx.finetune import trainer as finetune_trainer
+from losia_fx.finetune.checkpoints import MARK, folders, newest_whole
 from tests.loop.finetune_runs import Run, assert_same_outcome
 
 
@@ -27,7 +28,7 @@ def whole(argv: list[str], run: Run, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("whole") / "out"
     done = run([*argv, "--out", str(out)])
     assert done.codes == [0], done.err
-    assert not (out / "checkpoints").exists()
+    assert not folders(out)
     return out, done.seconds
 
 
@@ -38,13 +39,13 @@ def test_killed_at_random_moments(
     out, (undisturbed, seconds) = tmp_path / "out", whole
     argv = [*argv, "--out", str(out), "--resume", "--checkpoint-every", "1"]
     moments = random.Random(kills)
-    assert run(argv, kill_when=out / "checkpoints").codes == [-signal.SIGKILL]
+    assert run(argv, kill_when=out / "checkpoint-*" / MARK).codes == [-signal.SIGKILL]
     for _ in range(kills - 1):
         assert run(argv, kill_after=moments.uniform(0.2, 1.2) * seconds).codes[0] in (0, -signal.SIGKILL)
         assert len(folders(out)) <= 3  # the last two, and a third while the oldest is on its way out
     assert run(argv).codes == [0]
     assert_same_outcome(undisturbed, out)
-    assert not (out / "checkpoints").exists()
+    assert not folders(out)
     assert not [path for path in out.iterdir() if path.name.endswith(".draft")]
     before = (out / "run.json").read_bytes()
     assert run(argv).codes == [0]  # finished: nothing is done again
@@ -52,14 +53,14 @@ def test_killed_at_random_moments(
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], Any]) -> None:
-    follow = finetune_job.follow_subnets
+    follow = finetune_trainer.follow_subnets
 
     def stop(model: Any, record: Any, now: int) -> None:
         follow(model, record, now)
         if now == step:
             how()
 
-    monkeypatch.setattr(finetune_job, "follow_subnets", stop)
+    monkeypatch.setattr(finetune_trainer, "follow_subnets", stop)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def half(
     with monkeypatch.context() as patch:
         stop_after(5, patch, lambda: signal.raise_signal(signal.SIGINT))
         assert main(argv) == 130
-    assert [folder.name for folder in folders(tmp_path / "out")] == ["step-00000004", "step-00000005"]
+    assert [folder.name for folder in folders(tmp_path / "out")] == ["checkpoint-4", "checkpoint-5"]
     capsys.readouterr()
     return argv
 
@@ -103,18 +104,30 @@ def test_what_cannot_be_gone_on_from_is_said(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
-    newest = folders(tmp_path / "out")[-1]
-    for name in (WEIGHTS, LOSIA, RUN):
-        file = newest / name
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    half: list[str], whole: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is wrong with it is said, and the one before is taken: to the bit, all the same."""
+    newest, said = tmp_path / "out" / "checkpoint-5", list[str]()
+    for file in sorted(newest.iterdir()):
         good = file.read_bytes()
         for bad in (good[:-1], good[:200], good[:-5] + b"\0" + good[-4:-1] + b"\1", b""):
             file.write_bytes(bad)
-            assert main(half) == 2
-            assert f"{newest.name}/{name}" in capsys.readouterr().err
-        file.unlink()
-        assert main(half) == 1
-        assert name in capsys.readouterr().err
+            found = newest_whole(tmp_path / "out", said.append)
+            if bad == good:
+                continue
+            assert found is not None
+            assert found.name == "checkpoint-4"
+            assert said.pop() == f"{newest}: {file.name}: damaged or missing: passed over"
         file.write_bytes(good)
+    (newest / MARK).unlink()
+    assert main(half) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-5: was cut short: passed over" in printed
+    assert "going on after step 4" in printed
+    assert_same_outcome(whole[0], tmp_path / "out")
 
 
 def test_resume_wants_a_run_with_checkpoints(
@@ -132,20 +145,17 @@ def test_resume_wants_a_run_with_checkpoints(
 def test_a_full_disk_keeps_the_checkpoint_before(
     half: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from losia_fx.finetune import state as run_state
-
-    write, calls = run_state.write_tensors, []
+    from losia_fx.finetune import checkpoints
 
     def fail(path: Path, *more: Any) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        write(path, *more)
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "write_tensors", fail)
+        patch.setattr(checkpoints, "write_tensors", fail)
         assert main(half) == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert [folder.name for folder in folders(tmp_path / "out")] == ["step-00000004", "step-00000005"]
-    assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
+    assert main(half) == 0
+    printed = capsys.readouterr().out
+    assert f"checkpoint-6: {MARK}: damaged or missing: passed over" in printed
+    assert "going on after step 5" in printed

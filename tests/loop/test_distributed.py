@@ -15,7 +15,7 @@ import torch
 from torch import nn, optim
 
 import losia_fx
-from losia_fx.finetune.state import LOSIA, RUN, WEIGHTS, folders
+from losia_fx.finetune.checkpoints import MARK, newest_whole
 from losia_fx.optim import SubnetRMS
 from tests.loop.ddp_worker import RANKS, joined_batches, model_of
 from tests.loop.finetune_runs import Run, assert_same_outcome
@@ -154,12 +154,16 @@ def test_finetune_in_two_processes(inputs: list[str], run: Run, tmp_path: Path) 
 
 def test_a_process_that_dies_ends_the_job(inputs: list[str], run: Run, tmp_path: Path) -> None:
     argv = [*inputs, "--batch-size", "2", "--steps", "100000", "--out", str(tmp_path / "out"), "--resume"]
-    done = run([*argv, "--checkpoint-every", "2"], ranks=2, kill_when=tmp_path / "out" / "checkpoints", victim=1)
+    done = run(
+        [*argv, "--checkpoint-every", "2"], ranks=2, kill_when=tmp_path / "out" / "checkpoint-*" / MARK, victim=1
+    )
     assert done.codes[1] == -signal.SIGKILL
     assert done.codes[0] not in (0, -signal.SIGKILL), "the other went on, or had to be killed too"
     assert done.err[0]
-    newest = folders(tmp_path / "out")[-1]
-    assert {file.name for file in newest.iterdir()} == {WEIGHTS, LOSIA, RUN}
+    said: list[str] = []
+    newest = newest_whole(tmp_path / "out", said.append)
+    assert newest is not None, said
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", MARK} <= {file.name for file in newest.iterdir()}
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Runs ``losia-fx`` in forked children of a process that has imported everything: a start costs no seconds.
 
 Reads lines of JSON: {"argv": [...], "ranks": how many processes (as torchrun would start them), "kill_after": seconds
-or null, "kill_when": a folder that has something in it, or null, "victim": the rank to kill, or null for all,
+or null, "kill_when": a pattern that a file or folder fits, or null, "victim": the rank to kill, or null for all,
 "prints": file for what they print, ".<rank>.out" and ".<rank>.err" added}. Answers each with {"codes": by rank,
 "seconds"}. The children draw no pictures. Torch may not have run here before the fork.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import signal
@@ -59,8 +60,8 @@ def _is_time(kill_after: float | None, began: float) -> bool:
     return kill_after is not None and time.perf_counter() - began > kill_after
 
 
-def _has_something(folder: str | None) -> bool:
-    return folder is not None and any(Path(folder).glob("[!.]*"))
+def _is_there(pattern: str | None) -> bool:
+    return pattern is not None and bool(glob.glob(pattern))
 
 
 def run(
@@ -76,7 +77,7 @@ def run(
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pids[pid]] = os.waitstatus_to_exitcode(status)
-        elif _is_time(kill_after, began) or _has_something(kill_when):
+        elif _is_time(kill_after, began) or _is_there(kill_when):
             for other, rank in pids.items():
                 if rank not in codes and victim in (None, rank):
                     os.kill(other, signal.SIGKILL)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from losia_fx.finetune.command import FinetuneSettings
-from losia_fx.finetune.record import Evaluation, Move, RunRecord, Selection, StepRecord
-from losia_fx.finetune.report import Names, write_json
+from losia_fx.finetune.record import Evaluation, Move, Names, RunRecord, Selection, StepRecord
+from losia_fx.finetune.report import write_json
 from losia_fx.method.subnet import draw
 
 PERIOD, STEPS = 4, 30
@@ -51,6 +49,6 @@ def _select(made: RunRecord, group: int, step: int, generator: torch.Generator) 
 def write_run(folder: Path) -> RunRecord:
     folder.mkdir(parents=True, exist_ok=True)
     made = record()
-    settings = replace(FinetuneSettings(), period=PERIOD, steps=STEPS, device="cpu", lr=1e-3, compiler="eager")
+    settings = {"period": PERIOD, "steps": STEPS, "device": "cpu", "lr": 1e-3, "compiler": "eager"}
     write_json(folder / "run.json", made, NAMES, settings)
     return made

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from losia_fx import ConfigError
-from losia_fx.finetune.command import EMBEDDED_MODEL
+from losia_fx.finetune.settings import EMBEDDED_MODEL
 from losia_fx.tools.load_model import Example, load_model
 from losia_fx.tools.tiny.architectures import build
 

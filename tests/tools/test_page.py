@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode
-from losia_fx.finetune.command import FinetuneSettings
-from losia_fx.finetune.record import Move, RunRecord, Selection, StepRecord
-from losia_fx.finetune.report import Names, write_json
+from losia_fx.finetune.record import Move, Names, RunRecord, Selection, StepRecord
+from losia_fx.finetune.report import write_json
 from losia_fx.method.subnet import draw
 from losia_fx.tools import page
 from tests.tools import tiny
@@ -62,9 +60,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory, record: RunRecord) -> Pat
     folder = tmp_path_factory.mktemp("run")
     model, _ = tiny.decoder()
     model.save_pretrained(folder)  # type: ignore[operator]
-    settings = replace(
-        FinetuneSettings(), period=PERIOD, steps=STEPS, device="cpu", lr=1e-3, batch_size=4, seq_length=8
-    )
+    settings = {"period": PERIOD, "steps": STEPS, "device": "cpu", "lr": 1e-3, "batch_size": 4, "seq_length": 8}
     write_json(folder / "run.json", record, Names("</script><b>", None), settings)
     out = folder / "page.html"
     assert main(["page", str(folder), "--out", str(out)]) == 0

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from losia_fx.config import LosiaConfig, matches
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.plots import DPI, GREY, INK, coverage_of, map_of, plot_losses, plot_subnets
-from losia_fx.finetune.record import RunRecord
-from losia_fx.finetune.report import Names
+from losia_fx.finetune.record import Names, RunRecord
 from losia_fx.method.schedule import rewarm_factor
 from losia_fx.storage.atomic import write_file
 

@@ -26,16 +26,22 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from losia_fx.console import progress
 from losia_fx.errors import LosiaError
-from losia_fx.finetune.loss import cosine_schedule, held_out_loss
-from losia_fx.finetune.text import (
+
+from .text import (
     Document,
     batches,
     held_out_blocks,
+    held_out_loss,
     read_documents,
     split,
     standard_library,
@@ -49,7 +55,6 @@ BATCH = 16
 PEAK_LR = 3e-3
 HELD_OUT_BLOCKS = 512
 HELD_OUT_TEXT_BYTES = 200_000
-EVERYTHING = 10**9  # more blocks than there are, and more characters than any text has: whole texts, all of them
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = train_tokenizer([document.text for document in train])
     sample = _sample(held_out, HELD_OUT_TEXT_BYTES)
     blocks = TokenBlocks(
-        token_blocks(train, tokenizer, LENGTH, limit=EVERYTHING, seed=args.seed, piece=EVERYTHING),
+        token_blocks(train, tokenizer, LENGTH, seed=args.seed),
         held_out_blocks([sample], tokenizer, LENGTH, limit=HELD_OUT_BLOCKS),
         held_out_blocks(split(standard_library())[1], tokenizer, LENGTH, limit=HELD_OUT_BLOCKS),
     )
@@ -128,8 +133,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausa
 
 def pretrain(model: LlamaForCausalLM, blocks: Tensor, *, steps: int, seed: int, console: Console) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    factor = cosine_schedule(steps, warm_up=max(1, steps // 20), floor=0.05)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, num_warmup_steps=max(1, steps // 20), num_training_steps=steps, min_lr_rate=0.05
+    )
     model.train()
     with progress(console, steps, every=100) as tell:
         for batch in itertools.islice(batches(blocks, BATCH, seed=seed), steps):
@@ -171,7 +177,7 @@ def _pod_folder(source: Path) -> Iterator[Path]:
 
 
 def _manual(folder: Path) -> list[Document]:
-    documents = [d for d in read_documents([folder]) if d.name.endswith(".pod") and d.name not in LEFT_OUT]
+    documents = [document for document in read_documents(folder, "*.pod") if document.name not in LEFT_OUT]
     if not documents:
         raise LosiaError(f"{folder}: holds no POD files")
     return documents
