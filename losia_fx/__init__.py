@@ -13,6 +13,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
     # A checkout that is not installed: passes and tools lie beside this folder (pyproject.toml maps them for wheels).
     __path__.append(str(_here.parent))
 
+from . import optim as optim
 from .api.report import Report
 from .api.transform import restore, transform
 from .api.views import Subnet, controller, dense, report, stepped, subnets

@@ -11,10 +11,19 @@ from typing import Any
 
 from losia_fx.errors import ConfigError
 
-SCHEDULES = ("async", "sync", "static")
+SCHEDULES = ("async", "sync", "static", "all")
 IMPORTANCES = ("mixed", "first", "second", "gradient", "random")
+"""Of every element of a weight; or of none."""
+BY_SUMS = ("visits", "sample")
+"""Importances of rows and of columns: out + in numbers of a weight."""
+HEAD_ROWS = ("importance", "frequent", "random", "fixed")
 COMPILERS = ("inductor", "aot_eager", "eager")
-CHOICES = {"schedule": SCHEDULES, "importance": IMPORTANCES, "compiler": COMPILERS}
+CHOICES = {
+    "schedule": SCHEDULES,
+    "importance": (*IMPORTANCES, *BY_SUMS),
+    "head_rows": HEAD_ROWS,
+    "compiler": COMPILERS,
+}
 """Of the options that are one word of several."""
 
 
@@ -27,11 +36,13 @@ class LosiaConfig:
         0 leaves the head frozen.
     period: T, the length of a time slot in optimizer steps; at least 1.
     schedule: "async" profiles one group a slot in turn, "sync" all groups in one slot of every round,
-        "static" keeps the first subnets.
+        "static" keeps the first subnets, "all" profiles every group in every slot and re-selects all at its end.
     importance: how a slot scores the elements of W: "mixed" |WG - (WG)^2/2|, "first" |WG|, "second" (WG)^2,
-        "gradient" G^2 alone, "random" draws new subnets and profiles nothing.
+        "gradient" G^2 alone, "random" draws new subnets and profiles nothing. Two score rows and columns, each by the
+        running mean of its sum of G^2, and keep nothing of W's size: "visits" takes the largest of these over 1 + the
+        subnets so far that an index was in, "sample" draws in proportion to them, without replacement.
     beta1, beta2: decay of the importance and of its uncertainty, an optimizer step at a time; in [0, 1).
-    rewarm: whether the k-th update after a re-selection counts k/T.
+    rewarm: whether the k-th update after a re-selection counts k/``rewarm_steps``.
     target: patterns of module names whose linear weights learn; None means every linear inside the repeated blocks,
         and the head.
     exclude: patterns of module names that stay as they are.
@@ -43,6 +54,18 @@ class LosiaConfig:
         uses; by default it stays as it is.
     track_delta: whether to keep what the weights were before training, so that save_delta can tell what has changed;
         it costs host memory, up to one copy of every weight that learns (losia-fx explain says how much).
+    rewarm_steps: how many updates rewarming takes; None for a period, and for none with schedule="all", where it would
+        lower the learning rate of the whole run.
+    head_rows: how the output head's rows are chosen: "importance" as all others', "random" drawn at the times at which
+        the head re-selects, "fixed" as drawn at first, "frequent" those of the labels that were most frequent in the
+        first ``count_steps`` steps, from then on for good: of the ``labels`` that the model is called with, or of its
+        ``input_ids`` where there are none; -100 does not count, nor does a rank of many by itself.
+    count_steps: how many steps that takes; None for a period.
+    carry_moments: whether an optimizer's exp_avg_sq (Adam's) goes on after a re-selection from what is known of the
+        rows and columns, instead of from zero: their running means of S.grad^2 (losia_fx.method.factored, decay 0.99),
+        times the correction 1 - beta2^step that the optimizer takes off again, beta2 being that of its group's betas.
+        Its step count is kept, its other moments start anew. The state of an optimizer that has no step, exp_avg,
+        exp_avg_sq and betas starts anew as without this, and it is named once.
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
@@ -65,6 +88,10 @@ class LosiaConfig:
     train_tied_head: bool = False
     profile_steps: int | None = None
     track_delta: bool = False
+    rewarm_steps: int | None = None
+    head_rows: str = "importance"
+    count_steps: int | None = None
+    carry_moments: bool = False
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -75,11 +102,20 @@ class LosiaConfig:
         _integer("seed", self.seed, least=0)
         if self.profile_steps is not None:
             _integer("profile_steps", self.profile_steps, least=1, most=self.period)
+        for option in ("rewarm_steps", "count_steps"):
+            if getattr(self, option) is not None:
+                _integer(option, getattr(self, option), least=1)
         for option, allowed in CHOICES.items():
             _choice(option, getattr(self, option), allowed)
-        for option in ("rewarm", "train_tied_head", "track_delta"):
+        for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
+        if self.rewarm_steps is not None and not self.rewarm:
+            raise ConfigError(
+                f"rewarm_steps={self.rewarm_steps}: with rewarm=False nothing is rewarmed; drop one of them"
+            )
+        if self.count_steps is not None and self.head_rows != "frequent":
+            raise ConfigError(f'count_steps={self.count_steps}: only head_rows="frequent" counts; drop it')
         for option in ("target", "exclude", "trainable"):
             object.__setattr__(self, option, _patterns(option, getattr(self, option)))
 
@@ -96,6 +132,17 @@ class LosiaConfig:
             raise ConfigError(f"config={base!r}: give a LosiaConfig, or its fields as keywords")
         start = {} if base is None else {field.name: getattr(base, field.name) for field in fields(base)}
         return cls(**{**start, **options})
+
+    @classmethod
+    def roaming(cls, **options: Any) -> LosiaConfig:
+        """Every subnet is drawn anew after every step, and the head learns the rows of the most frequent labels.
+
+        That is schedule="all", importance="random", period=1, head_rows="frequent" with count_steps=50, and no rewarm;
+        ``options`` on top. Nothing is profiled. Made for losia_fx.optim.SubnetRMS: an optimizer whose state starts anew
+        with every move takes the sign of the gradient here.
+        """
+        rule = cls(schedule="all", importance="random", period=1, head_rows="frequent", count_steps=50)
+        return cls.of(rule, options)
 
     @property
     def profiles(self) -> bool:

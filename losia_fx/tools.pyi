@@ -13,5 +13,6 @@ from tools import (
     page as page,
     plot as plot,
     pretrain as pretrain,
+    quality as quality,
     tiny as tiny,
 )

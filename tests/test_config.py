@@ -31,6 +31,10 @@ DEFAULTS = {
     "train_tied_head": False,
     "profile_steps": None,
     "track_delta": False,
+    "rewarm_steps": None,
+    "head_rows": "importance",
+    "count_steps": None,
+    "carry_moments": False,
 }
 
 
@@ -59,6 +63,10 @@ WRONG: dict[str, list[Any]] = {
     "trainable": [None, ("",), (b"a",)],
     "seed": [-1, 1.0, "0", None, True],
     "compiler": ["", "gcc", None, 3],
+    "rewarm_steps": [0, -1, True, 2.5, "3"],
+    "head_rows": ["", "often", None, 1],
+    "count_steps": [0, -1, False, 1.0, "3"],
+    "carry_moments": [0, None, "yes"],
     "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 
@@ -71,6 +79,23 @@ def test_a_wrong_value_is_named(option: str, value: Any) -> None:
     if not isinstance(value, tuple):
         assert repr(value) in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_options_that_say_nothing_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rewarm_steps=3: with rewarm=False nothing is rewarmed"):
+        LosiaConfig(rewarm=False, rewarm_steps=3)
+    with pytest.raises(ConfigError, match=r'count_steps=3: only head_rows="frequent" counts'):
+        LosiaConfig(count_steps=3)
+
+
+def test_roaming_is_one_word_for_several_options() -> None:
+    config = LosiaConfig.roaming(rank_factor=0.25)
+    own = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "frequent", "count_steps": 50}
+    assert dataclasses.asdict(config) == {**DEFAULTS, **own, "rank_factor": 0.25}
+    assert not config.profiles
+    assert LosiaConfig.roaming(period=10, rewarm_steps=2).period == 10
+    with pytest.raises(ConfigError, match="did you mean 'period'"):
+        LosiaConfig.roaming(perod=2)
 
 
 def test_profile_steps_fit_into_the_period() -> None:

@@ -32,7 +32,7 @@ from losia_fx.model.kinds import EXPERTS
 from losia_fx.model.roles import ADAPTER, plan_model
 from losia_fx.model.weight_plan import WeightPlan
 from losia_fx.ops.first_order import watch_functions
-from losia_fx.runtime import notices
+from losia_fx.runtime import labels, notices
 from losia_fx.runtime.agreement import Swapped
 from losia_fx.runtime.attach import attach, detach
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
@@ -248,6 +248,7 @@ class CompiledCall:
             refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
         under_ddp = train.ranks.notice(train.states, train.progress.generator)
+        labels.note(train, args, kwargs)
         _free_input_gradients(self.root)
         try:
             with asking_for_gradients(train.states), whole_graphs(under_ddp):

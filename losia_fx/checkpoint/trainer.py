@@ -69,9 +69,12 @@ class LosiaCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         followed, due = controller(self._model), control.should_log
+        at_once = followed.config.schedule == "all"
+        if at_once and not due:  # what may move with every step is told as often as the Trainer logs, the last of it
+            return
         fresh, self._logged = followed.history[self._logged :], len(followed.history)
-        for event in fresh:
-            logs = {"losia/group": event.group, "losia/moved": event.moved}
+        for event in fresh[-1:] if at_once else fresh:
+            logs = {"losia/group": -1 if event.group is None else event.group, "losia/moved": event.moved}
             self.trainer.log(logs if event.captured is None else {**logs, "losia/captured": event.captured})
         if due:
             self.trainer.log({"losia/active_group": -1 if followed.active is None else followed.active})

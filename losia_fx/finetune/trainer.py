@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 import losia_fx
 from losia_fx.console import say
+from losia_fx.method.schedule import checked_steps
 from losia_fx.method.transfers import copies
 
 from .checkpoints import seal, take_up
@@ -173,10 +174,20 @@ class RunCallback(TrainerCallback):
 
 
 def follow_subnets(model: nn.Module, record: RunRecord, step: int) -> None:
-    """Records the re-selections that this step made, if any."""
-    events = losia_fx.controller(model).history[len(record.moves) :]
-    record.moves += [Move(event.step, event.group, event.moved, event.captured) for event in events]
-    record_subnets(model, record, [event.group for event in events], step)
+    """Records the re-selections that this step made, if any; of groups that all move at once, one round in a while."""
+    controller = losia_fx.controller(model)
+    at_once = controller.config.schedule == "all"
+    if at_once and step % checked_steps(controller.config):
+        return
+    last = record.moves[-1].step if record.moves else -1
+    events = list(itertools.takewhile(lambda event: event.step > last, reversed(controller.history)))[::-1]
+    moves = [
+        Move(event.step, group, event.moved, event.captured)
+        for event in (events[-1:] if at_once else events)
+        for group in (range(len(controller.groups)) if event.group is None else (event.group,))
+    ]
+    record.moves += moves
+    record_subnets(model, record, [move.group for move in moves], step)
 
 
 def record_subnets(model: nn.Module, record: RunRecord, groups: Iterable[int], step: int) -> None:

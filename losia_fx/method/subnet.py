@@ -6,6 +6,8 @@ A matrix (out, in) has rows (r,) and cols (c,); an expert weight (E, out, in) a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,3 +98,37 @@ def _some(size: int, count: int, generator: torch.Generator) -> Tensor:
     if count == size:
         return torch.arange(size, device="cpu")
     return torch.randperm(size, generator=generator, device="cpu")[:count].sort().values
+
+
+def draw_all(
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Sequence[tuple[int, int]],
+    generator: torch.Generator,
+    device: torch.device,
+) -> list[tuple[Tensor, Tensor]]:
+    """As ``draw``, for many weights at once, on ``device``; not the same numbers.
+
+    Dimensions of one length are drawn in one go, so that many weights cost a few calls. ``generator``, of the CPU, only
+    seeds one of the device, and the host does not wait for that.
+    """
+    seed = int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
+    own = torch.Generator(device).manual_seed(seed)
+    wanted: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for at, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        for dim, (length, count) in enumerate(zip(shape[-2:], size, strict=True)):
+            wanted.setdefault((length, count), []).append((at, dim, shape[0] if len(shape) == 3 else 1))
+    found: list[list[Tensor]] = [[torch.empty(0, device="cpu")] * 2 for _ in shapes]
+    for (length, count), places in wanted.items():
+        many = [experts for *_, experts in places]
+        drawn = _some_of_each(sum(many), length, count, own).split(many)
+        for (at, dim, _), part in zip(places, drawn, strict=True):
+            found[at][dim] = part if len(shapes[at]) == 3 else part[0]
+    return [(rows, cols) for rows, cols in found]
+
+
+def _some_of_each(many: int, length: int, count: int, generator: torch.Generator) -> Tensor:
+    """(many, count) int64, each row sorted and distinct, below ``length``."""
+    if count == length:
+        return torch.arange(length, device=generator.device).expand(many, length)
+    keys = torch.rand(many, length, generator=generator, device=generator.device)
+    return keys.topk(count, sorted=False).indices.sort(-1).values

@@ -170,6 +170,11 @@ class BaseHistory:
         self._follow_dtype(weight)
         self._add(weight, rows, cols, block)
 
+    def keep_whole(self, weight: Tensor) -> None:
+        """The subnet is about to move all the time: the base is one copy of the weight from now on, not its pieces."""
+        if self.follows:
+            self.pieces = [Piece(self.base_of(weight).reshape(-1))]
+
     def _add(self, weight: Tensor, rows: Tensor, cols: Tensor, block: Tensor) -> None:
         values = place_after(self.pieces, rows, cols).values_of(block)
         if values.numel():

@@ -98,8 +98,7 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
 
     applied: nn.Module = type(owner)._apply(owner, guarded, recurse)
     for state in states:
-        if state.profile is not None:
-            state.profile.to(state.weight.device)
+        state.follow_device()
         if (agreement := agreement_of(state)) is not None:
             agreement.remember([state], places=True)
     return applied

@@ -78,11 +78,17 @@ class Bases:
         self._seen.clear()
         self._met.clear()
 
-    def before_move(self, places: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> None:
+    def before_move(self, places: Mapping[SubnetState, tuple[Tensor, Tensor]], everywhere: bool) -> None:
         """Subnets are about to move to these rows and cols: keeps what their weights hold there.
 
-        The device is waited for once a dtype, however many they are.
+        The device is waited for once a dtype, however many they are. everywhere: they will have been all over their
+        weights soon, so one copy of each is kept from now on.
         """
+        if everywhere:
+            for state in places:
+                if state.base is not None:
+                    state.base.keep_whole(state.weight)
+            return
         moving = {state: place for state, place in places.items() if state.base is not None and state.base.follows}
         blocks = [gather(state.weight.detach(), *place) for state, place in moving.items()]
         found = iter(copies([*itertools.chain.from_iterable(moving.values()), *blocks]))

@@ -51,7 +51,8 @@ class Controller:
     """The schedule of one model's subnets.
 
     step: optimizer steps completed. groups: weight names by group, the head first. active: the group being profiled,
-    or None. history: the re-selections so far. left_out: profiled weight-steps whose gradient could not be used.
+    or None. history: the re-selections so far, an event a group, or one for all of them with schedule="all". left_out:
+    profiled weight-steps whose gradient could not be used.
     """
 
     def __init__(self, root: nn.Module, config: LosiaConfig, by_string: bool = False) -> None:
@@ -120,7 +121,7 @@ class Controller:
     @property
     def active(self) -> int | None:
         """The group being profiled; None where none is, or (sync) where all are."""
-        groups = profiled_groups(self.config, len(self.groups), self.step)
+        groups = profiled_groups(self.config, len(self.groups), self.step, self.train.head)
         return groups[0] if len(groups) == 1 else None
 
     @property
@@ -184,7 +185,7 @@ class Controller:
         if not self.train.optimizers.known:  # before the first step
             found, _ = owners.meet_all(self.train)
             self.train.optimizers.known.update(found)
-        event = slot.reselect(self.train, group)
+        event = slot.reselect(self.train, (group,), group)
         if event is None:
             raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")
         return event

@@ -12,6 +12,7 @@ from torch import nn
 from losia_fx import registry
 from losia_fx._compat import compiled_call, not_installed
 from losia_fx.errors import StateError, listed
+from losia_fx.method.schedule import checked_steps
 
 from . import notices, slot, steps
 from .agreement import agreement_of, strays
@@ -64,7 +65,7 @@ def note(train: TrainState, written: list[SubnetState], learns: bool, shown: boo
     still = train.vigilance.still(written, modes_of(train))
     if learns:
         train.idle = False
-        if train.vigilance.moves_unseen(train.config.period):
+        if train.vigilance.moves_unseen(checked_steps(train.config)):
             notices.warn_standing(train, written)
     elif shown and still:
         notices.warn_averaged(train, still)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from losia_fx.config import LosiaConfig
+from losia_fx.config import BY_SUMS, LosiaConfig
 from losia_fx.method.fit import Fit, fit_from, fits_from, measure_clip, measure_fit
 from losia_fx.method.kernels import update_importance
+from losia_fx.method.sums import add_sums, sums_shapes
 from losia_fx.method.transfers import numbers_of
 
 from .optimizers import grad_scale
@@ -58,7 +59,12 @@ def fit_gradients(
 def add_importance(
     profile: Profile, weight: Tensor, grad: Tensor, fit: Fit, config: LosiaConfig, compiled: bool
 ) -> None:
-    """One step's part in I and U. ``weight``: W of before the step; ``grad``: its G."""
+    """One step's part in I and U, or in the sums. ``weight``: W of before the step; ``grad``: its G."""
+    if config.importance in BY_SUMS:
+        if profile.row_sums is None or profile.col_sums is None:
+            profile.row_sums, profile.col_sums = (grad.new_zeros(n, dtype=torch.float32) for n in sums_shapes(weight))
+        add_sums(profile.row_sums, profile.col_sums, grad, fit.factor, fit.limit, config.beta1)
+        return
     if profile.importance is None or profile.uncertainty is None:
         profile.importance = torch.zeros_like(grad, dtype=torch.float32)
         profile.uncertainty = torch.zeros_like(grad, dtype=torch.float32)

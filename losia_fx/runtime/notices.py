@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
 from losia_fx import registry
 from losia_fx.errors import LosiaWarning, listed
+from losia_fx.method.schedule import checked_steps
 
 from .state import SubnetState
 from .train_state import TrainState
@@ -70,8 +72,19 @@ def warn_resumed() -> None:
     )
 
 
-def warn_kept(group: int) -> None:
-    _warn(f"group {group} keeps its subnets: no step of its slot gave a gradient to score by")
+def warn_kept(group: int | None) -> None:
+    """group: None of all."""
+    who = "all groups keep their" if group is None else f"group {group} keeps its"
+    _warn(f"{who} subnets: no step of the slot gave a gradient to score by")
+
+
+def warn_not_carried(train: TrainState, optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    if _once(train, f"not carried: {kind}"):
+        _warn(
+            f"carry_moments=True: {kind} keeps no step, exp_avg and exp_avg_sq of its parameters, or its groups have "
+            "no betas: its state of a subnet that moves starts anew"
+        )
 
 
 def warn_standing(train: TrainState, written: Sequence[SubnetState]) -> None:
@@ -101,7 +114,7 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
 def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     """At a slot's end: subnets that are in use and do not learn: no gradient reaches them, or no optimizer (``owned``:
     those that one steps)."""
-    stepped = set(owned)
+    stepped, steps = set(owned), checked_steps(train.config)
     by_group = {group: train.members(group) for group in range(len(train.groups))}
     quiet = [s for s in train.states if not s.learned and not s.ran_without_grad]
     idle = {group for group, members in by_group.items() if not any(state.learned for state in members)}
@@ -111,14 +124,14 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
         state.ran = state.learned = False
     if deaf and _once(train, "deaf"):
         _warn(
-            f"{len(deaf)} weights have had no gradient in the last {train.config.period} steps: {_names(deaf)}. "
+            f"{len(deaf)} weights have had no gradient in the last {steps} steps: {_names(deaf)}. "
             "Nothing of them learns. Where a loss takes a weight by hand, take losia_fx.dense(model, name) instead; a "
             "part that another compiler runs, or that this loss has no use for, is named in exclude"
         )
     if ownerless and _once(train, "ownerless"):
         _warn(
             f"{len(ownerless)} weights are in use, and no optimizer has stepped their subnets in the last "
-            f"{train.config.period} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
+            f"{steps} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
             "name these weights in exclude"
         )
 

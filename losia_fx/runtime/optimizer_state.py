@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from losia_fx import registry
 
+from .moves import KeepsOverMoves
 from .optimizers import inner_optimizers, parameters_of
 from .state import SubnetState
 
@@ -33,16 +34,25 @@ class Entry:
 CONSTRUCTED: MutableMapping[Optimizer, MutableMapping[SubnetState, dict[str, Entry]]] = registry.CONSTRUCTED
 
 
-def restart_states(optimizers: Iterable[Optimizer], state: SubnetState) -> None:
-    """As _restart for each; of those that share a state, a wrapper and what it stands around, for the inner."""
+def restart_states(
+    optimizers: Iterable[Optimizer],
+    states: Sequence[SubnetState],
+    carry_over: Callable[[Optimizer, SubnetState], bool] | None = None,
+) -> None:
+    """As _restart for each subnet and optimizer; of those that share a state, a wrapper and what it stands around,
+    for the inner. carry_over: may make the state of a subnet in another way, and says whether it has."""
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     ordered = dict.fromkeys((*reversed(inner), *optimizers))
     done: set[int] = set()
     for optimizer in ordered:
         if id(optimizer.state) not in done:
             done.add(id(optimizer.state))
-            _restart(optimizer, state)
-        _renew_copies(optimizer, state.values)
+            for state in states:
+                if isinstance(optimizer, KeepsOverMoves):
+                    optimizer.after_subnet_move(state.values)
+                elif carry_over is None or not carry_over(optimizer, state):
+                    _restart(optimizer, state)
+        _renew_copies(optimizer, {id(state.values): state.values for state in states})
 
 
 def _restart(optimizer: Optimizer, state: SubnetState) -> None:
@@ -76,7 +86,7 @@ def note_constructed(optimizer: Optimizer, states: Sequence[SubnetState]) -> Non
     State that is there already may also have been loaded, so another optimizer of the kind is asked; where none can be
     made, copies of the parameters and zeros are recognised.
     """
-    if optimizer in CONSTRUCTED:
+    if optimizer in CONSTRUCTED or isinstance(optimizer, KeepsOverMoves):
         return
     there = [state for state in states if optimizer.state.get(state.values)]
     twin = _twin(optimizer) if there else None
@@ -140,21 +150,20 @@ def _wanted(kind: Any) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _renew_copies(optimizer: Optimizer, values: Tensor) -> None:
+def _renew_copies(optimizer: Optimizer, moved: Mapping[int, Tensor]) -> None:
     """Copies of the parameters that an optimizer keeps in a list of its own (slow weights), in the order of its groups:
-    that of a subnet which has moved is of other weights now."""
+    those of subnets which have moved (S by its id) are of other weights now."""
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
-    place = next((at for at, parameter in enumerate(flat) if parameter is values), None)
-    if place is None:
-        return
-    for kept in list(optimizer.__dict__.values()):
+    places = [at for at, parameter in enumerate(flat) if id(parameter) in moved]
+    for kept in list(optimizer.__dict__.values()) if places else ():
         if not isinstance(kept, list) or kept is optimizer.param_groups:
             continue
         nested = len(kept) == len(groups) and all(isinstance(part, list) for part in kept)
         copies = [entry for part in kept for entry in part] if nested else kept
         if len(copies) == len(flat) and all(map(_is_copy, copies, flat)):
-            copies[place].copy_(values.detach())
+            for place in places:
+                copies[place].copy_(flat[place].detach())
 
 
 def _is_copy(one: Any, parameter: Tensor) -> bool:

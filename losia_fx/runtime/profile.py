@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Profile:
-    """Each has the shape of W, and is made when first needed, on W's device."""
+    """Each is made when first needed, on W's device, and has its shape but for the sums."""
 
     importance: Tensor | None = None
     """I, float32."""
@@ -25,11 +25,15 @@ class Profile:
     """U, float32."""
     grad: Tensor | None = None
     """G, the full gradient of the optimizer step under way: as the first product made it, float32 from the second."""
+    row_sums: Tensor | None = None
+    """The running mean of G^2 summed over columns, (out,) or (E, out) float32: importance "visits" and "sample"."""
+    col_sums: Tensor | None = None
+    """The same over rows, (in,) or (E, in)."""
     backward: int = -1
     """The backward pass that last added to G."""
 
     def to(self, device: torch.device) -> None:
-        for name in ("importance", "uncertainty", "grad"):
+        for name in ("importance", "uncertainty", "grad", "row_sums", "col_sums"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
 

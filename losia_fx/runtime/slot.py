@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from losia_fx.config import LosiaConfig
-from losia_fx.method.importance import score_of
-from losia_fx.method.schedule import profiled_groups
-from losia_fx.method.selection import Selection, select_experts, select_rows, select_subnet, share_moved
+from losia_fx.method.schedule import profiled_groups, rewarmed_steps
+from losia_fx.method.selection import Selection, share_moved
 from losia_fx.method.transfers import numbers_of
 
 from . import notices
+from .carry import carry_over
+from .choose import Choice, choose, share_of_all
 from .optimizer_state import restart_states
 from .profile import Profile
 from .state import SubnetState
@@ -24,17 +25,9 @@ from .train_state import Event, TrainState
 log = logging.getLogger("losia_fx")
 
 
-class Choice(NamedTuple):
-    """A selection, the sum of the whole score that it was made by, and the share of S that moves: 0-dim float32."""
-
-    selection: Selection
-    total: Tensor
-    moved: Tensor
-
-
 def open_slot(train: TrainState) -> None:
     """Has the groups of the slot that the next step is in profiled, and no other."""
-    profiled = profiled_groups(train.config, len(train.groups), train.progress.step)
+    profiled = profiled_groups(train.config, len(train.groups), train.progress.step, train.head)
     for state in train.states:
         if state.group in train.progress.selecting:
             continue  # its score is still to be used
@@ -45,81 +38,87 @@ def open_slot(train: TrainState) -> None:
 
 
 def select_due(train: TrainState) -> None:
-    """Moves the groups whose slot has ended."""
+    """Moves the groups whose slot has ended: one after the other, or with schedule="all" at once."""
     selecting = train.progress.selecting
     while selecting:
-        group = selecting[0]
-        if reselect(train, group) is None:
-            notices.warn_kept(group)
-            _record(train, Event(train.progress.step, group, 0.0, None))
-        for state in train.members(group):
-            state.profile = None
-        selecting.pop(0)
+        groups = tuple(selecting) if train.config.schedule == "all" else (selecting[0],)
+        label = None if train.config.schedule == "all" else groups[0]
+        if reselect(train, groups, label) is None:
+            notices.warn_kept(label)
+            _record(train, Event(train.progress.step, label, 0.0, None))
+        for group in groups:
+            for state in train.members(group):
+                state.profile = None
+        del selecting[: len(groups)]
 
 
 @torch.no_grad()
-def reselect(train: TrainState, group: int) -> Event | None:
-    """Selects the subnets of a group, and moves them there; None where there is no score to select by."""
-    members = train.members(group)
-    drawn = ((state, choose(state, train.config, train.progress.generator)) for state in members)
-    choices = {state: choice for state, choice in drawn if choice is not None}
-    asked = [torch.stack([c.total, c.selection.captured, c.moved]) for c in choices.values()]
+def reselect(train: TrainState, groups: Sequence[int], label: int | None) -> Event | None:
+    """Selects the subnets of these groups, and moves them there; None where there is no score to select by.
+
+    label: what the event calls the groups. Where all subnets are drawn, and at once, the host does not wait.
+    """
+    members = [state for group in groups for state in train.members(group)]
+    choices = choose(train, members)
+    elements = sum(state.values.numel() for state in members)
+    if train.config.schedule == "all" and choices and all(choice.total is None for choice in choices.values()):
+        selections = {state: choice.selection for state, choice in choices.items()}
+        moved = share_of_all(selections, elements)
+        _move(train, selections)
+        return _record(train, Event(train.progress.step, label, math.nan, None), moved)
+    asked = [_asked(state, choice) for state, choice in choices.items()]
     found = dict(zip(choices, numbers_of(asked), strict=True))  # the device waits once
-    if train.config.importance != "random":  # what has no score stays
-        found = {state: numbers for state, numbers in found.items() if numbers[0] > 0}
+    # What has no score stays.
+    found = {state: numbers for state, numbers in found.items() if choices[state].total is None or numbers[0] > 0}
     if not found:
         return None
     _move(train, {state: choices[state].selection for state in found})
     total, inside = (sum(numbers[part] for numbers in found.values()) for part in (0, 1))
-    moved = sum(numbers[2] * state.values.numel() for state, numbers in found.items())
-    elements = sum(state.values.numel() for state in members)
-    captured = inside / total if total > 0 else None
-    return _record(train, Event(train.progress.step, group, moved / elements, captured))
+    share = sum(numbers[2] * state.values.numel() for state, numbers in found.items()) / elements
+    return _record(train, Event(train.progress.step, label, share, inside / total if total > 0 else None))
 
 
-def choose(state: SubnetState, config: LosiaConfig, generator: torch.Generator) -> Choice | None:
-    """None where nothing was measured. All on the device: whether there is any score is not known yet."""
-    profile = state.profile
-    if config.importance == "random":
-        selection = state.random_selection(generator)
-        total = torch.zeros_like(selection.captured)
-    elif profile is None or profile.importance is None or profile.uncertainty is None:
-        return None
-    else:
-        score = score_of(config.importance, profile.importance, profile.uncertainty)
-        selection, total = _select(state, score), score.sum()
-    return Choice(selection, total, share_moved((state.rows, state.cols), (selection.rows, selection.cols)))
-
-
-def _select(state: SubnetState, score: Tensor) -> Selection:
-    if score.dim() == 3:
-        return select_experts(score, (state.rows, state.cols))
-    return select_rows(score, state.size[0]) if state.whole_cols else select_subnet(score, *state.size)
+def _asked(state: SubnetState, choice: Choice) -> Tensor:
+    """The whole score, its part inside, and the share of S that moves: 3 numbers."""
+    selection = choice.selection
+    total = torch.zeros_like(selection.captured) if choice.total is None else choice.total
+    moved = share_moved((state.rows, state.cols), (selection.rows, selection.cols))
+    return torch.stack([total, selection.captured, moved])
 
 
 def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> None:
     if train.bases is not None:
-        train.bases.before_move({state: (selection.rows, selection.cols) for state, selection in selections.items()})
+        places = {state: (selection.rows, selection.cols) for state, selection in selections.items()}
+        train.bases.before_move(places, everywhere=train.config.schedule == "all")
     train.pending.moving = True
+    rewarms = rewarmed_steps(train.config) > 1
     for state, selection in selections.items():
-        state.rewarm_from = train.progress.step
+        if train.config.importance == "visits":
+            state.note_visit()
+        state.rewarm_from = train.progress.step if rewarms else None
         state.pending = (selection.rows, selection.cols)
     finish_moves(train, selections)
 
 
 def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
-    for state in states:
-        if state.pending is not None:
-            state.move_to(*state.pending)
-            restart_states(train.optimizers.known, state)
-            train.agreement.remember([state], places=True)
-            train.by_hand.pop(state, None)
-            state.pending = None
+    moving = [state for state in states if state.pending is not None]
+    for state in moving:
+        assert state.pending is not None
+        state.move_to(*state.pending)
+        train.by_hand.pop(state, None)
+    carries = functools.partial(carry_over, train) if train.config.carry_moments else None
+    restart_states(train.optimizers.known, moving, carries)
+    train.agreement.remember(moving, places=True)
+    for state in moving:
+        state.pending = None
     train.pending.moving = False
 
 
-def _record(train: TrainState, event: Event) -> Event:
-    train.progress.history.append(event)
-    log.info("step %d: group %d re-selected, %.0f%% new", event.step, event.group, 100 * event.moved)
-    return event
+def _record(train: TrainState, event: Event, moved: Tensor | None = None) -> Event:
+    """moved: the share, where nobody has waited for it yet."""
+    if moved is None:
+        log.info("step %d: group %s re-selected, %.0f%% new", event.step, event.group, 100 * event.moved)
+    else:
+        log.debug("step %d: all groups re-selected", event.step)
+    return train.progress.record(event, moved)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import StateError, listed
+from losia_fx.method.factored import Means
 from losia_fx.method.schedule import profiled_groups
+from losia_fx.method.sums import sums_shapes
 
 from .agreement import strays
 from .profile import Profile
@@ -22,12 +24,17 @@ FORMAT = 1
 PLAIN = ("format", "config", "groups", "step", "left_out", "history", "rewarm_from", "stepped")
 GENERATOR = "generator"
 SUBNET = ("values", "rows", "cols")
-PROFILE = ("importance", "uncertainty", "grad")
+PROFILE = ("importance", "uncertainty", "grad", "row_sums", "col_sums")
+KEPT = ("label_counts", "row_stays", "col_stays", "row_means", "col_means", "row_visits", "col_visits")
+PAIRS = (("importance", "uncertainty"), ("row_sums", "col_sums"), ("row_stays", "col_stays"), KEPT[3:])
+"""Of which some are of no use without the others."""
 # What decides how training goes on. The patterns show in the names of the subnets, and a state brings its generator.
 BINDING = (
     "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
-    "rewarm",
+    "rewarm", "rewarm_steps", "head_rows", "count_steps", "carry_moments",
 )  # fmt: skip
+DEFAULTS = {name: getattr(LosiaConfig(), name) for name in BINDING}
+"""Of a state that was written before an option came to be."""
 
 
 def collect(train: TrainState) -> dict[str, Any]:
@@ -78,13 +85,15 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
         subnet.values.copy_(state[f"{subnet.name}:values"])
         subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
         subnet.profile = profile
+        _take_kept(subnet, state)
     progress = train.progress
     progress.generator.set_state(state[GENERATOR].cpu())
     progress.step, progress.left_out = state["step"], state["left_out"]
-    progress.history = [Event(*event) for event in state["history"]]
+    progress.events, progress.unread = [Event(*event) for event in state["history"]], []
     progress.stepped = {subnet for subnet in profiles if subnet.name in state["stepped"]}
     progress.selecting = []
     train.pending.forget_step()
+    train.pending.labels = None
     train.pending.open.clear()
     train.agreement.waiting = set(strays(train.states))
     train.agreement.remember(places=True)
@@ -98,20 +107,28 @@ def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
         tensor = getattr(subnet.profile, part)
         if tensor is not None:
             yield part, tensor
+    found = (subnet.label_counts, *(subnet.visits or (None, None)), *(subnet.means or [None] * 4))
+    yield from ((part, tensor) for part, tensor in zip(KEPT, found, strict=True) if tensor is not None)
+
+
+def _take_kept(subnet: SubnetState, state: Mapping[str, Any]) -> None:
+    device = subnet.weight.device
+    entries = {part: state.get(f"{subnet.name}:{part}") for part in KEPT}
+    found = {part: entry.to(device, copy=True) for part, entry in entries.items() if entry is not None}
+    subnet.label_counts = found.get(KEPT[0])
+    subnet.visits = (found[KEPT[1]], found[KEPT[2]]) if KEPT[1] in found else None
+    subnet.means = Means(*(found[part] for part in KEPT[3:])) if KEPT[3] in found else None
 
 
 def _profiled(train: TrainState, step: int) -> tuple[int, ...]:
     """The groups that are being profiled after ``step`` steps."""
-    return profiled_groups(train.config, len(train.groups), step)
+    return profiled_groups(train.config, len(train.groups), step, train.head)
 
 
 def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
     device = subnet.weight.device
-    importance, uncertainty, grad = (
-        None if (found := state.get(f"{subnet.name}:{part}")) is None else found.to(device, copy=True)
-        for part in PROFILE
-    )
-    return Profile(importance, uncertainty, grad)
+    found = {part: state.get(f"{subnet.name}:{part}") for part in PROFILE}
+    return Profile(**{part: entry.to(device, copy=True) for part, entry in found.items() if entry is not None})
 
 
 # -- the checks, each yielding what is wrong --------------------------------------------------------------------------
@@ -122,8 +139,8 @@ def _options(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} is missing" for name in missing)
     own, config = _plain_config(train.config), state.get("config")
     if isinstance(config, Mapping):
-        differ = (name for name in BINDING if config.get(name) != own[name])
-        yield from (f"{name} was {config.get(name)!r} and is {own[name]!r}" for name in differ)
+        was = {name: config.get(name, DEFAULTS[name]) for name in BINDING}
+        yield from (f"{name} was {was[name]!r} and is {own[name]!r}" for name in BINDING if was[name] != own[name])
     elif "config" in state:
         yield "config is no table of options"
     if not missing and state["groups"] != [list(names) for names in train.groups]:
@@ -137,13 +154,24 @@ def _names(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     optional: set[str] = set()
     for subnet in train.states:
         expected.update(f"{subnet.name}:{part}" for part in SUBNET)
-        if subnet.group in profiled:
-            optional.update(f"{subnet.name}:{part}" for part in PROFILE)
-            pair = {f"{subnet.name}:{part}" for part in PROFILE[:2]}
-            if pair & state.keys():  # one is of no use without the other
-                expected |= pair
+        parts = (*(PROFILE if subnet.group in profiled else ()), *_kept_by(train.config, subnet))
+        optional.update(f"{subnet.name}:{part}" for part in parts)
+        for pair in PAIRS:
+            names = {f"{subnet.name}:{part}" for part in pair}
+            if names & state.keys() & optional:
+                expected |= names
     yield from (f"{name} is missing" for name in sorted(expected - state.keys()))
     yield from sorted(f"{name} is unknown" for name in state.keys() - expected - optional)
+
+
+def _kept_by(config: LosiaConfig, subnet: SubnetState) -> Iterator[str]:
+    """The parts in KEPT that these options make use of."""
+    if config.head_rows == "frequent" and subnet.whole_cols:
+        yield KEPT[0]
+    if config.importance == "visits":
+        yield from KEPT[1:3]
+    if config.carry_moments:
+        yield from KEPT[3:]
 
 
 def _plain_values(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
@@ -161,7 +189,7 @@ def _plain_values(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
 
 def _tensors_fit(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     for subnet in train.states:
-        for part in (*SUBNET, *PROFILE):
+        for part in (*SUBNET, *PROFILE, *KEPT):
             name = f"{subnet.name}:{part}"
             if name in state and (misfit := _misfit(subnet, part, state[name])):
                 yield f"{name} {misfit}"
@@ -174,16 +202,28 @@ def _misfit(subnet: SubnetState, part: str, entry: Any) -> str | None:
     if not isinstance(entry, Tensor) or entry.layout is not torch.strided or entry.is_meta:
         return "is no ordinary tensor"
     weight = subnet.weight
-    like = getattr(subnet, part) if part in SUBNET else weight
-    dtype = like.dtype if part in SUBNET else torch.float32
-    if entry.shape != like.shape or entry.dtype != dtype:
-        return f"is {tuple(entry.shape)} {entry.dtype}, not {tuple(like.shape)} {dtype}"
+    shape, dtype = _form(subnet, part)
+    if entry.shape != shape or entry.dtype != dtype:
+        return f"is {tuple(entry.shape)} {entry.dtype}, not {tuple(shape)} {dtype}"
     if part not in ("rows", "cols"):
         return None
     size = weight.shape[-2 if part == "rows" else -1]  # of W (out, in), or of experts' (E, out, in)
     if not (entry.numel() and 0 <= int(entry.min()) and int(entry.max()) < size):
         return f"holds an index outside of 0 to {size - 1}"
     return None if bool((entry[..., 1:] > entry[..., :-1]).all()) else "is not sorted, or names an index twice"
+
+
+def _form(subnet: SubnetState, part: str) -> tuple[torch.Size, torch.dtype]:
+    """What a part has to be like."""
+    if part in SUBNET:
+        like: Tensor = getattr(subnet, part)
+        return like.shape, like.dtype
+    if part in PROFILE[:3]:
+        return subnet.weight.shape, torch.float32
+    rows, cols = sums_shapes(subnet.weight)
+    counted = part in KEPT[:3]
+    dtype = torch.int64 if counted else torch.float32 if part in PROFILE else subnet.values.dtype
+    return cols if part.startswith("col_") else rows, dtype
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -198,7 +238,7 @@ def _is_event(event: Any, last: int, groups: int) -> bool:
     if not isinstance(event, list) or len(event) != 4:
         return False
     step, group, moved, captured = event
-    known = _is_count(step) and step <= last and _is_count(group) and group < groups
+    known = _is_count(step) and step <= last and (group is None or (_is_count(group) and group < groups))
     return known and _is_share(moved) and (captured is None or _is_share(captured))
 
 

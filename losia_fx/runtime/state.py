@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
+from losia_fx.method.factored import Means
 from losia_fx.method.selection import Selection
 from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
+from losia_fx.method.sums import sums_shapes, visit
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
@@ -55,11 +57,19 @@ class SubnetState:
         """Uses by a part of the model called by itself that have compared S with W."""
         self.pending: tuple[Tensor, Tensor] | None = None
         """Where S is moving to: rows and cols, until every part of the move is done."""
+        self.visits: tuple[Tensor, Tensor] | None = None
+        """How many subnets each row and each column was in before the present one, int64: importance "visits"."""
+        self.means: Means | None = None
+        """Of S.grad^2 by rows and columns, of S's dtype: carry_moments."""
+        self.label_counts: Tensor | None = None
+        """Of the head: how often each row was a label in the steps that have counted, (out,) int64."""
         self.agreement: _Agreement | None = None
         """What knows whether S and W agree (agreement.agreement_of); None of a copy without a controller."""
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
         self._placed: PlacedBlock | None = None
+        self._written_at: tuple[int, int] | None = None
+        """Versions of rows and cols when S was written last."""
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
         self.shape = tuple(self.weight.shape)
@@ -225,7 +235,10 @@ class SubnetState:
             self._placed.write()
             return
         scatter(weight, rows, cols, values.detach().to(weight.dtype))
-        self._placed = PlacedBlock.of(weight, rows, cols, values)
+        at = (rows._version, -1 if cols is None else cols._version)
+        # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
+        self._placed = PlacedBlock.of(weight, rows, cols, values) if at == self._written_at else None
+        self._written_at = at
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
@@ -233,6 +246,23 @@ class SubnetState:
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self.values.copy_(self.block_of(self.weight))
+
+    def follow_device(self) -> None:
+        """W has been moved to another device: so is what is kept of it."""
+        device = self.weight.device
+        if self.profile is not None:
+            self.profile.to(device)
+        if self.visits is not None:
+            self.visits = self.visits[0].to(device), self.visits[1].to(device)
+        if self.means is not None:
+            self.means = Means(*(tensor.to(device) for tensor in self.means))
+        if self.label_counts is not None:
+            self.label_counts = self.label_counts.to(device)
+
+    def note_visit(self) -> None:
+        """The subnet is about to leave its place."""
+        before = self.visits or tuple(self.weight.new_zeros(n, dtype=torch.int64) for n in sums_shapes(self.weight))
+        self.visits = visit(before[0], self.rows), visit(before[1], self.cols)
 
     def block_of(self, full: Tensor) -> Tensor:
         """full[rows][:, cols] of a tensor of W's shape, a copy."""

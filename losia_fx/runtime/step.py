@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from torch.optim import Optimizer
 
 from losia_fx.errors import LosiaError
-from losia_fx.method.schedule import ends_slot, slot_groups
+from losia_fx.method.schedule import checked_steps, reselecting_groups
 from losia_fx.ops.localization import drop_taps
 
-from . import look, notices, owners, slot
+from . import labels, look, notices, owners, slot
+from .carry import take_in_gradients
 from .measure import add_importance, fit_gradients
 from .optimizers import found_inf
 from .state import SubnetState
@@ -49,8 +50,9 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
             look.check_weights(train)
             look.look(train, learns=True)
         look.mend(train)
-        last_of_slot = ends_slot(train.config, train.progress.step)  # where the host waits for the device anyhow
-        values = last_of_slot or train.agreement.vigilant or train.agreement.shows_a_write()
+        # At the end of a slot the host waits for the device anyhow; of many short slots, once in a while.
+        checked = (train.progress.step + 1) % checked_steps(train.config) == 0
+        values = checked or train.agreement.vigilant or train.agreement.shows_a_write()
         look.agree(train, values, learns=True, shown=False)
         if optimizer not in train.optimizers.known:
             owners.meet(train)
@@ -63,6 +65,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
                 train.pending.before[state] = (state.values.detach().clone(), state.weight._version)
         if not closure:
             _fit(train, [optimizer], mine)
+            take_in_gradients(train, mine, [optimizer])
         train.pending.open.update(mine)
 
 
@@ -87,6 +90,7 @@ def after(train: TrainState, followed: Followed) -> None:
         with _all_or_not_counted(train):
             if followed.closure:
                 _fit(train, optimizers, mine)
+                take_in_gradients(train, mine, optimizers)
             _finish(train, mine)
             now = train.optimizers.of_this_step
             now.add(optimizers[0])
@@ -114,6 +118,7 @@ def by_hand(train: TrainState) -> None:
         train.pending.open.update(mine)
         with _all_or_not_counted(train):
             _fit(train, (), mine)
+            take_in_gradients(train, mine, ())
             _finish(train, mine)
             train.optimizers.waited_for.clear()
             train.optimizers.of_this_step.clear()
@@ -182,16 +187,16 @@ def _update_importance(train: TrainState, state: SubnetState) -> None:
 def _advance(train: TrainState, late: bool = False) -> None:
     """t counts. late: the gradients of another step are there already, so nothing may move before that is made."""
     progress, optimizers = train.progress, train.optimizers
-    ends = ends_slot(train.config, progress.step)
-    if ends:
-        progress.selecting += slot_groups(train.config, len(train.groups), progress.step)
+    labels.add_counted(train)
+    due = reselecting_groups(train.config, len(train.groups), progress.step, train.head)
+    progress.selecting += due
     progress.step += 1
     optimizers.of_last_step, optimizers.of_this_step = optimizers.of_this_step, weakref.WeakSet()
     progress.stepped.clear()
     train.pending.forget_step()
     drop_taps(int(state.handle) for state in train.states)
-    if ends:
+    if progress.step % checked_steps(train.config) == 0:
         notices.warn_silent(train, owners.waited_for(train))
-        if not late and not train.pending.rest_to_come:
-            slot.select_due(train)
+    if due and not late and not train.pending.rest_to_come:
+        slot.select_due(train)
     slot.open_slot(train)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from losia_fx import registry
 from losia_fx.config import LosiaConfig
 from losia_fx.method.fit import Fit
+from losia_fx.method.transfers import numbers_of
 
 from .agreement import Agreement
 from .bases import Bases
@@ -29,6 +30,8 @@ from .state import SubnetState
 from .vigilance import FIRST_LOOKS, Vigilance
 from .watch import Watch
 
+UNREAD = 1000
+
 
 @dataclass(frozen=True)
 class Event:
@@ -36,11 +39,12 @@ class Event:
 
     step: int
     """Optimizer steps completed when it happened."""
-    group: int
+    group: int | None
+    """None where all re-selected at once (schedule="all")."""
     moved: float
-    """Share of the group's subnet elements that are new, 0 to 1."""
+    """Share of the elements of these subnets that are new, 0 to 1."""
     captured: float | None
-    """Share of the group's whole score that the new subnets hold, 0 to 1; None where nothing was scored."""
+    """Share of the whole score that the new subnets hold, 0 to 1; None where nothing was scored."""
 
 
 @dataclass
@@ -52,15 +56,37 @@ class Progress:
     """t, the optimizer steps completed."""
     left_out: int = 0
     """Profiled weight-steps whose gradient could not be used."""
-    history: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    """The re-selections so far; ``history`` is the way to read them."""
     stepped: set[SubnetState] = field(default_factory=set)
     """Subnets that an optimizer has stepped, and another's have not been yet: the step is not complete."""
     selecting: list[int] = field(default_factory=list)
     """Groups whose slot has ended and that have not moved yet."""
+    unread: list[Tensor] = field(default_factory=list)
+    """Of the last events, the share that moved, 0-dim, where the host has not waited for it yet."""
+
+    @property
+    def history(self) -> list[Event]:
+        """The re-selections so far. Waits for the device where it has not been asked for the last ones yet."""
+        if self.unread:
+            shares = numbers_of([share.view(1) for share in self.unread])
+            for at, (share,) in enumerate(shares, len(self.events) - len(shares)):
+                self.events[at] = replace(self.events[at], moved=share)
+            self.unread.clear()
+        return self.events
+
+    def record(self, event: Event, moved: Tensor | None = None) -> Event:
+        """moved: of the event, on its device, to be read when somebody asks; once in UNREAD events at the latest."""
+        if moved is None or len(self.unread) == UNREAD:
+            self.history  # noqa: B018  # reads those before
+        if moved is not None:
+            self.unread.append(moved)
+        self.events.append(event)
+        return event
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: between steps."""
-        plain = {"step": self.step, "left_out": self.left_out, "history": self.history}
+        plain = {"step": self.step, "left_out": self.left_out, "events": self.history}
         return {**plain, "generator": self.generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,6 +117,8 @@ class Pending:
     before: dict[SubnetState, tuple[Tensor, int]] = field(default_factory=dict)
     """S before the step, and the version of W then, where either is needed after it."""
     fits: dict[SubnetState, Fit | None] = field(default_factory=dict)
+    labels: Tensor | None = None
+    """How often each row of the head was a label since t counted last, (out,) int64: head_rows="frequent"."""
     around: weakref.ref[Any] | None = None
     """What called the last step, if that is no Optimizer itself."""
     rest_to_come: bool = False
@@ -174,6 +202,11 @@ class TrainState:
 
     def members(self, group: int) -> list[SubnetState]:
         return [state for state in self.states if state.group == group]
+
+    @property
+    def head(self) -> int | None:
+        """The group of the output head; None where none learns."""
+        return next((state.group for state in self.states if state.whole_cols), None)
 
     def others(self) -> Iterable[nn.Parameter]:
         """The parameters that have no subnet and are none."""

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.optim import SubnetRMS
 from tests.support.pair import OPTIONS, PERIOD
 from tests.support.toys import Toy, batch, loss_of
 
@@ -158,8 +159,21 @@ def group_of_its_own() -> dict[str, Any]:
     return plain_steps(model, ddp)
 
 
+def by_rows_and_columns() -> dict[str, Any]:
+    """SubnetRMS, whose means see the averaged gradient."""
+    model = model_of()
+    ddp = DistributedDataParallel(model)
+    optimizer = SubnetRMS(model, 5e-3)
+    for ids in joined_batches(PERIOD + 2):
+        loss_of(ddp, mine(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**outcome(model), "optimizer": optimizer.state_dict()["state"]}
+
+
 SCENARIOS: list[Callable[[], dict[str, Any]]] = [
     trajectory, accumulation, two_forwards_before_a_backward, compiled_around, resumed, group_of_its_own,
+    by_rows_and_columns,
 ]  # fmt: skip
 
 

@@ -16,11 +16,12 @@ from torch import nn, optim
 
 import losia_fx
 from losia_fx.finetune.checkpoints import MARK, newest_whole
+from losia_fx.optim import SubnetRMS
 from tests.loop.ddp_worker import RANKS, joined_batches, model_of
 from tests.loop.finetune_runs import Run, assert_same_outcome
 from tests.support.pair import PERIOD, Pair
 from tests.support.toy_runs import same
-from tests.support.toys import Toy
+from tests.support.toys import Toy, loss_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +112,19 @@ def test_ranks_go_on_to_the_bit(found: list[dict[str, Any]]) -> None:
     outcome = scenario(found, "resumed")
     assert same(outcome["whole"], outcome["resumed"])
     assert outcome["whole"]["state"]["step"] == len(joined_batches())
+
+
+def test_means_by_rows_and_columns_are_those_of_the_joined_batch(found: list[dict[str, Any]]) -> None:
+    outcome, model = scenario(found, "by_rows_and_columns"), model_of()
+    optimizer = SubnetRMS(model, 5e-3)
+    for ids in joined_batches(PERIOD + 2):
+        loss_of(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()["state"]
+    assert state.keys() == outcome["optimizer"].keys()
+    torch.testing.assert_close(outcome["optimizer"], state, rtol=1e-6, atol=1e-15)
+    torch.testing.assert_close(outcome["weights"], dict(model.state_dict()), rtol=1e-6, atol=1e-9)
 
 
 # -- losia-fx finetune in several processes ---------------------------------------------------------------------------

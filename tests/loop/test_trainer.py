@@ -172,6 +172,19 @@ def test_the_trainer_reports_what_the_subnets_do(tmp_path: Path) -> None:
     json.dumps(trainer.state.log_history)
 
 
+def test_of_subnets_that_move_all_the_time_the_last_move_is_reported_with_the_trainers_own_logs(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    options = {**OPTIONS, "schedule": "all", "importance": "random", "period": 1}
+    model, seen = losia_fx.transform(LossToy(layers=1), **options), Seen()
+    trainer = trainer_of(model, tmp_path, save_strategy="no", logging_steps=4)
+    trainer.callback_handler.callbacks.insert(0, seen)
+    trainer.train()
+    history = losia_fx.controller(model).history
+    assert [event.step for event in history] == list(range(1, STEPS + 1))
+    moves = [(log["step"], log["losia/group"], log["losia/moved"]) for log in seen.logs if "losia/moved" in log]
+    assert moves == [(step, -1, history[step - 1].moved) for step in (4, 8)]
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = model_of()
     trainer = trainer_of(

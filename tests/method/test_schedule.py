@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losia_fx import LosiaConfig
-from losia_fx.method.schedule import ends_slot, profiled_groups, rewarm_factor, round_length, slot_groups
+from losia_fx.method.schedule import (
+    checked_steps,
+    ends_slot,
+    profiled_groups,
+    reselecting_groups,
+    rewarm_factor,
+    round_length,
+    slot_groups,
+)
 
 Groups = tuple[int, ...]
 
@@ -121,3 +129,59 @@ def test_rewarm(period: int, update: int) -> None:
     assert factor == min(1.0, update / period)
     assert 0 < factor <= 1
     assert rewarm_factor(config(period=period, rewarm=False), update) == 1.0
+
+
+def test_all_groups_have_every_slot() -> None:
+    settings = config("all")
+    assert [slot_groups(settings, 3, step) for step in range(4)] == [(0, 1, 2)] * 4
+    assert [profiled_groups(settings, 3, step) for step in range(4)] == [(0, 1, 2)] * 4
+    assert [reselecting_groups(settings, 3, step) for step in range(4)] == [(), (0, 1, 2)] * 2
+    assert round_length(settings, 3) == 2
+    assert slot_groups(settings, 0, 1) == ()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rewarm", "steps", "shares"),
+    [
+        ("async", True, None, [0.5, 1.0, 1.0]),
+        ("async", True, 3, [1 / 3, 2 / 3, 1.0]),
+        ("async", False, None, [1.0, 1.0, 1.0]),
+        ("all", True, None, [1.0, 1.0, 1.0]),
+        ("all", True, 2, [0.5, 1.0, 1.0]),
+    ],
+)
+def test_rewarming_has_a_length_of_its_own(schedule: str, rewarm: bool, steps: int | None, shares: list[float]) -> None:
+    settings = dataclasses.replace(config(schedule, rewarm=rewarm), rewarm_steps=steps)
+    assert [rewarm_factor(settings, k) for k in (1, 2, 3)] == pytest.approx(shares)
+
+
+HEADS = [
+    # head_rows, profiled and re-selecting groups of t = 0 to 5 (T = 2, L = 2, async); the head is group 0
+    ("importance", [(0,), (0,), (1,), (1,), (0,), (0,)], [(), (0,), (), (1,), (), (0,)]),
+    ("random", [(), (), (1,), (1,), (), ()], [(), (0,), (), (1,), (), (0,)]),
+    ("fixed", [(), (), (1,), (1,), (), ()], [(), (), (), (1,), (), ()]),
+    ("frequent", [(), (), (1,), (1,), (), ()], [(), (0,), (), (1,), (), ()]),
+]
+
+
+@pytest.mark.parametrize(("rows", "profiled", "due"), HEADS)
+def test_how_the_head_is_chosen_for(rows: str, profiled: list[Groups], due: list[Groups]) -> None:
+    settings = LosiaConfig(period=2, head_rows=rows)
+    assert [profiled_groups(settings, 2, step, 0) for step in range(6)] == profiled
+    assert [reselecting_groups(settings, 2, step, 0) for step in range(6)] == due
+
+
+def test_the_head_counts_for_as_long_as_it_is_told_whatever_the_schedule() -> None:
+    for schedule in ("async", "all", "static"):
+        settings = LosiaConfig(schedule=schedule, period=2, head_rows="frequent", count_steps=3)
+        moves = [step for step in range(8) if 0 in reselecting_groups(settings, 2, step, 0)]
+        assert moves == [2], schedule
+    assert not any(0 in reselecting_groups(LosiaConfig(period=1, head_rows="fixed"), 2, step, 0) for step in range(8))
+
+
+@given(st.integers(1, 60))
+def test_short_slots_of_all_groups_are_checked_together(period: int) -> None:
+    steps = checked_steps(config("all", period))
+    assert steps % period == 0
+    assert 16 <= steps < 16 + period or steps == period >= 16
+    assert checked_steps(config("async", period)) == period

@@ -71,6 +71,14 @@ def _stay(controller: Controller, step: int) -> None:
     controller.step = step
 
 
+def _build_moving(setup: Setup, mode: str, period: int) -> Trial:
+    """All groups are drawn anew after every ``period`` steps."""
+    options: dict[str, Any] = {"schedule": "all", "importance": "random", "period": period}
+    trial = trial_of(setup, transformed(setup, mode, **options))
+    trial.prepare = partial(_overlook_others, losia_fx.controller(trial.model))
+    return trial
+
+
 def _build_by_string(setup: Setup, mode: str) -> Trial:
     model = setup.model()
     for linear in (*block_linears(model), model.lm_head):
@@ -96,6 +104,8 @@ def count_trained(setup: Setup) -> int:
 LOSIA = (
     Method("losia", build_idle, note="no group is profiled"),
     Method("losia, a block profiled", build_profiled, note="the middle block's group is profiled in every step"),
+    Method("losia, all every 10", partial(_build_moving, period=10), note="one step of ten re-selects all groups"),
+    Method("losia, all every step", partial(_build_moving, period=1), note="every step re-selects all groups"),
     Method("losia by string", _build_by_string, note='torch.compile(model, backend="losia"); no group is profiled'),
     Method("losia, checkpointed", _build_checkpointed, floor="floor, checkpointed", note="no group is profiled"),
 )

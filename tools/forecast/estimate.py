@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from losia_fx.config import LosiaConfig, subnet_size
+from losia_fx.config import BY_SUMS, LosiaConfig, subnet_size
 from losia_fx.method.schedule import round_length
 from losia_fx.method.visits import INDEX_BYTES, expected_bytes
 from losia_fx.model.roles import plan_model
@@ -165,15 +165,17 @@ def losia(facts: StepFacts) -> MethodCost:
     flops = {**_common(facts), "weight gradients": weight_gradients, "profiling": 0}
     if config.profiles:
         group = profiled_group(facts)
-        profiled = range(len(facts.groups)) if config.schedule == "sync" else [group]
+        profiled = range(len(facts.groups)) if config.schedule in ("sync", "all") else [group]
         elements = sum(weight.elements for weight in facts.weights if weight.group in profiled)
         names = {weight.name for weight in facts.weights if weight.group in profiled}
         narrow = sum(w.elements * min(FLOAT_BYTES, w.itemsize) for w in facts.weights if w.group in profiled)
-        memory["profile"] = 2 * FLOAT_BYTES * elements + narrow  # I and U, and G of a single batch
+        kept = 0 if config.importance in BY_SUMS else 2 * FLOAT_BYTES * elements  # I and U; sums are next to nothing
+        memory["profile"] = kept + narrow  # and G of a single batch
         memory["tapped"] = sum(size for name, size in facts.tapped.items() if name in names)
         # every group is profiled in one slot of each round, or in the end of it
         steps = config.profile_steps or config.period
-        flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * max(1, len(facts.groups)))
+        slots = 1 if config.schedule == "all" else max(1, len(facts.groups))
+        flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * slots)
     trained = sum(math.prod(shape) for shape in shapes.values()) + sum(count for count, _ in facts.full)
     return MethodCost("LoSiA", trained, memory, flops)
 
@@ -230,7 +232,7 @@ class RoundFit:
     @classmethod
     def of(cls, config: LosiaConfig, groups: int, steps: int | None) -> RoundFit:
         # all groups share one slot of a synchronous round, and it is over after that
-        slots = 1 if config.schedule == "sync" else max(1, groups)
+        slots = 1 if config.schedule in ("sync", "all") else max(1, groups)
         needed = config.period if config.schedule == "sync" else round_length(config, groups)
         longest = None if steps is None or steps < slots else steps // slots
         return cls(groups, config.period, needed, steps, longest)

@@ -1,0 +1,181 @@
+"""Measures what methods learn of a new text and forget of the old one, each over learning rates and seeds.
+
+    python -m losia_fx.tools.quality --out quality
+    python -m losia_fx.tools.quality --out quality --methods paper roaming --seeds 1 --part 1/8
+    python -m losia_fx.tools.quality --out quality --report-only
+
+Two bases of 1.3M parameters: the shipped one, which knows the Perl manual and learns the standard library's sources;
+and one that is pretrained here on those, once, and learns the Perl manual. --text adds a text that both learn. Every
+run is a line of OUT/runs.jsonl as soon as it is done; the same command goes on with those that are left, and writes
+OUT/quality.md and OUT/quality.png. Parts write files of their own, which are read together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from losia_fx.errors import LosiaError
+
+from . import text
+from .bases import BASES, Base, base_of
+from .methods import METHODS
+from .record import Record, Setting
+from .report import draw, markdown
+from .text import Corpus
+from .training import Run, Task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 all runs are there, 2 wrong use, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    set_verbosity_error()
+    disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    part, parts = args.part
+    name = "runs.jsonl" if parts == 1 else f"runs-{part}-of-{parts}.jsonl"
+    try:
+        record = Record(args.out, name, Setting(args.steps, args.base_steps, args.threads))
+        work = _Work(args, Console())
+        runs = [] if args.report_only else work.runs()[part - 1 :: parts]
+        interrupted = not work.make(record, runs)
+    except LosiaError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    if record.outcomes:
+        words = [] if argv is None and not sys.argv[1:] else list(argv if argv is not None else sys.argv[1:])
+        command = shlex.join(["python", "-m", "losia_fx.tools.quality", *words])
+        (args.out / "quality.md").write_text(markdown(record, command), encoding="utf-8")
+        draw(args.out / "quality.png", record.outcomes)
+    return 130 if interrupted else 0
+
+
+@dataclass
+class _Work:
+    args: argparse.Namespace
+    console: Console
+
+    def __post_init__(self) -> None:
+        self._texts: list[Corpus] = []
+        self._task: Task | None = None
+
+    def runs(self) -> list[Run]:
+        """All that were asked for; of one base and text one after the other, as they share what is tokenized."""
+        rates = {**{name: METHODS[name].rates for name in self.args.methods}, **dict(self.args.rates)}
+        if unknown := [name for name, _ in self.args.rates if name not in self.args.methods]:
+            raise LosiaError(f"--rates names {unknown[0]!r}, which is not among the methods of this call")
+        self._texts = [text.folder(path) for path in self.args.text]
+        tasks = [(base, learnt) for base in self.args.bases for learnt in self._learnt_by(base)]
+        return [
+            Run(base, learnt, method, lr, seed)
+            for (base, learnt), seed, method in itertools.product(tasks, range(self.args.seeds), self.args.methods)
+            for lr in rates[method]
+        ]
+
+    def _learnt_by(self, base: str) -> list[str]:
+        own = "python" if base == "perl" else "perl"
+        return [own, *(corpus.name for corpus in self._texts)]
+
+    def make(self, record: Record, runs: Sequence[Run]) -> bool:
+        """Makes those of ``runs`` that are not there yet; False where the user has cut in."""
+        left = record.left(runs)
+        if len(left) < len(runs):
+            self.console.print(f"{len(runs) - len(left)} of {len(runs)} runs are in {self.args.out}", highlight=False)
+        began = time.monotonic()
+        try:
+            for number, run in enumerate(left, 1):
+                outcome = self._task_of(run).run(METHODS[run.method], run.lr, run.seed, self.args.steps)
+                record.add(run, outcome)
+                minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
+                self.console.print(
+                    f"{number}/{len(left)}  {run.base} -> {run.text}  {run.method} lr {run.lr:g} seed {run.seed}:  "
+                    f"learnt {outcome.learnt:.3f}  forgotten {outcome.forgotten:.3f}  (about {minutes:.0f} min left)",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        except KeyboardInterrupt:
+            return False
+        return True
+
+    def _task_of(self, run: Run) -> Task:
+        task = self._task
+        if task is None or (task.base.name, task.name) != (run.base, run.text):
+            known = None if task is None else task.base
+            base = self._base(run.base) if known is None or known.name != run.base else known
+            task = self._task = Task(base, self._corpus(run.text))
+        return task
+
+    def _base(self, name: str) -> Base:
+        return base_of(name, self.args.out, self.args.base_steps, self.console)
+
+    def _corpus(self, name: str) -> Corpus:
+        own = {"python": text.standard_library, "perl": text.perl_manual}
+        found = next((corpus for corpus in self._texts if corpus.name == name), None)
+        return found if found is not None else own[name]()
+
+
+def _part(given: str) -> tuple[int, int]:
+    try:
+        part, parts = map(int, given.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{given}: give a part and the number of parts, as in 1/8")
+    return part, parts
+
+
+def _rates(given: str) -> tuple[str, tuple[float, ...]]:
+    method, _, numbers = given.partition("=")
+    try:
+        rates = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        rates = ()
+    if method not in METHODS or not rates or not all(rate > 0 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{given}: give a method and its learning rates, as in full=1e-4,3e-4")
+    return method, rates
+
+
+def _positive(given: str) -> int:
+    value = int(given)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{given}: give a whole number of at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m losia_fx.tools.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    documentation = text.installed_documentation()
+    add("--out", type=Path, required=True, metavar="FOLDER", help="runs, tables, picture, and the base made here")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--rates", nargs="+", type=_rates, default=[], metavar="METHOD=RATE,...", help="in place of a method's own")
+    add("--seeds", type=_positive, default=3, help="how many, from 0 on (default: %(default)s)")
+    add("--bases", nargs="+", choices=BASES, default=list(BASES), help="by what they know (default: both)")
+    add(
+        "--text",
+        nargs="*",
+        type=Path,
+        default=[] if documentation is None else [documentation],
+        metavar="FOLDER",
+        help="of text files, for both bases to learn (default: what Debian's python3-doc has installed, if anything)",
+    )
+    add("--steps", type=_positive, default=400, help="of each run (default: %(default)s)")
+    add("--base-steps", type=_positive, default=2000, help="that the second base is pretrained (default: %(default)s)")
+    add("--threads", type=_positive, default=1, help="default: %(default)s")
+    add("--part", type=_part, default=(1, 1), metavar="1/8", help="every eighth of the runs, from the first on")
+    add("--report-only", action="store_true", help="make no run: write the tables and the picture of those there are")
+    return parser
