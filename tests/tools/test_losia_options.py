@@ -29,7 +29,14 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "train_tied_head": (["--train-tied-head"], True),
     "profile_steps": (["--profile-steps", "5"], 5),
     "track_delta": (["--track-delta"], True),
+    "rewarm_steps": (["--rewarm-steps", "4"], 4),
+    "head_rows": (["--head-rows", "random"], "random"),
+    "count_steps": (["--count-steps", "9", "--head-rows", "frequent"], 9),
+    "carry_moments": (["--carry-moments"], True),
 }
+
+BESIDE: dict[str, dict[str, Any]] = {"count_steps": {"head_rows": "frequent"}}
+"""Options that another one asks for."""
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def test_nothing_given_is_the_defaults(parser: argparse.ArgumentParser) -> None:
 def test_every_field_is_an_option(option: str, parser: argparse.ArgumentParser) -> None:
     argv, value = GIVEN[option]
     made = config_of(parser.parse_args(argv))
-    assert made == LosiaConfig(**{"compiler": "aot_eager", option: value})
+    assert made == LosiaConfig(**{"compiler": "aot_eager", **BESIDE.get(option, {}), option: value})
     (action,) = (action for action in parser._actions if action.dest == option)
     assert action.help
     assert "\n" not in action.help
