@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import LosiaError, StateError
+from losia_fx._compat import CompilerFailed
 from tests.support.rules import Options, Rules
-from tests.support.toys import VOCABULARY, Toy, batch, tiny_llama
+from tests.support.toys import VOCABULARY, Toy, batch, by_string, tiny_llama
 from tests.support.toys import loss_of as loss_of_ids
 from tests.support.twin import warned
 
@@ -204,6 +205,13 @@ def test_a_forward_without_labels_is_refused_by_name() -> None:
         loss_of_ids(model, batch())
     with torch.no_grad():
         model(batch())
+
+
+def test_labels_that_the_string_way_does_not_see_are_refused() -> None:
+    model = by_string(tiny_llama(layers=1), head_rows="frequent")
+    ids = batch()
+    with pytest.raises(CompilerFailed, match=r'head_rows="frequent" counts the labels.*call losia_fx\.transform'):
+        model(input_ids=ids, labels=ids)
 
 
 def test_where_no_head_learns_nothing_is_counted() -> None:
