@@ -106,6 +106,16 @@ def test_the_checkpoint_it_wrote_is_a_model_to_go_on_from(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_was_judged_is_what_was_written(tmp_path: Path, tiny: Path, data: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert finetune(first, data, "--model", str(tiny), "--steps", "5") == 0
+    assert finetune(second, data, "--model", str(first), "--steps", "1") == 0
+    before, after = run_json(second)["evaluations"][0], run_json(first)["evaluations"][-1]
+    assert before["new"] == pytest.approx(after["new"], abs=1e-4)
+    assert run_json(first)["evaluations"][0]["new"] > after["new"] + 0.01
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_of_one_seed_are_alike(tmp_path: Path, tiny: Path, data: Path) -> None:
     losses = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
