@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -193,3 +195,13 @@ def _patterns(option: str, value: Any) -> tuple[str, ...] | None:
     if not all(isinstance(pattern, str) and pattern for pattern in listed):
         raise ConfigError(f"{option}={value!r}: give a name pattern or several, as non-empty strings")
     return listed
+
+
+def described() -> dict[str, str]:
+    """Option -> the first clause of what LosiaConfig's docstring says of it, as the help of an argument."""
+    found: dict[str, str] = {}
+    text = inspect.cleandoc(LosiaConfig.__doc__ or "")
+    for names, entry in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n {4}.+)*)", text, re.MULTILINE):
+        clause = re.split(r"[;.](?= |$)", " ".join(entry.split()))[0]
+        found |= dict.fromkeys(names.split(", "), clause.replace("%", "%%"))
+    return found

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, get_args, get_type_hints
 
-from losia_fx.config import CHOICES, LosiaConfig
+from losia_fx.config import CHOICES, LosiaConfig, described
 
 AOT_COMPILERS = ("aot_eager", "inductor")
 """Those that say beforehand what they keep for the backward; "eager" keeps what plain autograd does."""
@@ -20,7 +18,7 @@ def add_losia_options(
 ) -> None:
     """The options, with the compilers that the command knows and the one that it takes by default."""
     group = parser.add_argument_group("LoSiA", "the options of losia_fx.LosiaConfig")
-    types, said = get_type_hints(LosiaConfig), _described()
+    types, said = get_type_hints(LosiaConfig), described()
     for option in fields(LosiaConfig):
         settings = _settings(option, types[option.name], said.get(option.name, ""))
         if option.name == "compiler":
@@ -44,16 +42,6 @@ def _settings(option: Field[Any], kind: Any, said: str) -> dict[str, Any]:
     word = next(each for each in kinds if each in (int, float, str))
     shown = said if option.default is None else f"{said} (default: %(default)s)"
     return {"type": word, "choices": CHOICES.get(option.name), "default": option.default, "help": shown}
-
-
-def _described() -> dict[str, str]:
-    """Field -> the first clause of what the docstring says of it."""
-    found: dict[str, str] = {}
-    text = inspect.cleandoc(LosiaConfig.__doc__ or "")
-    for names, entry in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n {4}.+)*)", text, re.MULTILINE):
-        clause = re.split(r"[;.](?= |$)", " ".join(entry.split()))[0]
-        found |= dict.fromkeys(names.split(", "), clause.replace("%", "%%"))
-    return found
 
 
 def _flag(option: Field[Any]) -> str:

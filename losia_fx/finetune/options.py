@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from losia_fx.config import COMPILERS, IMPORTANCES, SCHEDULES
+from losia_fx.config import CHOICES, LosiaConfig, described
 from losia_fx.errors import LosiaError
 
-from .settings import DTYPES, HELD_OUT_SHARE, SHORT
+from .settings import DTYPES, HELD_OUT_SHARE, LOSIA_OPTIONS, SHORT
 
 SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
@@ -108,33 +108,31 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )
 
 
+CHOSEN = {"period": "four rounds over all groups, 50 at most", "compiler": "inductor where it can run, else aot_eager"}
+"""Options of LosiaConfig whose default here is chosen for the run."""
+
+
 def _add_losia(group: argparse._ArgumentGroup) -> None:
-    for name, kind, help_text in (
-        ("rank_factor", float, "share of a weight's rows and columns that learns (default: 0.125)"),
-        ("output_rank_factor", float, "share of the head's rows that learns (default: 0.125; 0: none)"),
-        ("period", int, "steps in a time slot (default: four rounds over all groups, 50 at most)"),
-        ("profile_steps", int, "of a slot, its last, that measure (default: the whole slot)"),
-        ("beta1", float, "decay of the importance (default: 0.85)"),
-        ("beta2", float, "decay of its uncertainty (default: 0.85)"),
-    ):
-        _add(group, name, help_text, type=kind, metavar="VALUE")
-    for name, choices, default in (
-        ("schedule", SCHEDULES, "async"),
-        ("importance", IMPORTANCES, "mixed"),
-        ("compiler", COMPILERS, "inductor where it can run, else aot_eager"),
-    ):
-        _add(group, name, f"default: {default}", choices=choices)
-    for name, help_text in (
-        ("target", "modules whose linears learn (default: every linear in the blocks, and the head)"),
-        ("exclude", "modules that stay as they are"),
-        ("trainable", "other parameters to train in full"),
-    ):
-        _add(group, name, help_text, nargs="+", metavar="PATTERN")
-    for name, help_text in (
-        ("rewarm", "raise the learning rate anew after a re-selection (default: yes)"),
-        ("train_tied_head", "train a head that is tied to the embedding, by rows"),
-    ):
-        _add(group, name, help_text, **_switch())
+    types, said = get_type_hints(LosiaConfig), described()
+    for option in fields(LosiaConfig):
+        if option.name in LOSIA_OPTIONS:
+            default = CHOSEN.get(option.name, option.default)
+            shown = f" (default: {default})" if isinstance(default, (str, int, float)) else ""
+            _add(
+                group, option.name, said[option.name] + shown, **_kind_of(types[option.name], CHOICES.get(option.name))
+            )
+
+
+def _kind_of(annotated: Any, choices: Sequence[str] | None) -> dict[str, Any]:
+    """add_argument's keywords for a field: bool, int, float or str, or one of them or None, or several str."""
+    kinds = (annotated, *get_args(annotated))
+    if annotated is bool:
+        return _switch()
+    if tuple[str, ...] in kinds:
+        return {"nargs": "+", "metavar": "PATTERN"}
+    if choices is not None:
+        return {"choices": choices}
+    return {"type": next(each for each in kinds if each in (int, float, str)), "metavar": "VALUE"}
 
 
 def _add_training(group: argparse._ArgumentGroup, option: TrainingOption, help_text: str) -> None:

@@ -62,7 +62,7 @@ def carry_over(train: TrainState, optimizer: Optimizer, state: SubnetState) -> b
         notices.warn_not_carried(train, optimizer)
         return False
     beta2 = float(group["betas"][1])
-    correction = 1 - beta2 ** torch.as_tensor(old["step"], dtype=torch.float64)
+    correction = 1 - beta2 ** torch.as_tensor(old["step"], dtype=torch.float64, device=second.device)
     v = second_moment(filled(means), Place(state.rows, state.cols)) * correction.to(means.rows)
     fresh = {key: torch.zeros_like(value) if _is_of_size(value, state) else value for key, value in old.items()}
     fresh["exp_avg_sq"] = v.to(second)

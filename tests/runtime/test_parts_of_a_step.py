@@ -13,6 +13,7 @@ from losia_fx.runtime.measure import add_importance, fit_gradients
 from losia_fx.runtime.profile import Profile
 from losia_fx.runtime.slot import choose
 from losia_fx.runtime.state import SubnetState
+from losia_fx.runtime.train_state import Progress, TrainState
 from losia_fx.runtime.write_back import rewarm, rewarm_share, undo_write_back, write_back
 
 CONFIG = LosiaConfig(rank_factor=0.25, period=4, compiler="eager")
@@ -69,16 +70,15 @@ def test_what_is_written_back_can_be_undone(state: SubnetState, compiled: bool) 
 
 
 def test_the_choice_is_the_selection_by_the_score(state: SubnetState) -> None:
-    generator = torch.Generator()
-    assert choose(state, CONFIG, generator) is None  # nothing was measured
+    train = TrainState(state.owner, CONFIG, False, Progress(torch.Generator()), states=[state])
+    assert not choose(train, [state])  # nothing was measured
     importance, uncertainty = torch.rand(8, 12), torch.rand(8, 12)
     state.profile = Profile(importance, uncertainty)
-    choice = choose(state, CONFIG, generator)
-    assert choice is not None
+    choice = choose(train, [state])[state]
     expected = select_subnet(importance * uncertainty, *state.size)
     assert all(torch.equal(*pair) for pair in zip(choice.selection, expected, strict=True))
     torch.testing.assert_close(choice.total, (importance * uncertainty).sum())
     state.move_to(choice.selection.rows, choice.selection.cols)
-    again = choose(state, CONFIG, generator)
-    assert again is not None
-    assert again.moved == 0
+    again = choose(train, [state])[state].selection
+    assert torch.equal(again.rows, state.rows)
+    assert torch.equal(again.cols, state.cols)

@@ -17,7 +17,7 @@ from losia_fx.finetune.record import Move, Names, RunRecord, Selection, StepReco
 from losia_fx.finetune.report import write_json
 from losia_fx.method.subnet import draw
 from losia_fx.tools import page
-from tests.tools import tiny
+from tests.support import tiny
 from tests.tools.browser import browser
 
 PERIOD, STEPS = 3, 20
@@ -131,7 +131,7 @@ def test_the_methods_stand_beside_each_other(run_page: Path) -> None:
     assert full["flops"]["weight gradients"] > 10 * eighth["flops"]["weight gradients"]
 
 
-@pytest.mark.parametrize("model", ["tests.tools.tiny:experts", "tests.tools.tiny:encoder", None])
+@pytest.mark.parametrize("model", ["tests.support.tiny:experts", "tests.support.tiny:encoder", None])
 def test_a_model_alone_shows_its_first_subnets(model: str | None, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert page.main([*([model] if model else []), "--out", str(out), "--steps", "10"]) == 0
@@ -139,7 +139,7 @@ def test_a_model_alone_shows_its_first_subnets(model: str | None, tmp_path: Path
     assert not data["moved"]
     assert "10 steps" in data["round"]
     shown = {name: layer for name, layer in layers(data).items() if layer["subnet"]}
-    expected = {None: 29, "tests.tools.tiny:experts": 8, "tests.tools.tiny:encoder": 7}
+    expected = {None: 29, "tests.support.tiny:experts": 8, "tests.support.tiny:encoder": 7}
     assert len(shown) == expected[model]
     for layer in shown.values():
         (first,) = layer["selections"]

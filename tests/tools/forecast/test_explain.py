@@ -19,9 +19,9 @@ from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
 from losia_fx.tools.load_model import Example
-from tests.tools import tiny
+from tests.support import tiny
 
-MODELS = [f"tests.tools.tiny:{name}" for name in tiny.SEVERAL]
+MODELS = [f"tests.support.tiny:{name}" for name in tiny.SEVERAL]
 
 
 def explained(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ([MODELS[0], "--steps", "0"], "--steps 0"),
         ([MODELS[0], "--target", "nowhere"], "matches no linear weight"),
         ([MODELS[0], "--seq-length", "0"], "--seq-length 0"),
-        (["tests.tools.tiny:no_tokens", "--seq-length", "4"], "have no tokens"),
-        (["tests.tools.tiny:SEVERAL"], "has no function"),
+        (["tests.support.tiny:no_tokens", "--seq-length", "4"], "have no tokens"),
+        (["tests.support.tiny:SEVERAL"], "has no function"),
     ):
         assert main(["explain", *argv]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Models of one block that a MODEL argument can name (tests.tools.tiny:decoder), with inputs for a step of each."""
+"""Models of one block that a MODEL argument can name (tests.support.tiny:decoder), with inputs for a step of each."""
 
 from __future__ import annotations
 
