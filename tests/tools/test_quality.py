@@ -74,7 +74,13 @@ def test_the_second_base_is_made_once(few: list[str], tmp_path: Path, monkeypatc
     assert [run["lr"] for run in lines(tmp_path / "out")] == [1e-2, 2e-2]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+QUICK = ("roaming", "paper", "all-rms")
+"""Those that run by default: together they go through every rule."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(METHODS)]
+)
 def test_every_method_learns(method: str) -> None:
     if method.startswith("lora"):
         pytest.importorskip("peft")
