@@ -53,6 +53,7 @@ def test_it_goes_on_where_it_was_cut_off(few: list[str], tmp_path: Path, capsys:
     assert "of another setting" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parts_share_the_runs_and_are_read_together(few: list[str], tmp_path: Path) -> None:
     argv = [*few, "--bases", "perl", "--methods", "static", "random", "--rates", "static=1e-2", "random=1e-2"]
     assert main([*argv, "--part", "2/2"]) == 0
@@ -64,6 +65,7 @@ def test_parts_share_the_runs_and_are_read_together(few: list[str], tmp_path: Pa
     assert all(f"| {METHODS[name].says} |" in table for name in ("static", "random"))
 
 
+@pytest.mark.slow
 def test_the_second_base_is_made_once(few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*few, "--bases", "python", "--methods", "static", "--rates", "static=1e-2"]
     assert main(argv) == 0
@@ -74,8 +76,8 @@ def test_the_second_base_is_made_once(few: list[str], tmp_path: Path, monkeypatc
     assert [run["lr"] for run in lines(tmp_path / "out")] == [1e-2, 2e-2]
 
 
-QUICK = ("roaming", "paper", "all-rms")
-"""Those that run by default: together they go through every rule."""
+QUICK = ("roaming", "all-rms")
+"""Those that run by default."""
 
 
 @pytest.mark.parametrize(
