@@ -76,12 +76,12 @@ def test_the_second_base_is_made_once(few: list[str], tmp_path: Path, monkeypatc
     assert [run["lr"] for run in lines(tmp_path / "out")] == [1e-2, 2e-2]
 
 
-QUICK = ("roaming", "all-rms")
-"""Those that run by default."""
+BY_DEFAULT = ("roaming", "all-rms")
+"""The others are slow."""
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(METHODS)]
+    "method", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in sorted(METHODS)]
 )
 def test_every_method_learns(method: str) -> None:
     if method.startswith("lora"):
