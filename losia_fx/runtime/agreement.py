@@ -20,7 +20,7 @@ from losia_fx.method.subnet import scatter
 from losia_fx.method.transfers import copies
 from losia_fx.model.kinds import is_sharded
 
-from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled
+from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
 from .state import SubnetState
 
 VIGILANT = 64
@@ -88,7 +88,7 @@ class Agreement:
         else:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
-            self._witnesses.update((state, Witness.of(state)) for state in chosen)
+            self._witnesses.update(witnesses_of(chosen))
             self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
@@ -163,7 +163,7 @@ class Agreement:
             else:
                 state.gather_anew()
         done = [state for state in moved if state not in torn]
-        self._witnesses.update((state, Witness.of(state)) for state in done if moved[state][0])
+        self._witnesses.update(witnesses_of(state for state in done if moved[state][0]))
         self.remember(done)
         _refuse_torn(torn)
         return written
@@ -186,7 +186,7 @@ class Agreement:
                 torn.append(state)
             elif w or self._is_average(state):
                 state.gather_anew()
-                self._witnesses[state] = Witness.of(state)
+                self._witnesses.update(witnesses_of([state]))
             else:
                 state.write_back()
                 written.append(state)
@@ -213,7 +213,7 @@ class Agreement:
             number = self._index[state]
             now = self._lines.of(self._lines.take([number]), number, alone=True)
             if not equal(now, self._lines.of(self._line, number)):
-                self._witnesses[state] = Witness.of(state)
+                self._witnesses.update(witnesses_of([state]))
                 self._lines.renew(self._line, [number])
 
     def follow_beneath(self) -> None:
