@@ -467,6 +467,22 @@ def test_aot_compiler_shows_both_graphs_and_where_their_inputs_come_from(name: s
     assert len(sines) == (0 if name == "eager" else 1)
 
 
+def test_one_graph_for_a_tensor_of_any_length() -> None:
+    seen: list[list[Any]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append([node for node in gm.graph.nodes if node.op == "placeholder"])
+        return gm
+
+    scaled = torch.compile(lambda x, factor: x * factor, backend=backend)
+    for length in (5, 7, 1000):
+        x = torch.arange(float(length))
+        _compat.of_any_length(x)
+        assert torch.equal(scaled(x, 0.5), x / 2)
+    (placeholders,) = seen
+    assert len(placeholders) == 2  # a length and x: the factor is a constant
+
+
 def test_second_graph_compiled_apart() -> None:
     shown: list[torch.fx.GraphModule] = []
     nothing = _compat.aot_compiler("eager", lambda gm: None, lambda gm: None)

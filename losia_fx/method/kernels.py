@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_fx._compat import own_code
+from losia_fx._compat import of_any_length, own_code
 
 from .importance import importance_of, smooth
 from .subnet import scatter
@@ -48,7 +48,9 @@ def update_importance(
     numbers = (factor, torch.inf if limit is None else limit)
     scale, bound = (torch.tensor(number, dtype=torch.float32, device="cpu") for number in numbers)
     if compiled and weight.numel() >= WORTH_COMPILING:
-        updated = _compiled_form(_update, (kind, betas, w.dtype, g.dtype, w.device), dynamic=True)
+        updated = _compiled_form(_update, (kind, betas, w.dtype, g.dtype, w.device), dynamic=None)
+        for tensor in (i, u, w, g):  # nothing else is to vary: betas are the graph's own
+            of_any_length(tensor)
         if updated is not None and _runs(updated, (i, u, w, g, scale, bound, kind, *betas)):
             return
     chunk = CHUNK.get(weight.device.type, CHUNK["cuda"])
@@ -105,11 +107,12 @@ _forms: dict[Callable[..., None], dict[Any, Callable[..., Any]]] = {}
 _broken: set[Callable[..., Any]] = set()
 
 
-def _compiled_form(function: Callable[..., None], kind: Any, dynamic: bool) -> Callable[..., Any] | None:
+def _compiled_form(function: Callable[..., None], kind: Any, dynamic: bool | None) -> Callable[..., Any] | None:
     """``function``, compiled for arguments of one kind; None where the process has met too many kinds already.
 
     A code object of its own for each: Dynamo counts graphs by it, and gives up at the ninth.
-    dynamic: one graph for all sizes of a kind.
+    dynamic: as torch.compile's. Not True for what takes floats: two that are equal when a graph is made are one in
+    Inductor's cache, and another graph, of two that differ, is served with it (torch 2.13).
     """
     forms = _forms.setdefault(function, {})
     if kind not in forms and len(forms) < KINDS:
