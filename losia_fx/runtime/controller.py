@@ -23,10 +23,11 @@ from losia_fx.method.schedule import profiled_groups
 from losia_fx.model.blocks import plain_name
 
 from . import look, owners, slot, snapshot, step, step_hooks
-from .agreement import Agreement, Torn
+from .agreement import Torn
 from .bases import Bases
 from .outside import watch
 from .ranks import Ranks
+from .sharded_agreement import AnyAgreement
 from .state import SubnetState, states_of
 from .train_state import Event, Progress, TrainState
 
@@ -134,7 +135,7 @@ class Controller:
         self.train.bases = bases
 
     @property
-    def agreement(self) -> Agreement:
+    def agreement(self) -> AnyAgreement:
         return self.train.agreement
 
     @property

@@ -1,0 +1,231 @@
+"""Some processes that train sharded models together over gloo, scenario after scenario, each beside one process alone.
+
+    python worker.py RESULTS RANKS SCENARIO...
+
+Each rank writes RESULTS.<rank>; a scenario that fails leaves its traceback there.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losia_fx
+from tests.support.pair import OPTIONS
+from tests.support.toys import Toy, batch, loss_of, tiny_llama
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How a model is made, sharded and trained; the first group of fields decides what one process comes to as well."""
+
+    model: str = "toy"
+    dtype: torch.dtype = torch.float64
+    options: tuple[tuple[str, Any], ...] = ()
+    clip: float | None = None
+    parts: int = 1
+    """Micro-batches a step."""
+    zeroed: bool = False
+    """Gradients are zeroed, and kept."""
+    steps: int = 19
+    """Of period 3 over 3 groups: two rounds, and a slot that ends within."""
+
+    root_only: bool = False
+    reshard: bool | None = None
+    sync_last: bool = False
+    """Gradients are reduced with the last micro-batch alone."""
+    replicas: int = 1
+    compiler: str = "eager"
+    evaluated: bool = False
+    """An evaluation between the backward and the step, after which the root's parameters stay unsharded."""
+
+
+MODELS = {
+    "toy": lambda: Toy(),
+    "three layers": lambda: Toy(layers=3),
+    "uneven": lambda: Toy(width=18, inner=21, bias=True),
+    "checkpointed": lambda: Toy(checkpointed=True),
+    "tied": lambda: Toy(tied=True),
+    "llama": tiny_llama,
+}
+
+
+def of(**options: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(options.items())
+
+
+CORE: dict[str, Scenario] = {
+    "by block": Scenario(),
+    "by block, aot_eager": Scenario(compiler="aot_eager"),
+    "root only": Scenario(root_only=True, compiler="aot_eager"),
+    "not resharded after the forward": Scenario(reshard=False),
+    "resharded, root too": Scenario(reshard=True),
+    "uneven shards": Scenario(model="uneven", clip=0.3),
+    "clipped": Scenario(clip=0.3),
+    "clipped, float32": Scenario(clip=0.3, dtype=torch.float32),
+    "gradients zeroed in place": Scenario(zeroed=True),
+    "two micro-batches": Scenario(parts=2),
+    "two micro-batches, reduced once": Scenario(parts=2, sync_last=True),
+    "evaluated before the step": Scenario(evaluated=True),
+    "checkpointed": Scenario(model="checkpointed", compiler="aot_eager"),
+    "norms in full": Scenario(options=of(trainable=("norm",)), clip=0.3),
+    "tied head": Scenario(model="tied", options=of(train_tied_head=True)),
+    "sync": Scenario(options=of(schedule="sync")),
+    "all at once": Scenario(options=of(schedule="all")),
+    "static": Scenario(options=of(schedule="static"), steps=4),
+    "profiled in part": Scenario(options=of(profile_steps=2)),
+    "not rewarmed": Scenario(options=of(rewarm=False)),
+    "first": Scenario(options=of(importance="first")),
+    "gradient": Scenario(options=of(importance="gradient")),
+    "visits": Scenario(options=of(importance="visits")),
+    "sample": Scenario(options=of(importance="sample")),
+    "random": Scenario(options=of(importance="random")),
+    "roaming": Scenario(options=of(schedule="all", importance="random", period=1, head_rows="random"), steps=6),
+    "llama": Scenario(model="llama", compiler="aot_eager"),
+}
+SLOW: dict[str, Scenario] = {
+    "inductor": Scenario(model="llama", compiler="inductor", dtype=torch.float32, clip=0.3),
+}
+FOUR: dict[str, Scenario] = {
+    "four ranks": Scenario(clip=0.3),
+    "four ranks, uneven": Scenario(model="uneven", compiler="aot_eager"),
+    "two replicas of two shards": Scenario(replicas=2, clip=0.3),
+    "two replicas, two micro-batches, reduced once": Scenario(replicas=2, parts=2, sync_last=True),
+    "four ranks, visits": Scenario(options=of(importance="visits")),
+}
+SCENARIOS = CORE | SLOW | FOUR
+
+
+def model_of(scenario: Scenario, compiler: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[scenario.model]().to(scenario.dtype)
+    return losia_fx.transform(model, **{**OPTIONS, "compiler": compiler, **dict(scenario.options)})
+
+
+def shard(model: nn.Module, scenario: Scenario) -> None:
+    options: dict[str, Any] = {"reshard_after_forward": scenario.reshard}
+    if scenario.replicas > 1:
+        shape = (scenario.replicas, dist.get_world_size() // scenario.replicas)
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard"))
+    for block in () if scenario.root_only else getattr(model, "model", model).layers:  # type: ignore[union-attr]
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def batches(scenario: Scenario) -> list[list[Tensor]]:
+    torch.manual_seed(7)
+    return [[batch(8) for _ in range(scenario.parts)] for _ in range(scenario.steps)]
+
+
+def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, Any]:
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for micro in batches(scenario):
+        for number, ids in enumerate(micro):
+            if scenario.sync_last and ranks > 1:
+                model.set_requires_gradient_sync(number == len(micro) - 1)
+            (loss_of(model, ids.chunk(ranks)[rank]) / len(micro)).backward()
+        if scenario.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), scenario.clip)
+        if scenario.evaluated:
+            with torch.no_grad():
+                model(micro[0])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not scenario.zeroed)
+    return outcome(model)
+
+
+def outcome(model: nn.Module) -> dict[str, Any]:
+    followed = losia_fx.controller(model)
+    return {
+        "weights": {name: whole(value) for name, value in model.state_dict().items()},
+        "places": {name: (s.rows.clone(), s.cols.clone()) for name, s in losia_fx.subnets(model).items()},
+        "values": {name: whole(s.values) for name, s in losia_fx.subnets(model).items()},
+        "history": [(event.step, event.group, event.moved, event.captured) for event in followed.history],
+        "left_out": followed.left_out,
+        "step": followed.step,
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@functools.cache
+def alone(scenario: Scenario) -> dict[str, Any]:
+    """What one process comes to on the joined batches."""
+    return train(model_of(scenario, "eager"), scenario, 0, 1)
+
+
+def joined_only(scenario: Scenario) -> Scenario:
+    """The same of what decides the outcome of one process."""
+    plain = Scenario()
+    names = ("root_only", "reshard", "sync_last", "replicas", "compiler", "evaluated")
+    return replace(scenario, **{name: getattr(plain, name) for name in names})
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank gives to collectives, by the collective's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.__name__.partition(".")[0]
+            given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
+            tensors = given if isinstance(given, (list, tuple)) else [given]
+            self.sent[name] = self.sent.get(name, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def run(name: str) -> dict[str, Any]:
+    scenario = SCENARIOS[name]
+    expected = alone(joined_only(scenario))
+    torch._dynamo.reset()
+    model = model_of(scenario, scenario.compiler)
+    shard(model, scenario)
+    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    return {"found": found, "expected": expected}
+
+
+def rank_main(rank: int, results: str, ranks: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{results}.rendezvous", rank=rank, world_size=ranks)
+    found: dict[str, Any] = {}
+    for name in names:
+        torch._dynamo.reset()
+        try:
+            found[name] = run(name)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+            traceback.print_exc()
+        torch.save(found, f"{results}.{rank}")
+    os._exit(0)
+
+
+def main(results: str, ranks: int, names: list[str]) -> int:
+    """Each scenario in all ranks; the exit code."""
+    for rank in range(ranks):
+        if os.fork() == 0:
+            rank_main(rank, results, ranks, names)
+    ended = [os.waitpid(-1, 0)[1] for _ in range(ranks)]
+    return max(map(os.waitstatus_to_exitcode, ended))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] or list(CORE)))
