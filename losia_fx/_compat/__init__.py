@@ -41,6 +41,7 @@ from .graphs import (
 )
 from .parallel import (
     active_ddp,
+    all_gather,
     ddp_group,
     ddp_ignores,
     is_flattened,
@@ -52,6 +53,7 @@ __all__ = [
     "CompilerFailed",
     "OptimizedModule",
     "active_ddp",
+    "all_gather",
     "aot_compiler",
     "be_called_while_traced",
     "compile_call",

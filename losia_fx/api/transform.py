@@ -117,12 +117,18 @@ def restore(model: nn.Module) -> nn.Module:
 
     A call that Module.compile() had made before transform() is there again. Accepts what torch.compile,
     DistributedDataParallel and the like made of the model too; returns the model itself.
-    Raises TransformError for a model that is not transformed.
+    Raises TransformError for a model that is not transformed, or that fully_shard has sharded since.
     """
     controller = find_controller(model)
     if controller is None:
         raise TransformError(f"{type(model).__name__} is not transformed: there is nothing to restore")
     controller.settle_last()
+    if controller.sharded:
+        raise TransformError(
+            f"{type(controller.root).__name__} is sharded: fully_shard keeps the subnets among its parameters, so they "
+            "cannot be taken off. Gather the weights (get_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "with full_state_dict=True) and load them into a plain model"
+        )
     _take_off(controller)
     return controller.root
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from losia_fx._compat import all_gather
+
 from .selection import Selection, select_experts, top
 from .subnet import gather, scatter
 
@@ -71,7 +73,7 @@ def joined(parts: Sequence[Tensor], portions: Sequence[Portion]) -> list[Tensor]
         place[: part.numel()].copy_(part.reshape(-1))
     ranks = dist.get_world_size(portions[0].group)
     gathered = flat.new_empty(ranks * flat.numel())
-    dist.all_gather_into_tensor(gathered, flat, group=portions[0].group)
+    all_gather(gathered, flat, portions[0].group)
     pieces = gathered.view(ranks, -1).split(sizes, dim=1)
     return [
         piece.reshape(-1, *part.shape[1:])[: portion.length]

@@ -135,6 +135,12 @@ class Controller:
         self.train.bases = bases
 
     @property
+    def sharded(self) -> bool:
+        """Whether fully_shard has cut the model over processes: its state is put together by all of them."""
+        look.take_in(self.train)
+        return any(state.shards is not None for state in self.states)
+
+    @property
     def agreement(self) -> AnyAgreement:
         return self.train.agreement
 
@@ -229,6 +235,7 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As losia_fx.load_state_dict(model, state)."""
+        look.take_in(self.train)
         snapshot.check(self.train, state)
         snapshot.apply(self.train, state)
 

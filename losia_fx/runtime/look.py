@@ -55,12 +55,19 @@ def _look(train: TrainState, learns: bool | None, shown: bool) -> None:
 def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
     """values: whether to compare those too."""
     if moved := train.agreement.differing():
-        if was_sharded(moved):
-            take_in_shards(train)
+        if take_in(train):
             moved = train.agreement.differing()
         note(train, train.agreement.settle(moved, train.idle), learns, shown)
     if values:
         note(train, train.agreement.compare(), learns, shown)
+
+
+def take_in(train: TrainState) -> bool:
+    """Follows a model that has been sharded since the last look; whether it was. All ranks have to be here."""
+    if not was_sharded(train.states):
+        return False
+    take_in_shards(train)
+    return True
 
 
 def note(train: TrainState, written: list[SubnetState], learns: bool, shown: bool) -> None:

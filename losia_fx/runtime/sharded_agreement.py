@@ -17,7 +17,7 @@ from losia_fx.errors import StateError, listed
 
 from .agreement import Agreement, Torn
 from .evidence import marks_of
-from .sharding import gather_anew, same_values, write_back
+from .sharding import gather_anew, same_values, shards_of, write_back
 from .state import SubnetState
 
 
@@ -34,7 +34,7 @@ class ShardedAgreement:
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self.fresh: set[SubnetState] = set(states)
         """W is new, or nobody has compared yet: S is taken from it at the next forward or step, on all ranks."""
-        self._marks: dict[SubnetState, list[tuple[int, int]]] = {}
+        self._marks: dict[SubnetState, tuple[Mark, Mark]] = {}
         for state in states:
             state.agreement = self
 
@@ -103,11 +103,17 @@ class ShardedAgreement:
 AnyAgreement = Agreement | ShardedAgreement
 
 
-def _marks(state: SubnetState) -> list[tuple[int, int]]:
-    assert state.shards is not None
-    state.shards.refresh()
-    tensors: list[Tensor] = [state.weight_here, state.values_here]
-    return list(zip(*marks_of(tensors), strict=True))
+Mark = tuple[int, int, int]
+"""Of a sharded tensor: its version, that of this rank's part, which grows where that alone is written, and its place."""
+
+
+def _marks(state: SubnetState) -> tuple[Mark, Mark]:
+    shards = shards_of(state)
+    shards.refresh()
+    whole: list[Tensor] = [shards.weight, shards.values]
+    versions, places = marks_of([state.weight_here, state.values_here])
+    weight, values = zip([tensor._version for tensor in whole], versions, places, strict=True)
+    return weight, values
 
 
 def _refuse(states: Sequence[SubnetState], why: str) -> None:

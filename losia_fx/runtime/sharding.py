@@ -77,14 +77,23 @@ def same_values(states: Sequence[SubnetState]) -> list[bool]:
     """Whether W[rows, cols] is S as W can hold it, of each, on all ranks."""
     if not states:
         return []
-    found: dict[SubnetState, Tensor] = {}
-    ordered = in_order(states)
-    for state in ordered:
-        block, values = state.here(state.block()), state.values_here.to(state.weight_here.dtype)
-        found[state] = ((block != values) & ~(block.isnan() & values.isnan())).any().float()
-    differ = summed(list(found.values()), shards_of(ordered[0]).portion.group)
-    known = dict(zip(found, torch.stack(differ).tolist(), strict=True))
+    ordered, differ = in_order(states), []
+    for state, block in zip(ordered, blocks(ordered), strict=True):
+        mine, values = state.here(block), state.values_here.to(block.dtype)
+        differ.append(((mine != values) & ~(mine.isnan() & values.isnan())).any().float())
+    (counted,) = summed([torch.stack(differ)], shards_of(ordered[0]).portion.group)
+    known = dict(zip(ordered, counted.tolist(), strict=True))
     return [not known[state] for state in states]
+
+
+def blocks(states: Sequence[SubnetState]) -> list[Tensor]:
+    """W[rows][:, cols] of each, whole: an all-reduce for each dtype among them."""
+    found: dict[SubnetState, Tensor] = {}
+    for dtype in dict.fromkeys(state.weight_here.dtype for state in states):
+        alike = [state for state in states if state.weight_here.dtype == dtype]
+        parts = [shards_of(state).own_block(state.weight_here) for state in alike]
+        found |= dict(zip(alike, summed(parts, shards_of(alike[0]).portion.group), strict=True))
+    return [found[state] for state in states]
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ import functools
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Shard
 
 from losia_fx._compat import graph_task_id
 from losia_fx.method.selection import Selection
@@ -29,6 +28,10 @@ from losia_fx.method.shards import (
 )
 
 from .profile import Profile
+
+if dist.is_available():  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
 
 class Sharded(Protocol):
@@ -155,11 +158,31 @@ class Shards:
         (rows,), (cols,) = joined([row_sums], [self.portion]), summed([col_sums], self.portion.group)
         return rows, cols
 
+    # -- as one process would have it ---------------------------------------------------------------------------------
+
+    def whole(self, part: str, tensor: Tensor) -> Tensor:
+        """The whole of a part of the subnet's state (runtime.snapshot), of which this rank has ``tensor``."""
+        if part == "values":
+            return joined([tensor], [self.values_portion])[0]
+        if part == "col_sums" and not self.coincides:
+            return summed([tensor], self.portion.group)[0]
+        return joined([tensor], [self.portion])[0] if part in CUT else tensor
+
+    def here(self, part: str, tensor: Tensor) -> Tensor:
+        """What this rank has of a part of the state that is whole; of sums over all rows, the first rank has all."""
+        if part == "col_sums" and not self.coincides:
+            return tensor if self.portion.first == 0 else torch.zeros_like(tensor)
+        return tensor[self.portion.inside] if part in CUT else tensor
+
+
+CUT = ("importance", "uncertainty", "grad", "row_sums", "col_sums")
+"""The parts of a state that are cut as W is."""
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: the very memory."""
     with torch.no_grad():
-        return cast(DTensor, tensor).to_local()
+        return cast("DTensor", tensor).to_local()
 
 
 @torch.no_grad()

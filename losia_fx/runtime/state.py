@@ -19,7 +19,6 @@ from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
 from losia_fx.method.selection import Selection
 from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
-from losia_fx.method.sums import sums_shapes, visit
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
@@ -34,9 +33,6 @@ class _Agreement(Protocol):
     """losia_fx.runtime.agreement.Agreement, which is about these states."""
 
     def is_ahead(self, state: SubnetState) -> bool: ...
-
-    def values_of(self, state: SubnetState) -> Tensor | None:
-        """S when the two last agreed."""
 
 
 class SubnetState:
@@ -297,11 +293,6 @@ class SubnetState:
             self.means = Means(*(tensor.to(device) for tensor in self.means))
         if self.label_counts is not None:
             self.label_counts = self.label_counts.to(device)
-
-    def note_visit(self) -> None:
-        """The subnet is about to leave its place."""
-        before = self.visits or tuple(self.rows.new_zeros(n) for n in sums_shapes(self.weight))
-        self.visits = visit(before[0], self.rows), visit(before[1], self.cols)
 
     def block(self) -> Tensor:
         """W[rows][:, cols], a copy; under FSDP2 put together from all ranks."""

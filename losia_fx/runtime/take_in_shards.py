@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
 from losia_fx.errors import StateError, listed
 from losia_fx.model.blocks import plain_name
@@ -19,6 +17,11 @@ from .sharded_agreement import ShardedAgreement
 from .shards import Shards, local
 from .state import SubnetState
 from .train_state import TrainState
+
+if dist.is_available():  # not in every build of torch
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
 
 WAY = (
     "shard the whole transformed model with fully_shard (each block, then the model itself), and make the optimizer "
@@ -37,7 +40,7 @@ def take_in_shards(train: TrainState) -> None:
     modules = _sharding_modules(train.root)
     _refuse_ways(train, modules)
     _refuse_options(train)
-    _refuse_old_optimizers(train.states)
+    _refuse_old_optimizers(train)
     for state in train.states:
         state.shards = Shards(state, modules[state.owner])
     mesh = _mesh(train.states[0])
@@ -122,10 +125,10 @@ def _refuse_options(train: TrainState) -> None:
             )
 
 
-def _refuse_old_optimizers(states: Sequence[SubnetState]) -> None:
+def _refuse_old_optimizers(train: TrainState) -> None:
     """An optimizer that was made before fully_shard holds the parameters of before, which nobody uses any more."""
-    for state in states[:1]:
-        before = None if state.agreement is None else state.agreement.values_of(state)
+    for state in train.states[:1]:
+        before = train.agreement.values_of(state)
         if before is not None and before is not state.values and (found := holders_of(before)):
             raise StateError(
                 f"{type(found[0]).__name__} was made before fully_shard, and holds the parameters of before it: make "

@@ -11,13 +11,13 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losia_fx
+from losia_fx._compat import graph_counts
 from tests.support.pair import OPTIONS
 from tests.support.toys import Toy, batch, loss_of, tiny_llama
 
@@ -39,6 +40,8 @@ class Scenario:
     clip: float | None = None
     parts: int = 1
     """Micro-batches a step."""
+    halves: bool = False
+    """One process takes the ranks' parts of a batch one after the other, as narrow dtypes round each."""
     zeroed: bool = False
     """Gradients are zeroed, and kept."""
     steps: int = 19
@@ -54,9 +57,44 @@ class Scenario:
     """An evaluation between the backward and the step, after which the root's parameters stay unsharded."""
 
 
+class Mixture(nn.Module):
+    """Experts (E, in, out), each with a share of every token."""
+
+    def __init__(self, experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.up = nn.Parameter(torch.randn(experts, width, inner) / 4)
+        self.down = nn.Parameter(torch.randn(experts, inner, width) / 4)
+        self.router = nn.Linear(width, experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        each = torch.bmm(F.gelu(torch.bmm(tokens.expand(self.num_experts, *tokens.shape), self.up)), self.down)
+        return torch.einsum("etw,te->tw", each, self.router(tokens).softmax(-1)).view_as(x)
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.mixture = Mixture(experts, 16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixture(self.norm(x))
+
+
+def mixture(experts: int) -> nn.Module:
+    model = Toy()
+    model.layers = nn.ModuleList(MixtureBlock(experts) for _ in range(2))
+    return model
+
+
 MODELS = {
+    "experts": lambda: mixture(4),
+    "three experts": lambda: mixture(3),
     "toy": lambda: Toy(),
     "three layers": lambda: Toy(layers=3),
+    "eighths": lambda: Toy(inner=32),
     "uneven": lambda: Toy(width=18, inner=21, bias=True),
     "checkpointed": lambda: Toy(checkpointed=True),
     "tied": lambda: Toy(tied=True),
@@ -73,36 +111,44 @@ CORE: dict[str, Scenario] = {
     "by block, aot_eager": Scenario(compiler="aot_eager"),
     "root only": Scenario(root_only=True, compiler="aot_eager"),
     "not resharded after the forward": Scenario(reshard=False),
-    "resharded, root too": Scenario(reshard=True),
     "uneven shards": Scenario(model="uneven", clip=0.3),
-    "clipped": Scenario(clip=0.3),
     "clipped, float32": Scenario(clip=0.3, dtype=torch.float32),
+    "two micro-batches, reduced once": Scenario(parts=2, sync_last=True),
+    "checkpointed": Scenario(model="checkpointed", compiler="aot_eager"),
+    "norms in full, clipped": Scenario(options=of(trainable=("norm",)), clip=0.3),
+    "tied head": Scenario(model="tied", options=of(train_tied_head=True)),
+    "experts": Scenario(model="experts"),
+    "sync": Scenario(options=of(schedule="sync"), steps=13),
+    "visits": Scenario(options=of(importance="visits"), steps=13),
+}
+SLOW: dict[str, Scenario] = {
+    "three layers": Scenario(model="three layers", compiler="aot_eager"),
+    "resharded, root too": Scenario(reshard=True),
+    "clipped": Scenario(clip=0.3),
     "gradients zeroed in place": Scenario(zeroed=True),
     "two micro-batches": Scenario(parts=2),
-    "two micro-batches, reduced once": Scenario(parts=2, sync_last=True),
     "evaluated before the step": Scenario(evaluated=True),
-    "checkpointed": Scenario(model="checkpointed", compiler="aot_eager"),
-    "norms in full": Scenario(options=of(trainable=("norm",)), clip=0.3),
-    "tied head": Scenario(model="tied", options=of(train_tied_head=True)),
-    "sync": Scenario(options=of(schedule="sync")),
+    "three experts, aot_eager": Scenario(model="three experts", compiler="aot_eager", clip=0.3),
+    "experts, visits": Scenario(model="three experts", options=of(importance="visits")),
     "all at once": Scenario(options=of(schedule="all")),
     "static": Scenario(options=of(schedule="static"), steps=4),
     "profiled in part": Scenario(options=of(profile_steps=2)),
     "not rewarmed": Scenario(options=of(rewarm=False)),
     "first": Scenario(options=of(importance="first")),
+    "second": Scenario(options=of(importance="second")),
     "gradient": Scenario(options=of(importance="gradient")),
-    "visits": Scenario(options=of(importance="visits")),
     "sample": Scenario(options=of(importance="sample")),
     "random": Scenario(options=of(importance="random")),
+    "fixed head": Scenario(options=of(head_rows="fixed")),
     "roaming": Scenario(options=of(schedule="all", importance="random", period=1, head_rows="random"), steps=6),
+    "bfloat16": Scenario(dtype=torch.bfloat16, halves=True),
     "llama": Scenario(model="llama", compiler="aot_eager"),
-}
-SLOW: dict[str, Scenario] = {
-    "inductor": Scenario(model="llama", compiler="inductor", dtype=torch.float32, clip=0.3),
+    "llama, inductor": Scenario(model="llama", compiler="inductor", dtype=torch.float32, clip=0.3),
 }
 FOUR: dict[str, Scenario] = {
     "four ranks": Scenario(clip=0.3),
     "four ranks, uneven": Scenario(model="uneven", compiler="aot_eager"),
+    "four ranks, experts": Scenario(model="three experts"),
     "two replicas of two shards": Scenario(replicas=2, clip=0.3),
     "two replicas, two micro-batches, reduced once": Scenario(replicas=2, parts=2, sync_last=True),
     "four ranks, visits": Scenario(options=of(importance="visits")),
@@ -110,8 +156,8 @@ FOUR: dict[str, Scenario] = {
 SCENARIOS = CORE | SLOW | FOUR
 
 
-def model_of(scenario: Scenario, compiler: str) -> nn.Module:
-    torch.manual_seed(0)
+def model_of(scenario: Scenario, compiler: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     model = MODELS[scenario.model]().to(scenario.dtype)
     return losia_fx.transform(model, **{**OPTIONS, "compiler": compiler, **dict(scenario.options)})
 
@@ -128,7 +174,10 @@ def shard(model: nn.Module, scenario: Scenario) -> None:
 
 def batches(scenario: Scenario) -> list[list[Tensor]]:
     torch.manual_seed(7)
-    return [[batch(8) for _ in range(scenario.parts)] for _ in range(scenario.steps)]
+    steps = [[batch(8) for _ in range(scenario.parts)] for _ in range(scenario.steps)]
+    if scenario.halves:
+        return [[half for ids in micro for half in ids.chunk(2)] for micro in steps]
+    return steps
 
 
 def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, Any]:
@@ -187,6 +236,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func.__name__.partition(".")[0]
+            if name in ("wait_tensor", "_wrap_tensor_autograd"):
+                return func(*args, **(kwargs or {}))
             given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
             tensors = given if isinstance(given, (list, tuple)) else [given]
             self.sent[name] = self.sent.get(name, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
@@ -196,14 +247,21 @@ class Traffic(TorchDispatchMode):
 def run(name: str) -> dict[str, Any]:
     scenario = SCENARIOS[name]
     expected = alone(joined_only(scenario))
+    scenario = replace(scenario, halves=False)
     torch._dynamo.reset()
+    before, _ = graph_counts()
     model = model_of(scenario, scenario.compiler)
     shard(model, scenario)
-    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    with Traffic() as traffic:
+        found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    found |= {"graphs": graph_counts()[0] - before, "sent": traffic.sent}
     return {"found": found, "expected": expected}
 
 
-def rank_main(rank: int, results: str, ranks: int, names: list[str]) -> None:
+Run = Callable[[str], dict[str, Any]]
+
+
+def rank_main(rank: int, results: str, ranks: int, names: list[str], run: Run) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{results}.rendezvous", rank=rank, world_size=ranks)
     found: dict[str, Any] = {}
@@ -218,11 +276,11 @@ def rank_main(rank: int, results: str, ranks: int, names: list[str]) -> None:
     os._exit(0)
 
 
-def main(results: str, ranks: int, names: list[str]) -> int:
+def main(results: str, ranks: int, names: list[str], run: Run = run) -> int:
     """Each scenario in all ranks; the exit code."""
     for rank in range(ranks):
         if os.fork() == 0:
-            rank_main(rank, results, ranks, names)
+            rank_main(rank, results, ranks, names, run)
     ended = [os.waitpid(-1, 0)[1] for _ in range(ranks)]
     return max(map(os.waitstatus_to_exitcode, ended))
 
