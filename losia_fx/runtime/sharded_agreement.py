@@ -104,7 +104,7 @@ AnyAgreement = Agreement | ShardedAgreement
 
 
 Mark = tuple[int, int, int]
-"""Of a sharded tensor: its version, that of this rank's part, which grows where that alone is written, and its place."""
+"""Of a sharded tensor: its version; that of this rank's part, which grows where that alone is written; its place."""
 
 
 def _marks(state: SubnetState) -> tuple[Mark, Mark]:

@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.method.selection import select_experts, select_rows, select_subnet
+from losia_fx.method.shards import Portion, select_own_experts, select_portion
 from tests.sharded.worker import Scenario, Traffic, batches, main, model_of, of, outcome, shard
 from tests.support.toys import loss_of
 
@@ -89,7 +91,7 @@ def folder_of(importance: str) -> Path:
 def traffic() -> dict[str, Any]:
     """A step of a model whose sizes eight divides, with nothing profiled and with one block."""
     found = {}
-    for name, options in {"plain": of(schedule="static"), "profiled": of(schedule="sync")}.items():
+    for name, options in {"plain": of(schedule="static"), "profiled": of(schedule="all")}.items():
         scenario = Scenario(
             model="eighths", dtype=torch.float32, options=(*options, *of(rank_factor=1 / 8, output_rank_factor=0.0))
         )
@@ -103,13 +105,42 @@ def traffic() -> dict[str, Any]:
     return found
 
 
+def selections() -> dict[str, Any]:
+    """Of matrices and of experts, with ties and uneven portions, beside those of one process; how many agree."""
+    group = dist.group.WORLD
+    assert group is not None
+    generator, agree = torch.Generator().manual_seed(0), 0
+    for number in range(TRIED):
+        rows, cols, experts = torch.randint(3, 12, (3,), generator=generator).tolist()
+        score = torch.rand(experts, rows, cols, generator=generator)
+        if number % 2:
+            score = (score * 4).floor()  # ties, and lines of nothing
+        size = (max(1, rows // 3), max(1, cols // 2))
+        portion = Portion.of(rows, group)
+        mine = score[0][portion.inside]
+        found = [select_portion(mine, portion, size, False), select_portion(mine, portion, size, True)]
+        alone = [select_subnet(score[0], *size), select_rows(score[0], size[0])]
+        old = tuple(torch.arange(n).expand(experts, n).contiguous() for n in size)
+        portion = Portion.of(experts, group)
+        found.append(select_own_experts(score[portion.inside], portion, old))  # type: ignore[arg-type]
+        alone.append(select_experts(score, old))  # type: ignore[arg-type]
+        agree += all(
+            torch.equal(a.rows, b.rows) and torch.equal(a.cols, b.cols) and torch.isclose(a.captured, b.captured)
+            for a, b in zip(found, alone, strict=True)
+        )
+    return {"agree": agree}
+
+
+TRIED = 40
+
+
 def run(name: str) -> dict[str, Any]:
     kind, _, rest = name.partition(" ")
     if kind == "saved":
         return trained_and_saved(rest)
     if kind == "resumed":
         return resumed(*rest.split())
-    return traffic()
+    return traffic() if kind == "traffic" else selections()
 
 
 if __name__ == "__main__":
