@@ -138,7 +138,7 @@ class Controller:
     def sharded(self) -> bool:
         """Whether fully_shard has cut the model over processes: its state is put together by all of them."""
         look.take_in(self.train)
-        return any(state.shards is not None for state in self.states)
+        return self.train.sharded
 
     @property
     def agreement(self) -> AnyAgreement:

@@ -179,6 +179,11 @@ CUT = ("importance", "uncertainty", "grad", "row_sums", "col_sums")
 """The parts of a state that are cut as W is."""
 
 
+def is_block_of_shards(module: nn.Module) -> bool:
+    """Whether fully_shard was called on a module that is made of others."""
+    return isinstance(module, FSDPModule) and any(True for _ in module.children())
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor: the very memory."""
     with torch.no_grad():

@@ -213,6 +213,11 @@ class TrainState:
         return [state for state in self.states if state.group == group]
 
     @property
+    def sharded(self) -> bool:
+        """Whether fully_shard has cut the model over processes, and that has been taken in."""
+        return bool(self.states) and self.states[0].shards is not None
+
+    @property
     def head(self) -> int | None:
         """The group of the output head; None where none learns."""
         return next((state.group for state in self.states if state.whole_cols), None)

@@ -20,7 +20,7 @@ from .state import SubnetState
 @torch.no_grad()
 def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
     """W[rows, cols] = S. compiled: a block at a time, where large blocks of one kind share their compiled form."""
-    if any(state.shards is not None for state in states):
+    if states and states[0].shards is not None:
         sharding.write_back(states)
         return
     if not compiled:

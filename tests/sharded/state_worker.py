@@ -16,13 +16,33 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.method.selection import select_experts, select_rows, select_subnet
 from losia_fx.method.shards import Portion, select_own_experts, select_portion
-from tests.sharded.worker import Scenario, Traffic, batches, main, model_of, of, outcome, shard
+from tests.sharded.worker import Scenario, batches, main, model_of, of, outcome, shard
 from tests.support.toys import loss_of
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank gives to collectives, by the collective's name. Nothing is compiled meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.__name__.partition(".")[0]
+            if name in ("wait_tensor", "_wrap_tensor_autograd"):
+                return func(*args, **(kwargs or {}))
+            given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
+            tensors = given if isinstance(given, (list, tuple)) else [given]
+            self.sent[name] = self.sent.get(name, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
 
 SCENARIO = Scenario(clip=0.3, dtype=torch.float64)
 CUT = 8

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sharded.worker import CORE, FOUR, SCENARIOS, SLOW
+from tests.sharded.worker import CORE, FOUR, POLICY, SCENARIOS, SLOW
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -28,7 +28,7 @@ def train(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return train(tmp_path_factory.mktemp("two"), 2, list(CORE))
+    return train(tmp_path_factory.mktemp("two"), 2, [*CORE, POLICY])
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,9 @@ def assert_as_alone(ranks: list[dict[str, Any]], name: str) -> None:
         assert found["graphs"] <= GRAPHS
 
 
-GRAPHS = 8
-"""However many blocks a model has, they share theirs."""
+GRAPHS = 4
+"""Blocks that are alike share theirs: of the first, whose input asks for no gradient, of the others, of the head; and
+those of two kinds of micro-batches."""
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -86,6 +87,18 @@ def test_two_processes_train_as_one_in_more_ways(slow_two: list[dict[str, Any]],
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_train_as_one(four: list[dict[str, Any]], name: str) -> None:
     assert_as_alone(four, name)
+
+
+def test_a_policy_of_mixed_precision(two: list[dict[str, Any]]) -> None:
+    for outcome in (rank[POLICY] for rank in two):
+        assert "error" not in outcome, outcome["error"]
+        found, expected = outcome["found"], outcome["expected"]
+        assert_close(found, expected, 2e-6)
+        assert [event[:2] for event in found["history"]] == expected["history"]
+        assert found["left_out"] == 0
+        for weight, (rows, cols) in expected["places"].items():
+            assert torch.equal(found["places"][weight][0], rows), weight
+            assert torch.equal(found["places"][weight][1], cols), weight
 
 
 def test_the_subnets_learn_and_move(two: list[dict[str, Any]]) -> None:

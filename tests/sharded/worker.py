@@ -7,10 +7,12 @@ Each rank writes RESULTS.<rank>; a scenario that fails leaves its traceback ther
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,14 +22,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import losia_fx
 from losia_fx._compat import graph_counts
 from tests.support.pair import OPTIONS
-from tests.support.toys import Toy, batch, loss_of, tiny_llama
+from tests.support.reference import MakeOptimizer, Reference
+from tests.support.toys import Block, Toy, batch, loss_of, tiny_llama
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class MixtureBlock(nn.Module):
         return x + self.mixture(self.norm(x))
 
 
+class SkippingBlock(Block):
+    """Leaves its MLP out where it is told to."""
+
+    skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x.cumsum(1) / 4)
+        return x if self.skips else x + self.mlp(self.norm(x))
+
+
+def skipping() -> nn.Module:
+    model = Toy(layers=1)
+    model.layers.append(SkippingBlock(16, 24, False, False))
+    return model
+
+
 def mixture(experts: int) -> nn.Module:
     model = Toy()
     model.layers = nn.ModuleList(MixtureBlock(experts) for _ in range(2))
@@ -90,6 +108,7 @@ def mixture(experts: int) -> nn.Module:
 
 
 MODELS = {
+    "skipping": skipping,
     "experts": lambda: mixture(4),
     "three experts": lambda: mixture(3),
     "toy": lambda: Toy(),
@@ -131,6 +150,7 @@ SLOW: dict[str, Scenario] = {
     "three experts, aot_eager": Scenario(model="three experts", compiler="aot_eager", clip=0.3),
     "experts, visits": Scenario(model="three experts", options=of(importance="visits")),
     "all at once": Scenario(options=of(schedule="all")),
+    "a weight that one rank has no use for": Scenario(model="skipping", halves=True),
     "static": Scenario(options=of(schedule="static"), steps=4),
     "profiled in part": Scenario(options=of(profile_steps=2)),
     "not rewarmed": Scenario(options=of(rewarm=False)),
@@ -149,6 +169,7 @@ FOUR: dict[str, Scenario] = {
     "four ranks": Scenario(clip=0.3),
     "four ranks, uneven": Scenario(model="uneven", compiler="aot_eager"),
     "four ranks, experts": Scenario(model="three experts"),
+    "four ranks, two rows": Scenario(options=of(rank_factor=1 / 8, output_rank_factor=1 / 20)),
     "two replicas of two shards": Scenario(replicas=2, clip=0.3),
     "two replicas, two micro-batches, reduced once": Scenario(replicas=2, parts=2, sync_last=True),
     "four ranks, visits": Scenario(options=of(importance="visits")),
@@ -170,6 +191,8 @@ def shard(model: nn.Module, scenario: Scenario) -> None:
     for block in () if scenario.root_only else getattr(model, "model", model).layers:  # type: ignore[union-attr]
         fully_shard(block, **options)
     fully_shard(model, **options)
+    if scenario.model == "skipping":
+        model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
 def batches(scenario: Scenario) -> list[list[Tensor]]:
@@ -184,6 +207,8 @@ def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, An
     optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for micro in batches(scenario):
         for number, ids in enumerate(micro):
+            if scenario.model == "skipping":
+                model.layers[1].skips = (rank if ranks > 1 else number) == 1
             if scenario.sync_last and ranks > 1:
                 model.set_requires_gradient_sync(number == len(micro) - 1)
             (loss_of(model, ids.chunk(ranks)[rank]) / len(micro)).backward()
@@ -226,25 +251,37 @@ def joined_only(scenario: Scenario) -> Scenario:
     return replace(scenario, **{name: getattr(plain, name) for name in names})
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that this rank gives to collectives, by the collective's name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            name = func.__name__.partition(".")[0]
-            if name in ("wait_tensor", "_wrap_tensor_autograd"):
-                return func(*args, **(kwargs or {}))
-            given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
-            tensors = given if isinstance(given, (list, tuple)) else [given]
-            self.sent[name] = self.sent.get(name, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
-        return func(*args, **(kwargs or {}))
+def policy() -> dict[str, Any]:
+    """float32 weights that are used and differentiated in bfloat16, beside dense bfloat16 gradients made by hand."""
+    scenario = Scenario(dtype=torch.float32)
+    plain = MODELS[scenario.model]()
+    model = model_of(scenario, "eager")
+    plain.load_state_dict(model.state_dict())
+    subnets, groups = losia_fx.subnets(model), losia_fx.controller(model).groups
+    places = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
+    make: MakeOptimizer = lambda parameters: optim.AdamW(parameters, lr=5e-3)  # noqa: E731
+    reference = Reference(plain, places, groups, make, lambda step: 5e-3, period=OPTIONS["period"])
+    for (ids,) in batches(scenario):
+        halves = []
+        for half in ids.chunk(dist.get_world_size()):
+            twin = copy.deepcopy(plain).bfloat16()
+            loss_of(twin, half).backward()
+            halves.append({name: p.grad.float() for name, p in twin.named_parameters() if p.grad is not None})
+        for name, weight in reference.weights.items():
+            weight.weight.grad = torch.stack([half[name] for half in halves]).mean(0)
+        reference.step()
+    for module in (*model.layers, model):  # type: ignore[misc]
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    ends = {name: (weight.rows, weight.cols) for name, weight in reference.weights.items()}
+    values = {name: weight.values.detach() for name, weight in reference.weights.items()}
+    expected = {"weights": reference.model.state_dict(), "values": values, "places": ends}
+    return {"found": found, "expected": expected | {"history": reference.reselections}}
 
 
 def run(name: str) -> dict[str, Any]:
+    if name == POLICY:
+        return policy()
     scenario = SCENARIOS[name]
     expected = alone(joined_only(scenario))
     scenario = replace(scenario, halves=False)
@@ -252,12 +289,12 @@ def run(name: str) -> dict[str, Any]:
     before, _ = graph_counts()
     model = model_of(scenario, scenario.compiler)
     shard(model, scenario)
-    with Traffic() as traffic:
-        found = train(model, scenario, dist.get_rank(), dist.get_world_size())
-    found |= {"graphs": graph_counts()[0] - before, "sent": traffic.sent}
+    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    found["graphs"] = graph_counts()[0] - before
     return {"found": found, "expected": expected}
 
 
+POLICY = "bfloat16 policy"
 Run = Callable[[str], dict[str, Any]]
 
 
@@ -268,7 +305,9 @@ def rank_main(rank: int, results: str, ranks: int, names: list[str], run: Run) -
     for name in names:
         torch._dynamo.reset()
         try:
-            found[name] = run(name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", category=losia_fx.LosiaWarning)
+                found[name] = run(name)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
             traceback.print_exc()
