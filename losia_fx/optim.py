@@ -84,6 +84,11 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
             with torch.enable_grad():
                 loss = closure()
         subnets = {id(state.values): state for states in owned(self).mine.values() for state in states}
+        if any(state.shards is not None for state in subnets.values()):
+            raise OptimizerError(
+                "SubnetRMS keeps means of whole rows and columns, and fully_shard has cut them over processes: take "
+                "AdamW, or spread the model with DistributedDataParallel"
+            )
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in learning):

@@ -551,6 +551,17 @@ def test_is_flattened(tmp_path: Path, original: bool) -> None:
         dist.destroy_process_group()
 
 
+def test_all_gather(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        whole = torch.zeros(3)
+        _compat.all_gather(whole, torch.arange(3.0), dist.group.WORLD)
+        assert whole.tolist() == [0.0, 1.0, 2.0]
+    finally:
+        dist.destroy_process_group()
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+
+
 # -- versions ------------------------------------------------------------------------------------------------------
 
 TORCH = requirements()[0]

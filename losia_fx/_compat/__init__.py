@@ -11,6 +11,7 @@ from .calls import (
     ISOLATES_RECOMPILES,
     be_called_while_traced,
     compile_call,
+    compile_forward,
     compile_own_code,
     compiled_call,
     exchange_calls,
@@ -42,6 +43,7 @@ from .graphs import (
 )
 from .parallel import (
     active_ddp,
+    all_gather,
     ddp_group,
     ddp_ignores,
     is_flattened,
@@ -53,9 +55,11 @@ __all__ = [
     "CompilerFailed",
     "OptimizedModule",
     "active_ddp",
+    "all_gather",
     "aot_compiler",
     "be_called_while_traced",
     "compile_call",
+    "compile_forward",
     "compile_own_code",
     "compiled_apart",
     "compiled_call",

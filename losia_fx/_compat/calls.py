@@ -53,6 +53,14 @@ def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit
 
 
 @runs_uncompiled
+def compile_forward(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> None:
+    """Puts the module's forward, compiled, in the place of its own: hooks stay outside, and modules that are alike
+    share their graphs."""
+    limits: dict[str, Any] = {"recompile_limit": recompile_limit} if ISOLATES_RECOMPILES else {}
+    module.forward = torch.compile(module.forward, backend=backend, **limits)
+
+
+@runs_uncompiled
 def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
     """compile_call for torch 2.11 and 2.12; ends with 2.13, where torch.compile isolates and takes the limit.
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,6 +50,15 @@ def whole_graphs(under_ddp: bool) -> AbstractContextManager[Any]:
     the subnets' gradients, which are small.
     """
     return torch._dynamo.config.patch(optimize_ddp=False) if under_ddp else nullcontext()
+
+
+def all_gather(whole: torch.Tensor, part: torch.Tensor, group: ProcessGroup) -> None:
+    """``whole`` (n * len,) = the ``part`` (len,) of every rank, one after the other.
+
+    torch 2.13 gave it another name, and warns of the old one.
+    """
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(whole, part, group=group)
 
 
 def is_flattened(parameter: nn.Parameter) -> bool:

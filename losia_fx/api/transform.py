@@ -16,6 +16,7 @@ from losia_fx._compat import (
     OptimizedModule,
     be_called_while_traced,
     compile_call,
+    compile_forward,
     compiled_call,
     install_call,
     is_exporting,
@@ -40,6 +41,7 @@ from losia_fx.runtime.functional import call_with_others
 from losia_fx.runtime.look import look
 from losia_fx.runtime.outside import asking_for_gradients
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
+from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.watch import plain_forward
 from losia_fx.runtime.wrappers import refuse_wrappers
@@ -117,12 +119,18 @@ def restore(model: nn.Module) -> nn.Module:
 
     A call that Module.compile() had made before transform() is there again. Accepts what torch.compile,
     DistributedDataParallel and the like made of the model too; returns the model itself.
-    Raises TransformError for a model that is not transformed.
+    Raises TransformError for a model that is not transformed, or that fully_shard has sharded since.
     """
     controller = find_controller(model)
     if controller is None:
         raise TransformError(f"{type(model).__name__} is not transformed: there is nothing to restore")
     controller.settle_last()
+    if controller.sharded:
+        raise TransformError(
+            f"{type(controller.root).__name__} is sharded: fully_shard keeps the subnets among its parameters, so they "
+            "cannot be taken off. Gather the weights (get_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "with full_state_dict=True) and load them into a plain model"
+        )
     _take_off(controller)
     return controller.root
 
@@ -209,6 +217,7 @@ class CompiledCall:
         self.root, self.config = root, config
         self._backend = backend or LosiaBackend(config)
         self._compiled: Any = None
+        self._by_block = False
         self.before = None if root.__dict__.get(CALL) is not None else compiled_call(root)
         """The user's own Module.compile(), which restore() puts back."""
 
@@ -247,6 +256,9 @@ class CompiledCall:
         if self._compiled is None:
             refuse_wrappers(self.root)
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
+        if train.sharded and not self._by_block:
+            self._by_block = True
+            compile_blocks(self.root, self._backend)
         under_ddp = train.ranks.notice(train.states, train.progress.generator)
         labels.note(train, args, kwargs)
         _free_input_gradients(self.root)
@@ -261,6 +273,14 @@ class CompiledCall:
         notices.warn_outside(train)
         watch_functions(leaves(result), leaves((args, kwargs)))
         return result
+
+
+def compile_blocks(root: nn.Module, backend: LosiaBackend) -> None:
+    """Has the blocks that fully_shard was called on compiled each by itself: its hooks break graphs, and what breaks
+    under gradient checkpointing runs uncompiled."""
+    for module in root.modules():
+        if module is not root and is_block_of_shards(module):
+            compile_forward(module, backend, RECOMPILE_LIMIT)
 
 
 def _free_input_gradients(root: nn.Module) -> None:

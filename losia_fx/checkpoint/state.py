@@ -21,7 +21,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 
     Holds the options, the step, rows, cols and S of every subnet (S in float32 under a narrower W), the importance
     gathered in the slot under way, rewarming, the re-selections so far, and the generator's state. torch.save and
-    torch.load(weights_only=True) take it. Gradients are not in it, as in no optimizer's: save between steps.
+    torch.load(weights_only=True) take it. Gradients are not in it, as in no optimizer's: save between steps. Of a model
+    that fully_shard has sharded all ranks have to call it, and each gets the whole, for any number of ranks.
     Raises TransformError for a model without subnets.
     """
     return controller(model).state_dict()
@@ -35,9 +36,14 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     controller(model).load_state_dict(state)
 
 
-def save_state(model: nn.Module, path: Path) -> None:
-    """Writes ``state_dict(model)`` to one safetensors file, atomically."""
+def save_state(model: nn.Module, path: Path, write: bool = True) -> None:
+    """Writes ``state_dict(model)`` to one safetensors file, atomically.
+
+    Of a sharded model on every rank, of which one is to ``write``.
+    """
     state = state_dict(model)
+    if not write:
+        return
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     write_tensors(path, tensors, {name: value for name, value in state.items() if name not in tensors})
 

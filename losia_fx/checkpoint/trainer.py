@@ -64,8 +64,10 @@ class LosiaCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _folder(args, state)
-        if args.should_save and folder.is_dir():  # trials of a hyperparameter search save elsewhere, and never resume
-            save_state(self._model, folder / FILE)
+        # Trials of a hyperparameter search save elsewhere, and never resume.
+        writes = args.should_save and folder.is_dir()
+        if writes or controller(self._model).sharded:
+            save_state(self._model, folder / FILE, writes)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         followed, due = controller(self._model), control.should_log

@@ -8,7 +8,7 @@ G. Tensors in, numbers out; what is measured on a device is read once for all su
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,12 +102,12 @@ def fits_from(measured: Sequence[Sequence[float]], clip: Sequence[float]) -> lis
     return [fit_from(numbers, fallback, limit=limit) for numbers in measured]
 
 
-def measure_clip(grads: Sequence[Tensor]) -> Tensor:
+def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """What ``clip_limit`` decides by, of S.grad of all the subnets that an optimizer steps: 3 numbers, float32.
 
     They are the largest absolute value, how many of the LARGEST largest elements have it (0 where there are not ENOUGH
     to tell), and how many of them have the same other one, at most. On the device of the first; made without waiting
-    for it.
+    for it. of_all: the largest elements of all ranks, of this one's: where each has a part of the gradients.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
@@ -116,6 +116,8 @@ def measure_clip(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros(3, device="cpu")
     tops = [_largest(torch.cat([_largest(grad) for grad in flat])) for flat in by_device.values()]
     largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
+    if of_all is not None:
+        largest = _largest(of_all(largest))
     alike = (largest.unsqueeze(1) == largest).sum(1)
     others = alike.where((largest != largest[0]) & (largest > 0), 0).amax()
     enough = (largest > 0).sum() >= ENOUGH

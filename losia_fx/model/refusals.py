@@ -10,7 +10,10 @@ from losia_fx.errors import TransformError, listed
 from .kinds import is_sharded
 from .weight_plan import WeightPlan
 
-DDP_INSTEAD = "transform the whole model first, and spread it with DistributedDataParallel"
+THE_ROAD = (
+    "transform the whole model first, and then shard it with fully_shard (FSDP2) or spread it with "
+    "DistributedDataParallel"
+)
 
 
 def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
@@ -20,11 +23,11 @@ def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
     learning = [plan for plan in plans if plan.trained != "frozen"]
     _refuse(
         [plan for plan in plans if is_flattened(plan.parameter)],
-        f"flattened by FullyShardedDataParallel, which leaves no weights to take a subnet from: {DDP_INSTEAD}",
+        f"flattened by FullyShardedDataParallel, which leaves no weights to take a subnet from: {THE_ROAD}",
     )
     _refuse(
         [plan for plan in linears if is_sharded(plan.parameter)],
-        f"sharded over processes (a DTensor, as fully_shard and tensor parallel make them): {DDP_INSTEAD}",
+        f"sharded over processes (a DTensor, as fully_shard and tensor parallel make them): {THE_ROAD}",
     )
     _refuse(
         [plan for plan in learning if plan.parameter.is_meta],

@@ -18,9 +18,9 @@ from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.subnet import scatter
 from losia_fx.method.transfers import copies
-from losia_fx.model.kinds import is_sharded
 
 from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
+from .sharding import same_values
 from .state import SubnetState
 
 VIGILANT = 64
@@ -147,7 +147,6 @@ class Agreement:
         Raises StateError that names the weights where both moved, with those left as they are.
         """
         moved = {state: self.moved(state) for state in states}
-        _refuse_spread(moved)
         for state, (w, _) in moved.items():
             if w:
                 self._take_in(state)
@@ -249,6 +248,10 @@ class Agreement:
         s, w = self._were_written(state)
         return s and not w
 
+    def values_of(self, state: SubnetState) -> Tensor | None:
+        """S when the two last agreed."""
+        return self._seen[self._positions(state)[1]]
+
     def _were_written(self, state: SubnetState) -> tuple[bool, bool]:
         """Whether S, and whether W, holds other numbers than when they last agreed."""
         number = self._index[state]
@@ -283,11 +286,6 @@ class Agreement:
                 weight.requires_grad_(before.requires_grad)
 
 
-def agreement_of(state: SubnetState) -> Agreement | None:
-    """The Agreement that ``state`` is part of; None of a copy without a controller."""
-    return state.agreement if isinstance(state.agreement, Agreement) else None
-
-
 @torch.no_grad()
 def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
     """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
@@ -297,19 +295,10 @@ def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
 
 def _same(states: Sequence[SubnetState]) -> list[bool]:
     """Whether W[rows, cols] is S as W can hold it, of each; each device is waited for once."""
+    if states and states[0].shards is not None:
+        return same_values(states)
     found = [equal(state.block_of(state.weight), state.values.to(state.weight.dtype)) for state in states]
     return [bool(same) for same in copies(found)]
-
-
-def _refuse_spread(states: Iterable[SubnetState]) -> None:
-    """Raises StateError where a transformed model's weights or subnets have become parts of tensors."""
-    spread = [state.name for state in states if is_sharded(state.weight) or is_sharded(state.values)]
-    if spread:
-        raise StateError(
-            f"{listed(spread)}: sharded over processes after losia_fx.transform (a DTensor, as fully_shard and tensor "
-            "parallel make them), where no subnet can be followed: spread the transformed model with "
-            "DistributedDataParallel instead"
-        )
 
 
 def _refuse_torn(states: Sequence[SubnetState]) -> None:

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from losia_fx import registry
 from losia_fx.errors import StateError, listed
+from losia_fx.model.kinds import is_sharded
 
-from .agreement import agreement_of
-from .look import look_at, mend, train_state_of
+from .look import agreement_of, look_at, mend, train_state_of
 from .state import ATTRIBUTE, SubnetState, own_states
+from .take_in_shards import loaded_shards
 
 
 def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
@@ -65,6 +66,9 @@ def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     hidden = {state.values_name for state in states.values()}
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key.rpartition(".")[2] not in hidden]
     for state in states.values():
+        if is_sharded(state.weight):
+            loaded_shards(state)
+            continue
         state.reload()
         if (agreement := agreement_of(state)) is not None:
             agreement.waiting.discard(state)

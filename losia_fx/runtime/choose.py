@@ -66,7 +66,10 @@ def _scored(train: TrainState, state: SubnetState) -> Choice | None:
     if config.importance in BY_SUMS:
         if profile.row_sums is None or profile.col_sums is None:
             return None
-        sums = scores = (profile.row_sums, profile.col_sums)
+        sums = (profile.row_sums, profile.col_sums)
+        if state.shards is not None:
+            sums = state.shards.whole_sums(*sums)
+        scores = sums
         if config.importance == "sample":
             scores = (
                 in_proportion(sums[0], train.progress.generator),
@@ -79,6 +82,8 @@ def _scored(train: TrainState, state: SubnetState) -> Choice | None:
     if profile.importance is None or profile.uncertainty is None:
         return None
     score = score_of(config.importance, profile.importance, profile.uncertainty)
+    if state.shards is not None:
+        return Choice(*state.shards.select(score))
     return Choice(_select(state, score), score.sum())
 
 

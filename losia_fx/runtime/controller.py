@@ -23,10 +23,11 @@ from losia_fx.method.schedule import profiled_groups
 from losia_fx.model.blocks import plain_name
 
 from . import look, owners, slot, snapshot, step, step_hooks
-from .agreement import Agreement, Torn
+from .agreement import Torn
 from .bases import Bases
 from .outside import watch
 from .ranks import Ranks
+from .sharded_agreement import AnyAgreement
 from .state import SubnetState, states_of
 from .train_state import Event, Progress, TrainState
 
@@ -134,7 +135,13 @@ class Controller:
         self.train.bases = bases
 
     @property
-    def agreement(self) -> Agreement:
+    def sharded(self) -> bool:
+        """Whether fully_shard has cut the model over processes: its state is put together by all of them."""
+        look.take_in(self.train)
+        return self.train.sharded
+
+    @property
+    def agreement(self) -> AnyAgreement:
         return self.train.agreement
 
     @property
@@ -228,6 +235,7 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As losia_fx.load_state_dict(model, state)."""
+        look.take_in(self.train)
         snapshot.check(self.train, state)
         snapshot.apply(self.train, state)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_fx._compat import plain_call
+from losia_fx.errors import StateError
 
 from .look import look
 from .outside import whole_of
@@ -53,7 +54,12 @@ def _with_values(weight: Tensor, values: Tensor, state: SubnetState) -> Tensor:
 
 
 def whole_weight(train: TrainState, state: SubnetState) -> Tensor:
-    """outside.whole_of, after a look at the model."""
+    """outside.whole_of, after a look at the model. Raises StateError for a sharded one: no process has the whole."""
     look(train, torch.is_grad_enabled())
+    if state.shards is not None:
+        raise StateError(
+            f"{state.name}: no process has the whole weight, as fully_shard has cut it over them: use it inside the "
+            "model's forward, where its module has it, or spread the model with DistributedDataParallel"
+        )
     state.ran = True
     return whole_of(state)

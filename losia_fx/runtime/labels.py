@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from losia_fx.errors import LosiaError
@@ -60,8 +59,7 @@ def add_counted(train: TrainState) -> None:
     if head is None:
         return
     counts = torch.zeros(head.shape[0], dtype=torch.int64, device=head.weight.device) if noted is None else noted
-    if (ranks := train.ranks.group()) is not None:
-        dist.all_reduce(counts, group=ranks)
+    train.ranks.add_up(counts)
     head.label_counts = counts if head.label_counts is None else head.label_counts + counts
 
 

@@ -15,9 +15,11 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.schedule import checked_steps
 
 from . import notices, slot, steps
-from .agreement import agreement_of, strays
+from .agreement import strays
 from .owners import modes_of
+from .sharded_agreement import AnyAgreement
 from .state import SubnetState
+from .take_in_shards import take_in_shards, was_sharded
 from .train_state import TrainState
 from .write_back import write_back
 
@@ -53,9 +55,19 @@ def _look(train: TrainState, learns: bool | None, shown: bool) -> None:
 def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
     """values: whether to compare those too."""
     if moved := train.agreement.differing():
+        if take_in(train):
+            moved = train.agreement.differing()
         note(train, train.agreement.settle(moved, train.idle), learns, shown)
     if values:
         note(train, train.agreement.compare(), learns, shown)
+
+
+def take_in(train: TrainState) -> bool:
+    """Follows a model that has been sharded since the last look; whether it was. All ranks have to be here."""
+    if not was_sharded(train.states):
+        return False
+    take_in_shards(train)
+    return True
 
 
 def note(train: TrainState, written: list[SubnetState], learns: bool, shown: bool) -> None:
@@ -122,16 +134,24 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
 def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:
     agreement = agreement_of(state) if train is None else train.agreement
     swapped = not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
-    if agreement is None or agreement.waiting or swapped:
-        return  # a copy without a controller; a state whose weights are to come; torch.func.functional_call
+    if agreement is None or agreement.waiting or swapped or was_sharded([state]):
+        # A copy without a controller; a state whose weights are to come; torch.func.functional_call; what only a use
+        # of the whole model takes in, on every rank.
+        return
     written = []
     if any(agreement.moved(state)):
         written += agreement.settle([state], agreement.averaged)
-    if values or agreement.vigilant or state.part_looks < PART_LOOKS:
+    # Of shards nothing is compared here: all ranks would have to be.
+    if state.shards is None and (values or agreement.vigilant or state.part_looks < PART_LOOKS):
         state.part_looks += 1
         written += agreement.compare([state])
     if train is not None:
         note(train, written, learns=False, shown=shown)
+
+
+def agreement_of(state: SubnetState) -> AnyAgreement | None:
+    """What knows whether the S and W of ``state`` agree; None of a copy without a controller."""
+    return state.agreement if isinstance(state.agreement, AnyAgreement) else None
 
 
 def train_state_of(state: SubnetState) -> TrainState | None:

@@ -15,8 +15,10 @@ from losia_fx.method.kernels import update_importance
 from losia_fx.method.sums import add_sums, sums_shapes
 from losia_fx.method.transfers import numbers_of
 
+from . import sharding
 from .optimizers import grad_scale
 from .profile import Profile
+from .shards import local
 from .state import SubnetState
 
 
@@ -27,22 +29,14 @@ def fit_gradients(
 
     states: all that the optimizers step; profiled: those of them that have a Profile.
     """
-    pairs: dict[SubnetState, tuple[Tensor, Tensor]] = {}
-    found = []
-    for state in profiled:
-        seen, profile = state.values.grad, state.profile
-        if seen is None or profile is None:
-            continue
-        grad = profile.grad
-        if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
-            grad = torch.zeros_like(state.weight, dtype=torch.float32)
-        pairs[state] = (seen, state.block_of(grad))
-        # One pass, in G's own width; a nan anywhere is both the least and the most.
-        finite = torch.isfinite(torch.stack(grad.aminmax())).all()
-        found.append(torch.cat([measure_fit(*pairs[state]), finite.float().unsqueeze(0)]))
-    if not found:
+    measurable = [state for state in profiled if state.profile is not None and state.values.grad is not None]
+    if not measurable:
         return {}
-    clip = measure_clip([state.values.grad for state in states if state.values.grad is not None])
+    sharded = measurable[0].shards is not None
+    gradients = sharding.seen_gradients(measurable) if sharded else _seen_gradients(measurable)
+    pairs = {state: (seen, block) for state, (seen, block, _) in gradients.items()}
+    found = [torch.cat([measure_fit(s, b), finite.float().unsqueeze(0)]) for s, b, finite in gradients.values()]
+    clip = _measure_clip(states, sharded)
     *numbers, clipped = numbers_of([*found, clip])  # the device waits once
     measured = {state: each[:-1] for state, each in zip(pairs, numbers, strict=True) if each[-1]}
     known = fits_from(list(measured.values()), clipped)
@@ -54,6 +48,29 @@ def fit_gradients(
     fits |= {state: fit_from(each, factors[0]) for state, each in zip(blank, again, strict=True)}
     scale = math.prod(grad_scale(each) for each in optimizers)  # a fused optimizer unscales inside its step
     return {state: fit and Fit(fit.factor / scale, fit.limit and fit.limit / scale) for state, fit in fits.items()}
+
+
+def _seen_gradients(states: Sequence[SubnetState]) -> dict[SubnetState, tuple[Tensor, Tensor, Tensor]]:
+    """S.grad, G[rows][:, cols], and whether all of G is finite, 0-dim."""
+    found = {}
+    for state in states:
+        seen, profile = state.values.grad, state.profile
+        assert seen is not None
+        assert profile is not None
+        grad = profile.grad
+        if grad is None:  # S.grad outlived its G: it was not zeroed since the last step
+            grad = torch.zeros_like(state.weight, dtype=torch.float32)
+        # One pass, in G's own width; a nan anywhere is both the least and the most.
+        finite = torch.isfinite(torch.stack(grad.aminmax())).all()
+        found[state] = (seen, state.block_of(grad), finite)
+    return found
+
+
+def _measure_clip(states: Sequence[SubnetState], sharded: bool) -> Tensor:
+    grads = [grad for state in states if (grad := state.values.grad) is not None]
+    if not sharded:
+        return measure_clip(grads)
+    return measure_clip([local(grad) for grad in grads], lambda largest: sharding.largest_of_all(largest, states))
 
 
 def add_importance(

@@ -122,7 +122,7 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     registry.RAN_OUTSIDE.add(state)
     ticket = tap(input.detach(), state.handle, 0)
     result: Tensor = subnet_linear(
-        input, weight, state.values, state.rows, state.picked_cols, bias, ticket, state.handle, 0
+        input, weight, state.values_in_use, state.rows, state.picked_cols, bias, ticket, state.handle, 0
     )
     return result
 
@@ -140,7 +140,8 @@ def eager_weight(value: Any) -> Any:
 
 def whole_of(state: SubnetState) -> Tensor:
     """W as a differentiable tensor, (out, in) or (E, out, in), whose gradient goes to S, and to G while profiled."""
-    whole: Tensor = subnet_weight(state.weight, state.values, state.rows, state.picked_cols, state.handle, 0)
+    weight, values = state.owner._parameters[state.parameter], state.values_in_use
+    whole: Tensor = subnet_weight(weight, values, state.rows, state.picked_cols, state.handle, 0)
     return whole
 
 
@@ -214,6 +215,8 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
 def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) -> None:
     """Has the weights of ``states`` require grad; those that did not go into ``asked`` first, whatever cuts in."""
     for state in states:
+        if state.shards is not None:  # FSDP2 would reduce such a gradient, and hand it to optimizers
+            continue
         weight = state.weight
         if not weight.requires_grad:
             asked.append(weight)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from losia_fx import registry
@@ -60,12 +61,16 @@ def _split(states: Sequence[SubnetState], held: set[int]) -> tuple[list[SubnetSt
     """Those whose S is held, and those of which W alone is."""
     mine, bare = [], []
     for state in states:
-        parameters = state.owner.__dict__.get("_parameters", {})
-        if id(parameters.get(state.values_name)) in held:
+        if id(state.held(state.values_name)) in held:
             mine.append(state)
-        elif id(parameters.get(state.parameter)) in held:
+        elif id(state.held(state.parameter)) in held:
             bare.append(state)
     return mine, bare
+
+
+def holders_of(parameter: Tensor) -> list[Optimizer]:
+    """Every optimizer of the process that holds it."""
+    return [each for each in live_optimizers() if any(p is parameter for p in parameters_of(each))]
 
 
 def owned_states(optimizer: Optimizer, train: TrainState) -> list[SubnetState]:

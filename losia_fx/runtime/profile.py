@@ -31,6 +31,10 @@ class Profile:
     """The same over rows, (in,) or (E, in)."""
     backward: int = -1
     """The backward pass that last added to G."""
+    unreduced: Profile | None = None
+    """Under FSDP2, where the others are this rank's portion: holds G of the local batch until it is reduced."""
+    outlived: Tensor | None = None
+    """Under FSDP2: whether this rank's part of S.grad held anything when the backward began; None for no S.grad."""
 
     def to(self, device: torch.device) -> None:
         for name in ("importance", "uncertainty", "grad", "row_sums", "col_sums"):
@@ -59,7 +63,7 @@ class Profile:
             self.grad = narrow.contiguous() if owned else narrow.clone(memory_format=torch.contiguous_format)
             return
         if self.grad is None:
-            self.grad = torch.zeros_like(weight, dtype=torch.float32)
+            self.grad = grad.new_zeros(weight.shape, dtype=torch.float32)
         self.grad = self.grad.float()
         if isinstance(expert, Tensor):
             self.grad.index_add_(0, expert, grad.float().unsqueeze(0))

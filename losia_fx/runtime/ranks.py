@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from losia_fx._compat import active_ddp, ddp_ignores
 
@@ -25,11 +25,25 @@ class Ranks:
 
     def __init__(self) -> None:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._sharding: Sequence[ProcessGroup] = ()
 
     def group(self) -> ProcessGroup | None:
         """G must be averaged over the same processes as S.grad; None where one process trains by itself."""
         ddp = None if self._ddp is None else self._ddp()
         return None if ddp is None else ddp.process_group
+
+    def shard(self, states: Sequence[SubnetState], generator: torch.Generator, groups: Sequence[ProcessGroup]) -> None:
+        """FSDP2 has sharded the model over a mesh, with one of ``groups`` a dimension: all ranks take the first one's
+        subnets, of which S is gathered later."""
+        self._sharding = groups
+        for group in groups:
+            _share_places(states, generator, group)
+
+    def add_up(self, counts: Tensor) -> None:
+        """The sum over all ranks that train together, in place."""
+        ddp = self.group()
+        for group in self._sharding if ddp is None else (ddp,):
+            dist.all_reduce(counts, group=group)
 
     def notice(self, states: Sequence[SubnetState], generator: torch.Generator) -> bool:
         """At a forward: whether it runs under DistributedDataParallel. At the first, all ranks take rank 0's subnets.
@@ -39,14 +53,17 @@ class Ranks:
         ddp = active_ddp()
         if ddp is not None and (self._ddp is None or self._ddp() is not ddp):
             self._ddp = weakref.ref(ddp)
-            _align(states, generator, ddp.process_group)
+            if _share_places(states, generator, ddp.process_group):
+                for state in states:
+                    state.values.copy_(state.block_of(state.weight))
         return ddp is not None
 
 
 @torch.no_grad()
-def _align(states: Sequence[SubnetState], generator: torch.Generator, group: ProcessGroup) -> None:
+def _share_places(states: Sequence[SubnetState], generator: torch.Generator, group: ProcessGroup) -> bool:
+    """All ranks take the first one's rows, cols and generator. Whether they are others than before."""
     if not states or dist.get_world_size(group) == 1:
-        return
+        return False
     first = dist.get_global_rank(group, 0)
     indices = [index for state in states for index in (state.rows, state.cols)]
     joined = torch.cat([index.reshape(-1) for index in indices])
@@ -56,11 +73,10 @@ def _align(states: Sequence[SubnetState], generator: torch.Generator, group: Pro
     dist.broadcast(drawn, first, group)
     generator.set_state(drawn.cpu())
     if torch.equal(joined, before):
-        return
+        return False
     for index, given in zip(indices, joined.split([index.numel() for index in indices]), strict=True):
         index.copy_(given.view_as(index))
-    for state in states:
-        state.values.copy_(state.block_of(state.weight))
+    return True
 
 
 def keep_indices_at_home(root: nn.Module, states: Sequence[SubnetState]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from losia_fx.method.schedule import profiled_groups, rewarmed_steps
 from losia_fx.method.selection import Selection, share_moved
+from losia_fx.method.sums import sums_shapes, visit
 from losia_fx.method.transfers import numbers_of
 
 from . import notices
@@ -94,10 +95,16 @@ def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> Non
     rewarms = rewarmed_steps(train.config) > 1
     for state, selection in selections.items():
         if train.config.importance == "visits":
-            state.note_visit()
+            _note_visit(state)
         state.rewarm_from = train.progress.step if rewarms else None
         state.pending = (selection.rows, selection.cols)
     finish_moves(train, selections)
+
+
+def _note_visit(state: SubnetState) -> None:
+    """The subnet is about to leave its place."""
+    before = state.visits or tuple(state.rows.new_zeros(n) for n in sums_shapes(state.weight))
+    state.visits = visit(before[0], state.rows), visit(before[1], state.cols)
 
 
 def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:

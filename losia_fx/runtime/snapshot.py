@@ -38,7 +38,10 @@ DEFAULTS = {name: getattr(LosiaConfig(), name) for name in BINDING}
 
 
 def collect(train: TrainState) -> dict[str, Any]:
-    """Plain values under the names in PLAIN, tensors under "<weight>:<part>"; the tensors are copies on the CPU."""
+    """Plain values under the names in PLAIN, tensors under "<weight>:<part>"; the tensors are copies on the CPU.
+
+    Of a sharded model they are whole, put together from all ranks, each of which has to be here.
+    """
     progress = train.progress
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -82,7 +85,7 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     for subnet, profile in profiles.items():  # what could fail for want of memory is done
         subnet.rows.copy_(state[f"{subnet.name}:rows"])
         subnet.cols.copy_(state[f"{subnet.name}:cols"])
-        subnet.values.copy_(state[f"{subnet.name}:values"])
+        subnet.values_here.copy_(subnet.here(state[f"{subnet.name}:values"]))
         subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
         subnet.profile = profile
         _take_kept(subnet, state)
@@ -102,13 +105,22 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
 
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
     """profiled: not so where a slot has ended, and its selection was cut short."""
-    yield from ((part, getattr(subnet, part)) for part in SUBNET)
+    whole = _as_it_is if subnet.shards is None else subnet.shards.whole
+    yield from ((part, whole(part, tensor)) for part, tensor in zip(SUBNET, _of_subnet(subnet), strict=True))
     for part in PROFILE if profiled and subnet.profile is not None else ():
         tensor = getattr(subnet.profile, part)
         if tensor is not None:
-            yield part, tensor
+            yield part, whole(part, tensor)
     found = (subnet.label_counts, *(subnet.visits or (None, None)), *(subnet.means or [None] * 4))
     yield from ((part, tensor) for part, tensor in zip(KEPT, found, strict=True) if tensor is not None)
+
+
+def _of_subnet(subnet: SubnetState) -> tuple[Tensor, ...]:
+    return subnet.values_here, subnet.rows, subnet.cols
+
+
+def _as_it_is(part: str, tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _take_kept(subnet: SubnetState, state: Mapping[str, Any]) -> None:
@@ -127,8 +139,12 @@ def _profiled(train: TrainState, step: int) -> tuple[int, ...]:
 
 def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
     device = subnet.weight.device
-    found = {part: state.get(f"{subnet.name}:{part}") for part in PROFILE}
-    return Profile(**{part: entry.to(device, copy=True) for part, entry in found.items() if entry is not None})
+    here = _as_it_is if subnet.shards is None else subnet.shards.here
+    entries = {part: state.get(f"{subnet.name}:{part}") for part in PROFILE}
+    profile = Profile()
+    for part, entry in entries.items():
+        setattr(profile, part, None if entry is None else here(part, entry).to(device, copy=True))
+    return profile
 
 
 # -- the checks, each yielding what is wrong --------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
 from losia_fx.method.selection import Selection
 from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
-from losia_fx.method.sums import sums_shapes, visit
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
 from .profile import Profile
+from .shards import Shards, local
 
 ATTRIBUTE = "_losia_subnets"
 """Of an owner module: its SubnetStates by the name of the weight within it."""
@@ -72,6 +72,8 @@ class SubnetState:
         """Versions of rows and cols when S was written last."""
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
+        self.shards: Shards | None = None
+        """Under FSDP2: what this process has of W and S."""
         self.shape = tuple(self.weight.shape)
         """Of W."""
         out_features, in_features = self.shape[-2:]
@@ -94,8 +96,14 @@ class SubnetState:
     def values(self) -> nn.Parameter:
         return self._parameter(self.values_name)
 
+    def held(self, key: str) -> nn.Parameter | None:
+        """The parameter of the owner that optimizers and checkpoints know; None where there is none."""
+        if self.shards is not None:
+            return self.shards.held(key)
+        return cast("nn.Parameter | None", self.owner.__dict__.get("_parameters", {}).get(key))
+
     def _parameter(self, key: str) -> nn.Parameter:
-        parameter = self.owner._parameters.get(key)
+        parameter = self.held(key)
         if parameter is None:
             raise StateError(
                 f"{self.name}: {key} is no parameter of its module any more: pruning, weight norm or another "
@@ -107,6 +115,27 @@ class SubnetState:
     def holds(self, weight: Tensor) -> bool:
         """Whether ``weight`` is W."""
         return self.owner.__dict__.get("_parameters", {}).get(self.parameter) is weight
+
+    @property
+    def values_in_use(self) -> nn.Parameter:
+        """S as graphs take it: under FSDP2, in a forward or backward, whole."""
+        values = self.owner._parameters[self.values_name]
+        assert values is not None
+        return values
+
+    @property
+    def weight_here(self) -> Tensor:
+        """W as far as this process has it: all of it, but under FSDP2 its rows."""
+        return self.weight if self.shards is None else local(self.weight)
+
+    @property
+    def values_here(self) -> Tensor:
+        """S as far as this process has it."""
+        return self.values if self.shards is None else local(self.values)
+
+    def here(self, block: Tensor) -> Tensor:
+        """Of a tensor of S's shape what lies where S does."""
+        return block if self.shards is None else block[self.shards.values_portion.inside]
 
     @property
     def registered(self) -> bool:
@@ -154,7 +183,7 @@ class SubnetState:
 
     def inputs(self) -> tuple[Tensor, ...]:
         """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
-        values, rows = self.values, self.rows
+        values, rows = self.values_in_use, self.rows
         return (values, rows) if self.whole_cols else (values, rows, self.cols)
 
     @property
@@ -208,11 +237,17 @@ class SubnetState:
 
     def begin_use(self) -> None:
         assert self.profile is not None
-        self.profile.begin_use(self.values.grad)
+        if self.shards is None:
+            self.profile.begin_use(self.values.grad)
+        else:
+            self.shards.begin_use(self.profile)
 
     def accumulate(self, grad: Tensor, expert: int | Tensor | None, owned: bool) -> None:
-        assert self.profile is not None
-        self.profile.accumulate(self.weight, grad, expert, owned)
+        profile = self.profile
+        assert profile is not None
+        if self.shards is not None:
+            profile.unreduced = profile = profile.unreduced or Profile()
+        profile.accumulate(self.weight, grad, expert, owned)
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:
@@ -245,7 +280,7 @@ class SubnetState:
         """Makes rows and cols the subnet's, in place: graphs and optimizers keep their tensors. May be done again."""
         self.rows.copy_(rows)
         self.cols.copy_(cols)
-        self.values.copy_(self.block_of(self.weight))
+        self.values_here.copy_(self.here(self.block()))
 
     def follow_device(self) -> None:
         """W has been moved to another device: so is what is kept of it."""
@@ -259,10 +294,9 @@ class SubnetState:
         if self.label_counts is not None:
             self.label_counts = self.label_counts.to(device)
 
-    def note_visit(self) -> None:
-        """The subnet is about to leave its place."""
-        before = self.visits or tuple(self.weight.new_zeros(n, dtype=torch.int64) for n in sums_shapes(self.weight))
-        self.visits = visit(before[0], self.rows), visit(before[1], self.cols)
+    def block(self) -> Tensor:
+        """W[rows][:, cols], a copy; under FSDP2 put together from all ranks."""
+        return self.block_of(self.weight) if self.shards is None else self.shards.block()
 
     def block_of(self, full: Tensor) -> Tensor:
         """full[rows][:, cols] of a tensor of W's shape, a copy."""
@@ -282,7 +316,7 @@ class SubnetState:
     @torch.no_grad()
     def gather_anew(self) -> None:
         """S = W[rows][:, cols], where it does not round to it already."""
-        found, values = self.block_of(self.weight), self.values
+        found, values = self.here(self.block()), self.values_here
         values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
 
     def random_selection(self, generator: torch.Generator) -> Selection:

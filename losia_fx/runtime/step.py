@@ -62,7 +62,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
         for state in mine:
             state.notice_gradient()
             if state.profile is not None or state.rewarm_from is not None:
-                train.pending.before[state] = (state.values.detach().clone(), state.weight._version)
+                train.pending.before[state] = (state.values_here.detach().clone(), state.weight_here._version)
         if not closure:
             _fit(train, [optimizer], mine)
             take_in_gradients(train, mine, [optimizer])
@@ -113,8 +113,8 @@ def by_hand(train: TrainState) -> None:
         for state in mine:
             last = train.by_hand.pop(state, None)
             if last is None:
-                last = state.block_of(state.weight.detach()).to(state.values.dtype)
-            train.pending.before[state] = (last, state.weight._version)
+                last = state.here(state.block()).detach().to(state.values.dtype)
+            train.pending.before[state] = (last, state.weight_here._version)
         train.pending.open.update(mine)
         with _all_or_not_counted(train):
             _fit(train, (), mine)
@@ -124,7 +124,7 @@ def by_hand(train: TrainState) -> None:
             train.optimizers.of_this_step.clear()
             _advance(train)
         rewarmed = [s for s in train.states if rewarm_share(s, train.config, train.progress.step) < 1.0]
-        train.by_hand = {state: state.values.detach().clone() for state in rewarmed}
+        train.by_hand = {state: state.values_here.detach().clone() for state in rewarmed}
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _finish(train: TrainState, mine: Sequence[SubnetState]) -> None:
         if state.profile is not None:
             _update_importance(train, state)
         if (share := rewarm_share(state, train.config, train.progress.step)) < 1.0:
-            rewarm(state.values, pending.before[state][0], share)
+            rewarm(state.values_here, pending.before[state][0], share)
         else:
             state.rewarm_from = None
     write_back(mine, train.compiles)
@@ -178,7 +178,7 @@ def _update_importance(train: TrainState, state: SubnetState) -> None:
     grad, profile.grad = profile.grad, None
     undo_write_back(state, *train.pending.before[state])
     if fit is not None and grad is not None:
-        add_importance(profile, state.weight, grad, fit, train.config, train.compiles)
+        add_importance(profile, state.weight_here, grad, fit, train.config, train.compiles)
         return
     train.progress.left_out += 1
     log.warning("losia_fx: step %d: %s: gradient left out of the importance", train.progress.step, state.name)

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,13 @@ from .agreement import Agreement
 from .bases import Bases
 from .module_tree import ModuleTree
 from .ranks import Ranks
+from .sharded_agreement import AnyAgreement, ShardedAgreement
 from .state import SubnetState
 from .vigilance import FIRST_LOOKS, Vigilance
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of torch
 
 UNREAD = 1000
 
@@ -166,7 +170,7 @@ class TrainState:
         """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
         self.by_hand: dict[SubnetState, Tensor] = {}
         """S at the end of a step that was made by hand, where the next one is rewarmed."""
-        self._agreement: Agreement | None = None
+        self._agreement: AnyAgreement | None = None
         self._tree: ModuleTree | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class TrainState:
         registry.COPIES.difference_update(self.states)
 
     @property
-    def agreement(self) -> Agreement:
+    def agreement(self) -> AnyAgreement:
         """Of a copy made when first asked for: its modules have no parameters yet when its state is made."""
         if self._agreement is None:
             self._agreement = Agreement(self.states)
@@ -200,8 +204,18 @@ class TrainState:
         self._agreement, self._tree = Agreement(states), None
         self.vigilance.first_looks = FIRST_LOOKS
 
+    def follow_shards(self, agreement: ShardedAgreement, groups: Sequence[ProcessGroup]) -> None:
+        """FSDP2 has sharded the model over the ranks of these groups."""
+        self._agreement = agreement
+        self.ranks.shard(self.states, self.progress.generator, groups)
+
     def members(self, group: int) -> list[SubnetState]:
         return [state for state in self.states if state.group == group]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether fully_shard has cut the model over processes, and that has been taken in."""
+        return bool(self.states) and self.states[0].shards is not None
 
     @property
     def head(self) -> int | None:

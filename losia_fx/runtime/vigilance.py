@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .agreement import Agreement
+from .sharded_agreement import AnyAgreement
 from .state import SubnetState
 
 FIRST_LOOKS = 3
@@ -39,7 +39,7 @@ class Vigilance:
     modes_of: dict[SubnetState, list[bool]] = field(default_factory=dict)
     """Those in which a subnet was found moved since then."""
 
-    def compares(self, learns: bool | None, agreement: Agreement) -> bool:
+    def compares(self, learns: bool | None, agreement: AnyAgreement) -> bool:
         """Whether a look compares values too. learns: of a forward, whether gradients are on; None for another use."""
         if learns is None or agreement.vigilant or learns != self.learned:
             return True

@@ -67,11 +67,11 @@ _CONCERNS: dict[str, Callable[[Any, nn.Module], bool]] = {
 
 _REASONS = {
     "DataParallel": "its replicas have no subnets of their own. Use DistributedDataParallel, a process a device",
-    "FullyShardedDataParallel": "it flattens parameters, so that rows and columns are no longer to be had. Use "
-    "DistributedDataParallel around losia_fx.transform(model)",
+    "FullyShardedDataParallel": "it flattens parameters, so that rows and columns are no longer to be had. Shard "
+    "losia_fx.transform(model) with fully_shard (FSDP2), or put DistributedDataParallel around it",
     "DeepSpeed": "its optimizers step flat or master copies of the parameters, so that no subnet could be moved to "
-    "another place. Use DistributedDataParallel around losia_fx.transform(model): the subnets' moments are an eighth "
-    "of an eighth of the full ones",
+    "another place. Shard losia_fx.transform(model) with fully_shard (FSDP2), or put DistributedDataParallel around "
+    "it: the subnets' moments are an eighth of an eighth of the full ones",
     "TRL's sync_ref_model": "it pairs the parameters of the two by position, and the reference has no subnets among "
     "its own. Give the trainer ref_model=copy.deepcopy(model), made of the transformed model",
 }

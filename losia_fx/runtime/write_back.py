@@ -13,12 +13,16 @@ from losia_fx.method import kernels
 from losia_fx.method.schedule import rewarm_factor
 from losia_fx.method.subnet import scatter
 
+from . import sharding
 from .state import SubnetState
 
 
 @torch.no_grad()
 def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
     """W[rows, cols] = S. compiled: a block at a time, where large blocks of one kind share their compiled form."""
+    if states and states[0].shards is not None:
+        sharding.write_back(states)
+        return
     if not compiled:
         for state in states:
             state.write_back()
@@ -31,7 +35,11 @@ def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
 def undo_write_back(state: SubnetState, before: Tensor, version: int) -> None:
     """W as it was before the step (``before``: S then), where forwards within the step (SAM's second) have seen it
     moved: ``version``, W's own then, is no longer its version."""
-    if state.weight._version != version:
+    if state.weight_here._version == version:
+        return
+    if state.shards is not None:
+        sharding.write_back([state], [before])
+    else:
         scatter(state.weight, state.rows, state.picked_cols, before.to(state.weight.dtype))
 
 

@@ -1,7 +1,9 @@
-"""Weights that were cut up over processes, before a transformation or after it: refused by name, nothing learns."""
+"""Weights that were cut up over processes, before a transformation or after it: what cannot be followed is refused by
+name, and nothing learns."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import losia_fx
-from losia_fx import StateError, TransformError
+from losia_fx import DeltaError, LosiaError, OptimizerError, StateError, TransformError
+from losia_fx.optim import SubnetRMS
 from tests.support.toys import Toy, batch, loss_of
 from tests.support.twin import STILL, snapshot
 from tests.truth.test_refused import trained, transformed
@@ -24,16 +28,21 @@ pytestmark = [
     pytest.mark.filterwarnings("error::losia_fx.LosiaWarning"),
 ]
 
+Spread = Callable[[Any], None]
 
-def sharded(*names: str) -> Callable[[nn.Module], None]:
+
+def sharded(*names: str, **options: Any) -> Spread:
     def shard(model: nn.Module) -> None:
         for name in names:
-            fully_shard(model.get_submodule(name), mesh=init_device_mesh("cpu", (1,)))
+            fully_shard(model.get_submodule(name), mesh=init_device_mesh("cpu", (1,)), **options)
 
     return shard
 
 
-def distributed(*placements: Any) -> Callable[[nn.Module], None]:
+WHOLE = sharded("layers.0", "layers.1", "")
+
+
+def distributed(*placements: Any) -> Spread:
     def distribute(model: nn.Module) -> None:
         linear: Any = model.get_submodule("layers.1.mlp.up")
         pieces = distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (1,)), placements)
@@ -42,12 +51,38 @@ def distributed(*placements: Any) -> Callable[[nn.Module], None]:
     return distribute
 
 
-PIECES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
-    "fully_shard": (sharded("layers.0", "layers.1", ""), "layers.0.mix.weight, "),
-    "fully_shard of the whole": (sharded(""), "layers.0.mix.weight, "),
-    "one block": (sharded("layers.1"), "layers.1.mix.weight, layers.1.mlp.up.weight, "),
-    "one DTensor": (distributed(Shard(0)), "layers.1.mlp.up.weight: sharded"),
-    "one that is whole": (distributed(Replicate()), "layers.1.mlp.up.weight: sharded"),
+def parallel(model: Any) -> None:
+    plan = {"head": ColwiseParallel(), "layers.*.mix": ColwiseParallel()}
+    plan |= {"layers.*.mlp.up": ColwiseParallel(), "layers.*.mlp.down": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+
+
+def parallel_and_sharded(model: Any) -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    plan = {"head": ColwiseParallel(), "layers.*.mix": ColwiseParallel()}
+    plan |= {"layers.*.mlp.up": ColwiseParallel(), "layers.*.mlp.down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+
+
+def by_columns(parameter: nn.Parameter) -> Shard:
+    return Shard(parameter.dim() - 1)
+
+
+def on_two_meshes(model: Any) -> None:
+    fully_shard(model.layers[0], mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard")))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+PIECES: dict[str, tuple[Spread, str]] = {
+    "one block": (sharded("layers.1"), "layers.0.mix.weight, "),
+    "all but the head": (sharded("layers.0", "layers.1"), "head.weight: whole on every rank"),
+    "one DTensor": (distributed(Shard(0)), "layers.0.mix.weight, "),
+    "one that is whole": (distributed(Replicate()), "layers.0.mix.weight, "),
+    "tensor parallel": (parallel, "3 more: sharded over processes, but not by fully_shard"),
+    "tensor parallel under fully_shard": (parallel_and_sharded, "3 more: sharded in more than one dimension"),
+    "by columns": (sharded("", shard_placement_fn=by_columns), "layers.0.mix.weight, "),
+    "on two meshes": (on_two_meshes, "head.weight: sharded over another device mesh than layers.0.mix.weight"),
 }
 
 
@@ -57,7 +92,7 @@ def local(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("way", PIECES)
-def test_weights_in_pieces_after_transform(way: str, steps: int) -> None:
+def test_weights_in_pieces_that_cannot_be_followed(way: str, steps: int) -> None:
     """Nothing learns, the head included: which is said at the forward, and at the step if it had come so far."""
     spread, name = PIECES[way]
     model = transformed()
@@ -70,24 +105,115 @@ def test_weights_in_pieces_after_transform(way: str, steps: int) -> None:
         with pytest.raises(StateError) as caught:
             use()
         assert name in str(caught.value)
+        assert "fully_shard" in str(caught.value)
         assert "DistributedDataParallel" in str(caught.value)
     for subnet in list(model.parameters()):
         subnet.grad = torch.ones_like(subnet) if subnet.requires_grad else None
-    with pytest.raises(StateError, match="sharded"):
+    with pytest.raises(StateError, match="fully_shard"):
         optimizer.step()
     assert losia_fx.controller(model).step == steps
     for key, value in local(model).items():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("way", PIECES)
+@pytest.mark.parametrize(
+    "way", ["one block", "all but the head", "one DTensor", "one that is whole", "tensor parallel"]
+)
 def test_weights_in_pieces_before_transform(way: str) -> None:
-    spread, name = PIECES[way]
+    spread, _ = PIECES[way]
     model = Toy(layers=2)
     spread(model)
     asked = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     with pytest.raises(TransformError) as caught:
         losia_fx.transform(model, **STILL)
-    assert name in str(caught.value)
-    assert "DistributedDataParallel" in str(caught.value)
+    assert "transform the whole model first, and then shard it with fully_shard" in str(caught.value)
     assert asked == {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+
+
+def step(model: nn.Module, optimizer: optim.Optimizer) -> None:
+    loss_of(model, batch()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def in_pieces(**options: Any) -> nn.Module:
+    model = losia_fx.transform(Toy(), **{**STILL, **options})
+    WHOLE(model)
+    return model
+
+
+def test_the_road_that_the_messages_name_works() -> None:
+    model = in_pieces()
+    before = local(model)
+    step(model, optim.SGD(model.parameters(), lr=0.1))
+    assert losia_fx.controller(model).step == 1
+    moved = {name for name, value in local(model).items() if not torch.equal(before[name], value)}
+    assert losia_fx.subnets(model).keys() <= moved
+
+
+@pytest.mark.parametrize("option", ["track_delta", "carry_moments"])
+def test_options_that_keep_something_of_whole_weights(option: str) -> None:
+    model = in_pieces(**{option: True})
+    with pytest.raises(StateError, match=f"{option}=True and a model that fully_shard has sharded"):
+        loss_of(model, batch())
+
+
+def test_parameters_in_full_that_are_whole_on_every_rank() -> None:
+    model: Any = losia_fx.transform(Toy(), trainable=("norm",), **STILL)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params={model.norm.weight, model.norm.bias})
+    with pytest.raises(StateError, match=r"norm\.weight, norm\.bias: trains in full and is whole on every rank"):
+        loss_of(model, batch())
+
+
+def test_an_optimizer_from_before() -> None:
+    model = transformed()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    WHOLE(model)
+    with pytest.raises(StateError, match="SGD was made before fully_shard"):
+        loss_of(model, batch())
+    assert optimizer.state == {}
+
+
+def test_what_takes_whole_weights(tmp_path: Any) -> None:
+    model = in_pieces()
+    step(model, optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TransformError, match="Toy is sharded: fully_shard keeps the subnets"):
+        losia_fx.restore(model)
+    with pytest.raises(LosiaError, match=r"head\.weight: no process has the whole weight"):
+        losia_fx.dense(model, "head.weight")
+    with pytest.raises(DeltaError, match="is not kept"):
+        losia_fx.save_delta(model, tmp_path / "delta")
+    with pytest.raises(StateError, match="cannot be copied or pickled"):
+        pickle.dumps(next(iter(losia_fx.controller(model).states)))
+    step(model, optim.SGD(model.parameters(), lr=0.1))
+    assert losia_fx.controller(model).step == 2
+
+
+def test_subnet_rms() -> None:
+    model = in_pieces()
+    loss_of(model, batch()).backward()
+    before = local(model)
+    with pytest.raises(OptimizerError, match="SubnetRMS keeps means of whole rows and columns"):
+        SubnetRMS(model, 1e-2).step()
+    assert all(torch.equal(value, before[name]) for name, value in local(model).items())
+
+
+def test_both_written() -> None:
+    """By their parameters: W alone, S alone, and both, of which nobody can tell which is meant."""
+    model = in_pieces()
+    step(model, optim.SGD(model.parameters(), lr=0.1))
+    subnet = losia_fx.subnets(model)["head.weight"]
+    weight, values = (tensor.to_local() for tensor in (subnet.weight, subnet.values))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        subnet.weight.mul_(2)
+    loss_of(model, batch())
+    assert torch.equal(values, weight[subnet.rows])
+    with torch.no_grad():
+        subnet.values.add_(1)
+    loss_of(model, batch())
+    assert torch.equal(values, weight[subnet.rows])
+    with torch.no_grad():
+        subnet.values.add_(1)
+        subnet.weight.mul_(2)
+    with pytest.raises(StateError, match=r"head\.weight: both the weight and the values of its subnet were written"):
+        loss_of(model, batch())

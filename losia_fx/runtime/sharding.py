@@ -1,0 +1,139 @@
+"""Steps of several sharded subnets together: what they send goes in one collective where it can.
+
+Every rank calls these with the same subnets; a set of them has another order in every process, so they are put in
+order here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from losia_fx.method.fit import LARGEST
+from losia_fx.method.shards import Portion, joined, summed
+
+from .profile import Profile
+from .shards import Shards, local
+from .state import SubnetState
+
+
+def in_order(states: Iterable[SubnetState]) -> list[SubnetState]:
+    """As they were made, which is the same order on every rank."""
+    return sorted(states, key=lambda state: int(state.handle))
+
+
+def shards_of(state: SubnetState) -> Shards:
+    assert state.shards is not None
+    return state.shards
+
+
+def _portions(states: Iterable[SubnetState]) -> list[Portion]:
+    return [shards_of(state).values_portion for state in states]
+
+
+def joined_values(states: Sequence[SubnetState], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Whole tensors of S's shape, of which this rank has ``parts``: an all-gather for each dtype among them."""
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(part.dtype for part in parts):
+        at = [number for number, part in enumerate(parts) if part.dtype == dtype]
+        whole = joined([parts[number] for number in at], _portions(states[number] for number in at))
+        found |= dict(zip(at, whole, strict=True))
+    return [found[number] for number in range(len(parts))]
+
+
+@torch.no_grad()
+def write_back(states: Iterable[SubnetState], values: Sequence[Tensor] | None = None) -> None:
+    """W[rows, cols] = S, in W's dtype, a block at a time: one all-gather of its S, and each rank writes its own rows.
+
+    values: this rank's portions of others than S, in the order of ``states``.
+    """
+    ordered = in_order(states) if values is None else list(states)
+    parts = [state.values_here for state in ordered] if values is None else values
+    narrow = [part.to(state.weight_here.dtype) for state, part in zip(ordered, parts, strict=True)]
+    for _, block in itertools.groupby(zip(ordered, narrow, strict=True), key=lambda pair: _block(pair[0])):
+        mine, own = zip(*block, strict=True)
+        whole = own if shards_of(mine[0]).coincides else joined_values(mine, own)
+        for state, each in zip(mine, whole, strict=True):
+            shards_of(state).write(each)
+    reshard(ordered)
+
+
+def _block(state: SubnetState) -> tuple[int, bool]:
+    return state.group, shards_of(state).coincides
+
+
+def reshard(states: Iterable[SubnetState]) -> None:
+    """What is unsharded still (the root's parameters after an evaluation) would not see what was written."""
+    for module in dict.fromkeys(shards_of(state).module for state in states if shards_of(state).is_unsharded):
+        module.reshard()
+
+
+@torch.no_grad()
+def same_values(states: Sequence[SubnetState]) -> list[bool]:
+    """Whether W[rows, cols] is S as W can hold it, of each, on all ranks."""
+    if not states:
+        return []
+    ordered, differ = in_order(states), []
+    for state, block in zip(ordered, blocks(ordered), strict=True):
+        mine, values = state.here(block), state.values_here.to(block.dtype)
+        differ.append(((mine != values) & ~(mine.isnan() & values.isnan())).any().float())
+    (counted,) = summed([torch.stack(differ)], shards_of(ordered[0]).portion.group)
+    known = dict(zip(ordered, counted.tolist(), strict=True))
+    return [not known[state] for state in states]
+
+
+def blocks(states: Sequence[SubnetState]) -> list[Tensor]:
+    """W[rows][:, cols] of each, whole: an all-reduce for each dtype among them."""
+    found: dict[SubnetState, Tensor] = {}
+    for dtype in dict.fromkeys(state.weight_here.dtype for state in states):
+        alike = [state for state in states if state.weight_here.dtype == dtype]
+        parts = [shards_of(state).own_block(state.weight_here) for state in alike]
+        found |= dict(zip(alike, summed(parts, shards_of(alike[0]).portion.group), strict=True))
+    return [found[state] for state in states]
+
+
+@torch.no_grad()
+def gather_anew(states: Iterable[SubnetState]) -> None:
+    for state in in_order(states):
+        state.gather_anew()
+
+
+# -- importance -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def seen_gradients(states: Sequence[SubnetState]) -> dict[SubnetState, tuple[Tensor, Tensor, Tensor]]:
+    """S.grad and G[rows][:, cols], whole, and whether G is finite, 0-dim: the same on every rank.
+
+    states: in one order on every rank, each with a gradient on S and a Profile.
+    """
+    if not states:
+        return {}
+    grads = [_grad_of(state) for state in states]
+    group = shards_of(states[0]).portion.group
+    seen = joined_values(states, [local(grad) for state in states if (grad := state.values.grad) is not None])
+    blocks = summed([shards_of(s).own_block(g) for s, g in zip(states, grads, strict=True)], group)
+    (broken,) = summed([torch.stack([(~torch.isfinite(grad)).any().float() for grad in grads])], group)
+    return {state: found for state, *found in zip(states, seen, blocks, broken == 0, strict=True)}  # type: ignore[misc]
+
+
+def _grad_of(state: SubnetState) -> Tensor:
+    profile = state.profile
+    assert isinstance(profile, Profile)
+    if profile.grad is None:  # S.grad outlived its G
+        profile.grad = torch.zeros_like(state.weight_here, dtype=torch.float32)
+    elif profile.grad.device.type == "cuda":  # made in a stream of FSDP2's, and given back here
+        profile.grad.record_stream(torch.cuda.current_stream(profile.grad.device))
+    return profile.grad
+
+
+@torch.no_grad()
+def largest_of_all(largest: Tensor, states: Sequence[SubnetState]) -> Tensor:
+    """The largest elements (n,) of all ranks' gradients, n <= LARGEST of each: (ranks * LARGEST,), zeros where a rank
+    has less."""
+    group = shards_of(states[0]).portion.group
+    return joined([largest], [Portion.of(dist.get_world_size(group) * LARGEST, group)])[0]

@@ -1,0 +1,167 @@
+"""Sharded models saved and resumed, and what they send: run as worker.py is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losia_fx
+from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.method.selection import select_experts, select_rows, select_subnet
+from losia_fx.method.shards import Portion, select_own_experts, select_portion
+from tests.sharded.worker import Scenario, batches, main, model_of, of, outcome, shard
+from tests.support.toys import loss_of
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank gives to collectives, by the collective's name. Nothing is compiled meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.__name__.partition(".")[0]
+            if name in ("wait_tensor", "_wrap_tensor_autograd"):
+                return func(*args, **(kwargs or {}))
+            given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
+            tensors = given if isinstance(given, (list, tuple)) else [given]
+            self.sent[name] = self.sent.get(name, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+SCENARIO = Scenario(clip=0.3, dtype=torch.float64)
+CUT = 8
+"""Steps before the checkpoint: two slots and, of period 3, two steps of the third."""
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def adamw(model: nn.Module) -> optim.Optimizer:
+    return optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+
+
+def go_on(model: Any, optimizer: optim.Optimizer, steps: list[list[Tensor]], rank: int, ranks: int) -> None:
+    for (ids,) in steps:
+        loss_of(model, ids.chunk(ranks)[rank]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def sharded(scenario: Scenario, seed: int = 0) -> nn.Module:
+    model = model_of(scenario, "eager", seed)
+    if dist.get_world_size() > 1:
+        shard(model, scenario)
+    return model
+
+
+def trained_and_saved(importance: str) -> dict[str, Any]:
+    """Cut within a slot, written by one rank, and gone on with."""
+    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+    model = sharded(scenario)
+    optimizer, steps = adamw(model), batches(scenario)
+    go_on(model, optimizer, steps[:CUT], dist.get_rank(), dist.get_world_size())
+    save_state(model, folder / "losia", dist.get_rank() == 0)
+    weights, moments = (
+        get_model_state_dict(model, options=WHOLE),
+        get_optimizer_state_dict(model, optimizer, options=WHOLE),
+    )
+    if dist.get_rank() == 0:
+        torch.save((weights, moments), folder / "rest.pt")
+    go_on(model, optimizer, steps[CUT:], dist.get_rank(), dist.get_world_size())
+    return outcome(model)
+
+
+def resumed(importance: str, first: str) -> dict[str, Any]:
+    """Into a model of another seed, on as many ranks as there are. first: what is loaded before the rest."""
+    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+    model = sharded(scenario, seed=1)
+    optimizer = adamw(model)
+    weights, moments = torch.load(folder / "rest.pt", weights_only=True)
+    if first == "losia":
+        load_state(model, folder / "losia")
+    set_model_state_dict(model, weights, options=WHOLE)
+    set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+    if first != "losia":
+        load_state(model, folder / "losia")
+    go_on(model, optimizer, batches(scenario)[CUT:], dist.get_rank(), dist.get_world_size())
+    return outcome(model)
+
+
+def folder_of(importance: str) -> Path:
+    folder = Path(sys.argv[1]).parent / importance
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def traffic() -> dict[str, Any]:
+    """A step of a model whose sizes eight divides, with nothing profiled and with one block."""
+    found = {}
+    for name, options in {"plain": of(schedule="static"), "profiled": of(schedule="all")}.items():
+        scenario = Scenario(
+            model="eighths", dtype=torch.float32, options=(*options, *of(rank_factor=1 / 8, output_rank_factor=0.0))
+        )
+        model = sharded(scenario)
+        optimizer, steps = adamw(model), batches(scenario)
+        go_on(model, optimizer, steps[:4], dist.get_rank(), dist.get_world_size())  # past the first looks
+        with Traffic() as sent:
+            go_on(model, optimizer, steps[4:5], dist.get_rank(), dist.get_world_size())
+        found[name] = dict(sent.sent)
+        found["linears"] = sum(s.weight.numel() for s in losia_fx.subnets(model).values())
+    return found
+
+
+def selections() -> dict[str, Any]:
+    """Of matrices and of experts, with ties and uneven portions, beside those of one process; how many agree."""
+    group = dist.group.WORLD
+    assert group is not None
+    generator, agree = torch.Generator().manual_seed(0), 0
+    for number in range(TRIED):
+        rows, cols, experts = torch.randint(3, 12, (3,), generator=generator).tolist()
+        score = torch.rand(experts, rows, cols, generator=generator)
+        if number % 2:
+            score = (score * 4).floor()  # ties, and lines of nothing
+        size = (max(1, rows // 3), max(1, cols // 2))
+        portion = Portion.of(rows, group)
+        mine = score[0][portion.inside]
+        found = [select_portion(mine, portion, size, False), select_portion(mine, portion, size, True)]
+        alone = [select_subnet(score[0], *size), select_rows(score[0], size[0])]
+        old = tuple(torch.arange(n).expand(experts, n).contiguous() for n in size)
+        portion = Portion.of(experts, group)
+        found.append(select_own_experts(score[portion.inside], portion, old))  # type: ignore[arg-type]
+        alone.append(select_experts(score, old))  # type: ignore[arg-type]
+        agree += all(
+            torch.equal(a.rows, b.rows) and torch.equal(a.cols, b.cols) and torch.isclose(a.captured, b.captured)
+            for a, b in zip(found, alone, strict=True)
+        )
+    return {"agree": agree}
+
+
+TRIED = 40
+
+
+def run(name: str) -> dict[str, Any]:
+    kind, _, rest = name.partition(" ")
+    if kind == "saved":
+        return trained_and_saved(rest)
+    if kind == "resumed":
+        return resumed(*rest.split())
+    return traffic() if kind == "traffic" else selections()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:], run))

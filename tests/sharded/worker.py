@@ -1,0 +1,328 @@
+"""Some processes that train sharded models together over gloo, scenario after scenario, each beside one process alone.
+
+    python worker.py RESULTS RANKS SCENARIO...
+
+Each rank writes RESULTS.<rank>; a scenario that fails leaves its traceback there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import losia_fx
+from losia_fx._compat import graph_counts
+from tests.support.pair import OPTIONS
+from tests.support.reference import MakeOptimizer, Reference
+from tests.support.toys import Block, Toy, batch, loss_of, tiny_llama
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How a model is made, sharded and trained; the first group of fields decides what one process comes to as well."""
+
+    model: str = "toy"
+    dtype: torch.dtype = torch.float64
+    options: tuple[tuple[str, Any], ...] = ()
+    clip: float | None = None
+    parts: int = 1
+    """Micro-batches a step."""
+    halves: bool = False
+    """One process takes the ranks' parts of a batch one after the other, as narrow dtypes round each."""
+    zeroed: bool = False
+    """Gradients are zeroed, and kept."""
+    steps: int = 19
+    """Of period 3 over 3 groups: two rounds, and a slot that ends within."""
+
+    root_only: bool = False
+    reshard: bool | None = None
+    sync_last: bool = False
+    """Gradients are reduced with the last micro-batch alone."""
+    replicas: int = 1
+    compiler: str = "eager"
+    evaluated: bool = False
+    """An evaluation between the backward and the step, after which the root's parameters stay unsharded."""
+
+
+class Mixture(nn.Module):
+    """Experts (E, in, out), each with a share of every token."""
+
+    def __init__(self, experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.up = nn.Parameter(torch.randn(experts, width, inner) / 4)
+        self.down = nn.Parameter(torch.randn(experts, inner, width) / 4)
+        self.router = nn.Linear(width, experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        each = torch.bmm(F.gelu(torch.bmm(tokens.expand(self.num_experts, *tokens.shape), self.up)), self.down)
+        return torch.einsum("etw,te->tw", each, self.router(tokens).softmax(-1)).view_as(x)
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.mixture = Mixture(experts, 16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixture(self.norm(x))
+
+
+class SkippingBlock(Block):
+    """Leaves its MLP out where it is told to."""
+
+    skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x.cumsum(1) / 4)
+        return x if self.skips else x + self.mlp(self.norm(x))
+
+
+def skipping() -> nn.Module:
+    model = Toy(layers=1)
+    model.layers.append(SkippingBlock(16, 24, False, False))
+    return model
+
+
+def mixture(experts: int) -> nn.Module:
+    model = Toy()
+    model.layers = nn.ModuleList(MixtureBlock(experts) for _ in range(2))
+    return model
+
+
+MODELS = {
+    "skipping": skipping,
+    "experts": lambda: mixture(4),
+    "three experts": lambda: mixture(3),
+    "toy": lambda: Toy(),
+    "three layers": lambda: Toy(layers=3),
+    "eighths": lambda: Toy(inner=32),
+    "uneven": lambda: Toy(width=18, inner=21, bias=True),
+    "checkpointed": lambda: Toy(checkpointed=True),
+    "tied": lambda: Toy(tied=True),
+    "llama": tiny_llama,
+}
+
+
+def of(**options: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(options.items())
+
+
+CORE: dict[str, Scenario] = {
+    "by block": Scenario(),
+    "by block, aot_eager": Scenario(compiler="aot_eager"),
+    "root only": Scenario(root_only=True, compiler="aot_eager"),
+    "not resharded after the forward": Scenario(reshard=False),
+    "uneven shards": Scenario(model="uneven", clip=0.3),
+    "clipped, float32": Scenario(clip=0.3, dtype=torch.float32),
+    "two micro-batches, reduced once": Scenario(parts=2, sync_last=True),
+    "checkpointed": Scenario(model="checkpointed", compiler="aot_eager"),
+    "norms in full, clipped": Scenario(options=of(trainable=("norm",)), clip=0.3),
+    "tied head": Scenario(model="tied", options=of(train_tied_head=True)),
+    "experts": Scenario(model="experts"),
+    "sync": Scenario(options=of(schedule="sync"), steps=13),
+    "visits": Scenario(options=of(importance="visits"), steps=13),
+}
+SLOW: dict[str, Scenario] = {
+    "three layers": Scenario(model="three layers", compiler="aot_eager"),
+    "resharded, root too": Scenario(reshard=True),
+    "clipped": Scenario(clip=0.3),
+    "gradients zeroed in place": Scenario(zeroed=True),
+    "two micro-batches": Scenario(parts=2),
+    "evaluated before the step": Scenario(evaluated=True),
+    "three experts, aot_eager": Scenario(model="three experts", compiler="aot_eager", clip=0.3),
+    "experts, visits": Scenario(model="three experts", options=of(importance="visits")),
+    "all at once": Scenario(options=of(schedule="all")),
+    "a weight that one rank has no use for": Scenario(model="skipping", halves=True),
+    "static": Scenario(options=of(schedule="static"), steps=4),
+    "profiled in part": Scenario(options=of(profile_steps=2)),
+    "not rewarmed": Scenario(options=of(rewarm=False)),
+    "first": Scenario(options=of(importance="first")),
+    "second": Scenario(options=of(importance="second")),
+    "gradient": Scenario(options=of(importance="gradient")),
+    "sample": Scenario(options=of(importance="sample")),
+    "random": Scenario(options=of(importance="random")),
+    "fixed head": Scenario(options=of(head_rows="fixed")),
+    "roaming": Scenario(options=of(schedule="all", importance="random", period=1, head_rows="random"), steps=6),
+    "bfloat16": Scenario(dtype=torch.bfloat16, halves=True),
+    "llama": Scenario(model="llama", compiler="aot_eager"),
+    "llama, inductor": Scenario(model="llama", compiler="inductor", dtype=torch.float32, clip=0.3),
+}
+FOUR: dict[str, Scenario] = {
+    "four ranks": Scenario(clip=0.3),
+    "four ranks, uneven": Scenario(model="uneven", compiler="aot_eager"),
+    "four ranks, experts": Scenario(model="three experts"),
+    "four ranks, two rows": Scenario(options=of(rank_factor=1 / 8, output_rank_factor=1 / 20)),
+    "two replicas of two shards": Scenario(replicas=2, clip=0.3),
+    "two replicas, two micro-batches, reduced once": Scenario(replicas=2, parts=2, sync_last=True),
+    "four ranks, visits": Scenario(options=of(importance="visits")),
+}
+SCENARIOS = CORE | SLOW | FOUR
+
+
+def model_of(scenario: Scenario, compiler: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MODELS[scenario.model]().to(scenario.dtype)
+    return losia_fx.transform(model, **{**OPTIONS, "compiler": compiler, **dict(scenario.options)})
+
+
+def shard(model: nn.Module, scenario: Scenario) -> None:
+    options: dict[str, Any] = {"reshard_after_forward": scenario.reshard}
+    if scenario.replicas > 1:
+        shape = (scenario.replicas, dist.get_world_size() // scenario.replicas)
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard"))
+    for block in () if scenario.root_only else getattr(model, "model", model).layers:  # type: ignore[union-attr]
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    if scenario.model == "skipping":
+        model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+
+def batches(scenario: Scenario) -> list[list[Tensor]]:
+    torch.manual_seed(7)
+    steps = [[batch(8) for _ in range(scenario.parts)] for _ in range(scenario.steps)]
+    if scenario.halves:
+        return [[half for ids in micro for half in ids.chunk(2)] for micro in steps]
+    return steps
+
+
+def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, Any]:
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for micro in batches(scenario):
+        for number, ids in enumerate(micro):
+            if scenario.model == "skipping":
+                model.layers[1].skips = (rank if ranks > 1 else number) == 1
+            if scenario.sync_last and ranks > 1:
+                model.set_requires_gradient_sync(number == len(micro) - 1)
+            (loss_of(model, ids.chunk(ranks)[rank]) / len(micro)).backward()
+        if scenario.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), scenario.clip)
+        if scenario.evaluated:
+            with torch.no_grad():
+                model(micro[0])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not scenario.zeroed)
+    return outcome(model)
+
+
+def outcome(model: nn.Module) -> dict[str, Any]:
+    followed = losia_fx.controller(model)
+    return {
+        "weights": {name: whole(value) for name, value in model.state_dict().items()},
+        "places": {name: (s.rows.clone(), s.cols.clone()) for name, s in losia_fx.subnets(model).items()},
+        "values": {name: whole(s.values) for name, s in losia_fx.subnets(model).items()},
+        "history": [(event.step, event.group, event.moved, event.captured) for event in followed.history],
+        "left_out": followed.left_out,
+        "step": followed.step,
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@functools.cache
+def alone(scenario: Scenario) -> dict[str, Any]:
+    """What one process comes to on the joined batches."""
+    return train(model_of(scenario, "eager"), scenario, 0, 1)
+
+
+def joined_only(scenario: Scenario) -> Scenario:
+    """The same of what decides the outcome of one process."""
+    plain = Scenario()
+    names = ("root_only", "reshard", "sync_last", "replicas", "compiler", "evaluated")
+    return replace(scenario, **{name: getattr(plain, name) for name in names})
+
+
+def policy() -> dict[str, Any]:
+    """float32 weights that are used and differentiated in bfloat16, beside dense bfloat16 gradients made by hand."""
+    scenario = Scenario(dtype=torch.float32)
+    plain = MODELS[scenario.model]()
+    model = model_of(scenario, "eager")
+    plain.load_state_dict(model.state_dict())
+    subnets, groups = losia_fx.subnets(model), losia_fx.controller(model).groups
+    places = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
+    make: MakeOptimizer = lambda parameters: optim.AdamW(parameters, lr=5e-3)  # noqa: E731
+    reference = Reference(plain, places, groups, make, lambda step: 5e-3, period=OPTIONS["period"])
+    for (ids,) in batches(scenario):
+        halves = []
+        for half in ids.chunk(dist.get_world_size()):
+            twin = copy.deepcopy(plain).bfloat16()
+            loss_of(twin, half).backward()
+            halves.append({name: p.grad.float() for name, p in twin.named_parameters() if p.grad is not None})
+        for name, weight in reference.weights.items():
+            weight.weight.grad = torch.stack([half[name] for half in halves]).mean(0)
+        reference.step()
+    for module in (*model.layers, model):  # type: ignore[misc]
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    ends = {name: (weight.rows, weight.cols) for name, weight in reference.weights.items()}
+    values = {name: weight.values.detach() for name, weight in reference.weights.items()}
+    expected = {"weights": reference.model.state_dict(), "values": values, "places": ends}
+    return {"found": found, "expected": expected | {"history": reference.reselections}}
+
+
+def run(name: str) -> dict[str, Any]:
+    if name == POLICY:
+        return policy()
+    scenario = SCENARIOS[name]
+    expected = alone(joined_only(scenario))
+    scenario = replace(scenario, halves=False)
+    torch._dynamo.reset()
+    before, _ = graph_counts()
+    model = model_of(scenario, scenario.compiler)
+    shard(model, scenario)
+    found = train(model, scenario, dist.get_rank(), dist.get_world_size())
+    found["graphs"] = graph_counts()[0] - before
+    return {"found": found, "expected": expected}
+
+
+POLICY = "bfloat16 policy"
+Run = Callable[[str], dict[str, Any]]
+
+
+def rank_main(rank: int, results: str, ranks: int, names: list[str], run: Run) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{results}.rendezvous", rank=rank, world_size=ranks)
+    found: dict[str, Any] = {}
+    for name in names:
+        torch._dynamo.reset()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", category=losia_fx.LosiaWarning)
+                found[name] = run(name)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+            traceback.print_exc()
+        torch.save(found, f"{results}.{rank}")
+    os._exit(0)
+
+
+def main(results: str, ranks: int, names: list[str], run: Run = run) -> int:
+    """Each scenario in all ranks; the exit code."""
+    for rank in range(ranks):
+        if os.fork() == 0:
+            rank_main(rank, results, ranks, names, run)
+    ended = [os.waitpid(-1, 0)[1] for _ in range(ranks)]
+    return max(map(os.waitstatus_to_exitcode, ended))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] or list(CORE)))
