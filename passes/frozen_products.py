@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from losia_fx.errors import PassPostconditionError
+from losia_fx.errors import PassPostconditionError, PassPreconditionError
 from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.packed import packed_linear, quantised
 from losia_fx.plan import ProductSite, SubnetPlan
 
-from .base import GraphPass, bodies
+from .base import GraphPass, bodies, graph_modules
 from .rewrite import Inputs, thread_inputs
 from .rewritten import rewritten_from
 
@@ -29,6 +29,13 @@ class FrozenProducts(GraphPass):
 
     name: ClassVar[str] = "frozen-products"
     plan: SubnetPlan
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        found = {site.call for part in graph_modules(gm) for node in part.graph.nodes if (site := _site_of(node))}
+        for site in self.plan.sites:
+            if site.packed and site.call not in found:
+                fqn = self.plan.slots[site.slot].facts.fqn
+                raise PassPreconditionError(f"{self.name}: {fqn}: {site.node!r} is no rewritten linear of this graph")
 
     def apply(self, gm: fx.GraphModule) -> int:
         packed = set(self.plan.packed_slots)

@@ -35,6 +35,7 @@ DEFAULTS = {
     "head_rows": "importance",
     "count_steps": None,
     "carry_moments": False,
+    "frozen_products": None,
 }
 
 

@@ -27,13 +27,20 @@ def quantise(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp_min(LEAST)
     numbers = x * (LARGEST[kind] / largest)
-    return (numbers.round() if kind == "int8" else numbers).to(DTYPES[kind]), largest / LARGEST[kind]
+    numbers = numbers.round() if kind == "int8" else numbers
+    # Inductor may take the greatest magnitude of an x that it has not rounded to x's dtype, and the numbers of one that
+    # it has, or the other way round: what goes beyond would wrap around to the other sign, or be no number.
+    return numbers.clamp(-LARGEST[kind], LARGEST[kind]).to(DTYPES[kind]), largest / LARGEST[kind]
 
 
 def pack(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """``quantise`` of the rows of a weight (out, in), a part at a time."""
-    parts = [quantise(part, kind) for part in weight.split(max(1, CHUNK // weight.shape[1]))]
-    numbers, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+    numbers = torch.empty(weight.shape, dtype=DTYPES[kind], device=weight.device)
+    scales = torch.empty(weight.shape[0], 1, device=weight.device)
+    height = max(1, CHUNK // weight.shape[1])
+    for first in range(0, weight.shape[0], height):
+        part = slice(first, first + height)
+        numbers[part], scales[part] = quantise(weight[part], kind)
     return numbers, scales
 
 

@@ -17,8 +17,6 @@ from losia_fx.errors import StateError
 from losia_fx.method.packing import MULTIPLES, pack
 from losia_fx.model.kinds import is_sharded
 
-Mark = tuple[weakref.ref[Tensor], int, int]
-
 
 def why_unpacked(shape: tuple[int, ...], whole_cols: bool, kind: str) -> str | None:
     """Why the products of a weight stay what the model's are; None where they do not."""
@@ -36,11 +34,12 @@ class PackedWeight:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._tensors: tuple[Tensor, Tensor] | None = None
-        self._made_of: Mark | None = None
+        self._made_of: weakref.ref[nn.Parameter] | None = None
+        self._mark = (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: it makes its own."""
-        return {"kind": self.kind, "_tensors": None, "_made_of": None}
+        return {"kind": self.kind, "_tensors": None, "_made_of": None, "_mark": (0, 0)}
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ class PackedWeight:
 
     def is_of(self, weight: nn.Parameter) -> bool:
         """Whether this is what ``weight`` is now, as far as its version and place tell."""
-        return self._made_of is not None and self._made_of == _mark(weight)
+        return self._made_of is not None and self._made_of() is weight and self._mark == _mark(weight)
 
     @torch.no_grad()
     def of(self, weight: nn.Parameter, name: str) -> tuple[Tensor, Tensor]:
@@ -67,13 +66,13 @@ class PackedWeight:
 
     def note(self, weight: nn.Parameter) -> None:
         """The rows that were written are made anew: this is what ``weight`` is now."""
-        self._made_of = _mark(weight)
+        self._made_of, self._mark = weakref.ref(weight), _mark(weight)
 
     def forget(self) -> None:
         """W is another than it was, whatever its version says."""
         self._tensors = self._made_of = None
 
 
-def _mark(weight: nn.Parameter) -> Mark:
-    version = -1 if weight.is_inference() else weight._version
-    return weakref.ref(weight), version, weight.data_ptr()
+def _mark(weight: nn.Parameter) -> tuple[int, int]:
+    """Version and place in memory; a tensor of inference mode has no version."""
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr()

@@ -200,7 +200,7 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._placed = None
+        self._placed = self.packed = None
         registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
