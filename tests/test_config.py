@@ -68,6 +68,7 @@ WRONG: dict[str, list[Any]] = {
     "head_rows": ["", "often", None, 1],
     "count_steps": [0, -1, False, 1.0, "3"],
     "carry_moments": [0, None, "yes"],
+    "frozen_products": ["", "int4", 8, True],
     "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 

@@ -73,7 +73,7 @@ def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) ->
             ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])
             states[plan.name] = state
-    if config.frozen_products is not None:
+    if config.frozen_products is not None and any(state.packed is not None for state in states.values()):
         say_expected(list(states.values()), config.frozen_products)
     ordered = [states[plan.name] for plan in plans if plan.name in states]
     heads = [state.name for state in ordered if state.whole_cols]

@@ -20,8 +20,6 @@ from .first_order import first_order
 from .library import define
 from .linear import PROFILED, autocasted, pick, subnet_gradient
 
-ROWWISE = F.ScalingType.RowWise
-
 
 def _quantised(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return quantise(x.detach(), kind)
@@ -41,8 +39,8 @@ def product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor |
         return y if weight_scales is None else y * weight_scales
     ones = x_scales.new_ones(1, weight.shape[1]) if weight_scales is None else weight_scales
     # A GPU's product with a scale a row gives bfloat16 and nothing else.
-    summed = torch.bfloat16 if x.is_cuda else dtype
-    return F.scaled_mm(x, weight, x_scales, ROWWISE, ones, ROWWISE, output_dtype=summed)
+    summed, by_row = torch.bfloat16 if x.is_cuda else dtype, F.ScalingType.RowWise
+    return F.scaled_mm(x, weight, x_scales, by_row, ones, by_row, output_dtype=summed)
 
 
 class _PackedLinear(torch.autograd.Function):
