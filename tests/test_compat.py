@@ -630,6 +630,16 @@ def test_untraced_writes_real_tensors_in_the_midst_of_an_export() -> None:
     assert torch.equal(program.module()(torch.zeros(2)), torch.ones(2))
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_int8_product_sums_in_int32(tokens: int) -> None:
+    x, weight = torch.randint(-127, 128, (tokens, 64), dtype=torch.int8), torch.full((64, 8), -127, dtype=torch.int8)
+    found = _compat.int8_product(x, weight)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), x.long() @ weight.long())
+    # The day this one sums in int32 too, torch._int_mm can go.
+    assert torch.mm(torch.full((1, 64), 127, dtype=torch.int8), weight).dtype == torch.int8
+
+
 def test_every_name_of_it_is_tested() -> None:
     public = {
         node.name for file in COMPAT for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)

@@ -49,6 +49,7 @@ from .parallel import (
     is_flattened,
     whole_graphs,
 )
+from .products import int8_product
 
 __all__ = [
     "ISOLATES_RECOMPILES",
@@ -74,6 +75,7 @@ __all__ = [
     "inner_compiler",
     "input_index",
     "install_call",
+    "int8_product",
     "is_exporting",
     "is_flattened",
     "is_jit_tracing",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from losia_fx._compat import of_any_length, own_code
 
+from . import packing
 from .importance import importance_of, smooth
 from .subnet import scatter
 
@@ -98,6 +99,32 @@ def _write_back(
     with torch.no_grad():  # as a decorator it would be its code that own_code copies
         for weight, row, col, value in zip(weights, rows, cols, values, strict=True):
             scatter(weight, row, col, value.to(weight.dtype))
+
+
+def pack_rows(
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    kind: str,
+    compiled: bool,
+) -> None:
+    """Makes those rows of packed weights anew (packing.pack_rows), compiled where it pays."""
+    if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+        block = (kind, *((weight.shape, weight.dtype, weight.device) for weight in weights))
+        packs = _compiled_form(_pack_rows, block, dynamic=False)
+        arguments = ([w.detach() for w in weights], list(rows), list(numbers), list(scales), kind)
+        if packs is not None and _runs(packs, arguments):
+            return
+    _pack_rows(weights, rows, numbers, scales, kind)
+
+
+def _pack_rows(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], numbers: Sequence[Tensor], scales: Sequence[Tensor], kind: str
+) -> None:
+    with torch.no_grad():  # see _write_back
+        for weight, row, number, scale in zip(weights, rows, numbers, scales, strict=True):
+            packing.pack_rows(weight, row, kind, number, scale)
 
 
 KINDS = 16

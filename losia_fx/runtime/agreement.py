@@ -185,7 +185,7 @@ class Agreement:
                 torn.append(state)
             elif w or self._is_average(state):
                 state.gather_anew()
-                self._witnesses.update(witnesses_of([state]))
+                self._note_unseen(state)
             else:
                 state.write_back()
                 written.append(state)
@@ -212,8 +212,14 @@ class Agreement:
             number = self._index[state]
             now = self._lines.of(self._lines.take([number]), number, alone=True)
             if not equal(now, self._lines.of(self._line, number)):
-                self._witnesses.update(witnesses_of([state]))
+                self._note_unseen(state)
                 self._lines.renew(self._line, [number])
+
+    def _note_unseen(self, state: SubnetState) -> None:
+        """W was written, which no version shows."""
+        self._witnesses.update(witnesses_of([state]))
+        if state.packed is not None:
+            state.packed.forget()
 
     def follow_beneath(self) -> None:
         """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""

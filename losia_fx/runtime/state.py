@@ -22,6 +22,7 @@ from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
+from .packed import PackedWeight, why_unpacked
 from .profile import Profile
 from .shards import Shards, local
 
@@ -79,6 +80,9 @@ class SubnetState:
         out_features, in_features = self.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
+        kind = config.frozen_products
+        self.packed = PackedWeight(kind) if kind and why_unpacked(self.shape, whole_cols, kind) is None else None
+        """W in 8 bits, where its frozen products are computed so; None elsewhere."""
         self._enlist()
         registry.place(self.weight, self)
 
@@ -171,7 +175,12 @@ class SubnetState:
     @property
     def facts(self) -> SubnetFacts:
         dtype = str(self.values.dtype).removeprefix("torch.")
-        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype)
+        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype, self.products)
+
+    @property
+    def products(self) -> str | None:
+        """What the frozen products are computed in; None for what the model does."""
+        return None if self.packed is None else self.packed.kind
 
     @property
     def whole(self) -> bool:
@@ -185,6 +194,11 @@ class SubnetState:
         """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
         values, rows = self.values_in_use, self.rows
         return (values, rows) if self.whole_cols else (values, rows, self.cols)
+
+    def packed_inputs(self) -> tuple[Tensor, Tensor]:
+        """W in 8 bits and its scales, as W is now."""
+        assert self.packed is not None
+        return self.packed.of(self.weight, self.name)
 
     @property
     def picked_cols(self) -> Tensor | None:
@@ -215,7 +229,7 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._placed = None
+        self._placed = self.packed = None
         registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,6 +299,8 @@ class SubnetState:
     def follow_device(self) -> None:
         """W has been moved to another device: so is what is kept of it."""
         device = self.weight.device
+        if self.packed is not None:
+            self.packed.forget()
         if self.profile is not None:
             self.profile.to(device)
         if self.visits is not None:
