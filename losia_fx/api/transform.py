@@ -36,6 +36,7 @@ from losia_fx.ops.first_order import watch_functions
 from losia_fx.runtime import labels, notices
 from losia_fx.runtime.agreement import Swapped
 from losia_fx.runtime.attach import attach, detach
+from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
 from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.functional import call_with_others
@@ -102,7 +103,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
             controller.states.append(state)
-            first = state.random_selection(controller.train.progress.generator)
+            first = random_selection(state, controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             controller.watch([name for name, _, _ in plan.owners])
     states = controller.states

@@ -15,6 +15,7 @@ from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import judge_weights, refuse_float8
 from losia_fx.registry import DENSE, TRAINED
 from losia_fx.runtime.attach import attach
+from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, controller_of
 from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.living import living
@@ -68,7 +69,7 @@ def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) ->
         if learns and id(plan.parameter) in weights:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
-            first = state.random_selection(controller.train.progress.generator)
+            first = random_selection(state, controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])

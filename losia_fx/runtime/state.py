@@ -17,8 +17,7 @@ from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
-from losia_fx.method.selection import Selection
-from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
+from losia_fx.method.subnet import PlacedBlock, gather, scatter
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
@@ -296,20 +295,6 @@ class SubnetState:
         self.cols.copy_(cols)
         self.values_here.copy_(self.here(self.block()))
 
-    def follow_device(self) -> None:
-        """W has been moved to another device: so is what is kept of it."""
-        device = self.weight.device
-        if self.packed is not None:
-            self.packed.forget()
-        if self.profile is not None:
-            self.profile.to(device)
-        if self.visits is not None:
-            self.visits = self.visits[0].to(device), self.visits[1].to(device)
-        if self.means is not None:
-            self.means = Means(*(tensor.to(device) for tensor in self.means))
-        if self.label_counts is not None:
-            self.label_counts = self.label_counts.to(device)
-
     def block(self) -> Tensor:
         """W[rows][:, cols], a copy; under FSDP2 put together from all ranks."""
         return self.block_of(self.weight) if self.shards is None else self.shards.block()
@@ -334,12 +319,6 @@ class SubnetState:
         """S = W[rows][:, cols], where it does not round to it already."""
         found, values = self.here(self.block()), self.values_here
         values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
-
-    def random_selection(self, generator: torch.Generator) -> Selection:
-        """Rows and cols drawn without replacement, sorted; on W's device."""
-        device = self.weight.device
-        rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(self.shape, self.size, generator))
-        return Selection(rows, cols, torch.zeros((), device=device))
 
 
 def own_states(module: nn.Module) -> dict[str, SubnetState]:
