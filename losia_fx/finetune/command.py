@@ -63,7 +63,15 @@ def from_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 def check_out(settings: FinetuneSettings) -> None:
     """Raises ConfigError unless --out can be made, or is empty, or may be written over, or holds a run to resume."""
     out = settings.output_dir
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK) or (there != out.absolute() and not there.is_dir()):
+        raise ConfigError(f"--out {out}: {there} cannot be written to: name another folder")
     resumable = (out / CONFIG_FILE).is_file()
     if settings.resume and not settings.overwrite and not resumable and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out}: holds no run with checkpoints, so there is nothing to --resume")
+    others = sorted(path.name for path in out.glob("checkpoint-*")) if settings.keeps_checkpoints else []
+    if others and settings.overwrite and not resumable:
+        raise ConfigError(
+            f"--out {out}: holds {others[0]} of another program, which this run would remove: name another"
+        )
     check_output(out, settings.model_folder, settings.overwrite or settings.resume)
