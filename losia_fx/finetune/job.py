@@ -297,6 +297,8 @@ def train(job: Job) -> None:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         except KeyboardInterrupt:
             job.record.interrupted = True
+        except ImportError as error:  # of what a Trainer looks for only now
+            raise refused("transformers.Trainer", error, job.settings) from error
 
 
 def prepare_out(out: Path, resumed: Path | None, options: Mapping[str, Any]) -> None:

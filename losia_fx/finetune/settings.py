@@ -203,8 +203,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not YAML: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"--config {path}: give names of options and their values, a line each: learning_rate: 1e-4")
-    names = {name: name.replace("-", "_") for name in found}
-    return {ALIASES.get(names[name], names[name]): value for name, value in found.items()}
+    options: dict[str, Any] = {}
+    for name, value in found.items():
+        long = name.replace("-", "_")
+        long = ALIASES.get(long, long)
+        if long in options:
+            raise ConfigError(
+                f"--config {path}: {name}: {flag(long)} is there twice, under two names: drop one of them"
+            )
+        options[long] = value
+    return options
 
 
 def is_finished(out: Path) -> bool:
