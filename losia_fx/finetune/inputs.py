@@ -23,7 +23,7 @@ from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import plan_model
 from losia_fx.storage.checkpoint_folder import load_causal_lm, load_tokenizer
 
-from .reading import CHAT_COMPLETIONS, COMPLETIONS, TEXT, Examples, Say
+from .reading import CHAT_COMPLETIONS, COMPLETIONS, TEXT, Examples, Say, counted
 from .settings import FinetuneSettings, flag
 
 EMBEDDED_STEPS, EMBEDDED_LENGTH = 400, 128
@@ -211,7 +211,7 @@ def settle(
             say(f"{obstacle}: inductor cannot run here, so this run is slower (aot_eager)")
     say(
         f"learning rate {training['learning_rate']:g}, period {losia['period']}: for {parameters / 1e6:,.1f} million "
-        f"parameters, {steps:,} steps and {groups} groups"
+        f"parameters, {counted(steps, 'step')} and {counted(groups, 'group')}"
     )
     if "max_steps" in settings.training and "num_train_epochs" in settings.training:
         say(f"--steps {steps} goes before --epochs {training['num_train_epochs']:g}")

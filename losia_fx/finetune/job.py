@@ -299,6 +299,9 @@ def train(job: Job) -> None:
             job.record.interrupted = True
         except ImportError as error:  # of what a Trainer looks for only now
             raise refused("transformers.Trainer", error, job.settings) from error
+    best = trainer.state.best_global_step
+    if trainer.args.load_best_model_at_end and best not in (None, trainer.state.global_step):
+        say(job.console, f"the model is taken back to step {best}, the best by {trainer.args.metric_for_best_model}")
 
 
 def prepare_out(out: Path, resumed: Path | None, options: Mapping[str, Any]) -> None:

@@ -155,6 +155,8 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
     for name, value in training.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag(name)} {value}: give a finite number")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise ConfigError(f"{flag(name)} {value}: give a whole number below 2**31")
     if (decay := training.get("weight_decay", 0)) < 0:
         raise ConfigError(f"--weight-decay {decay}: give a number of at least 0")
     for name, least in (
@@ -162,6 +164,7 @@ def _check_numbers(training: Mapping[str, Any]) -> None:
         ("per_device_eval_batch_size", 1),
         ("max_length", 2),
         ("gradient_accumulation_steps", 1),
+        ("eval_accumulation_steps", 1),
         ("dataloader_num_workers", 0),
     ):
         value = training.get(name)

@@ -116,6 +116,33 @@ def test_what_was_judged_is_what_was_written(tmp_path: Path, tiny: Path, data: P
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_best_of_a_run_is_what_was_written(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate far too high: what comes after the first step is worse, and the table's last figure is not the model's."""
+    few = (
+        "--model",
+        str(tiny),
+        "--steps",
+        "3",
+        "--period",
+        "1",
+        "--eval-steps",
+        "1",
+        "--lr-scheduler-type",
+        "constant",
+    )
+    options = ("--lr", "1", "--load-best-model-at-end", "--warmup-steps", "2")
+    assert finetune(tmp_path / "out", data, *few, *options) == 0
+    judged = run_json(tmp_path / "out")["evaluations"][1:]
+    best = min(judged, key=lambda evaluation: float(evaluation["new"]))
+    assert best["step"] < 3
+    assert f"the model is taken back to step {best['step']}, the best by loss" in capsys.readouterr().out
+    assert finetune(tmp_path / "again", data, "--model", str(tmp_path / "out"), "--steps", "1") == 0
+    assert run_json(tmp_path / "again")["evaluations"][0]["new"] == pytest.approx(best["new"], abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_of_one_seed_are_alike(tmp_path: Path, tiny: Path, data: Path) -> None:
     losses = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -219,6 +246,8 @@ def test_ctrl_c_before_training_writes_nothing(
         (["--seed", "4294967296"], "--seed 4294967296: give a whole number of at least 0, below 2**32"),
         (["--eval-steps", "0"], "--eval-steps 0.0: give a whole number of at least 1"),
         (["--per-device-eval-batch-size", "0"], "--per-device-eval-batch-size 0: give a whole number of at least 1"),
+        (["--eval-accumulation-steps", "0"], "--eval-accumulation-steps 0: give a whole number of at least 1"),
+        (["--batch-size", "99999999999"], "--batch-size 99999999999: give a whole number below 2**31"),
         (["--dataloader-num-workers", "-1"], "--dataloader-num-workers -1: give a whole number of at least 0"),
         (["--weight-decay", "nan"], "--weight-decay nan: give a finite number"),
         (["--weight-decay", "-1"], "--weight-decay -1.0: give a number of at least 0"),
