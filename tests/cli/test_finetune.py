@@ -430,10 +430,12 @@ def test_chats_and_completions(tmp_path: Path, tiny: Path, capsys: pytest.Captur
     talk, template = write_lines(tmp_path / "talk.jsonl", chats()), tmp_path / "template.jinja"
     few = ("--model", str(tiny), "--steps", "2", "--period", "1", "--show-example")
     assert finetune(tmp_path / "no", talk, *few) == 2
-    assert "the tokenizer has no template for them: give --chat-template FILE" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the tokenizer has no template for them: give --chat-template FILE" in error
+    assert TEMPLATE in error  # one to copy
     template.write_text("{% broken", encoding="utf-8")
     assert finetune(tmp_path / "no", talk, *few, "--chat-template", str(template)) == 2
-    assert "does not fit the first example" in capsys.readouterr().err
+    assert f"does not fit {talk}: line 1: " in capsys.readouterr().err
     template.write_text(TEMPLATE, encoding="utf-8")
     assert finetune(tmp_path / "chats", talk, *few, "--chat-template", str(template)) == 0
     printed = capsys.readouterr().out
