@@ -7,6 +7,7 @@ A command is a module with ``add_arguments(parser)`` and ``run(args) -> exit cod
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, unknown = _parser(sys.argv[1:] if argv is None else argv).parse_known_args(argv)
         if unknown:
-            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], args.parser)}")
         return int(args.run(args))
     except LosiaError as error:
         return _fail(str(error), 2)
@@ -68,6 +69,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run, parser=subparser)
     return parser
+
+
+def _meant(unknown: str, parser: argparse.ArgumentParser) -> str:
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    close = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def _fail(message: str, code: int) -> int:

@@ -42,9 +42,10 @@ class LosiaConfig:
     schedule: "async" profiles one group a slot in turn, "sync" all groups in one slot of every round,
         "static" keeps the first subnets, "all" profiles every group in every slot and re-selects all at its end.
     importance: how a slot scores the elements of W: "mixed" |WG - (WG)^2/2|, "first" |WG|, "second" (WG)^2,
-        "gradient" G^2 alone, "random" draws new subnets and profiles nothing. Two score rows and columns, each by the
-        running mean of its sum of G^2, and keep nothing of W's size: "visits" takes the largest of these over 1 + the
-        subnets so far that an index was in, "sample" draws in proportion to them, without replacement.
+        "gradient" G^2 alone, "random" draws new subnets and profiles nothing, "visits" and "sample" score whole rows
+        and columns. These two do so by the running mean of a row's or column's sum of G^2, and keep nothing of W's
+        size: "visits" takes the largest of these over 1 + the subnets so far that an index was in, "sample" draws in
+        proportion to them, without replacement.
     beta1, beta2: decay of the importance and of its uncertainty, an optimizer step at a time; in [0, 1).
     rewarm: whether the k-th update after a re-selection counts k/``rewarm_steps``.
     target: patterns of module names whose linear weights learn; None means every linear inside the repeated blocks,
@@ -210,5 +211,5 @@ def described() -> dict[str, str]:
     text = inspect.cleandoc(LosiaConfig.__doc__ or "")
     for names, entry in re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n {4}.+)*)", text, re.MULTILINE):
         clause = re.split(r"[;.](?= |$)", " ".join(entry.split()))[0]
-        found |= dict.fromkeys(names.split(", "), clause.replace("%", "%%"))
+        found |= dict.fromkeys(names.split(", "), clause.replace("%", "%%").replace("``", ""))
     return found

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from losia_fx.api.views import controller
 from losia_fx.delta.history import history_tensors, restore_history
-from losia_fx.errors import StateError, listed
+from losia_fx.errors import ConfigError, StateError, listed
 from losia_fx.storage.atomic import flush
 from losia_fx.storage.tensors import read_tensors, write_tensors
 
 from .reading import Say
 from .record import Evaluation, Move, RunRecord, Selection, StepRecord
-from .settings import flag
+from .settings import CONFIG_FILE, FinetuneSettings, flag, read_config
 
 MARK = "losia_run.safetensors"
 # options that may be others when a run goes on; the data is compared by its tokens
@@ -72,19 +72,39 @@ def take_up(folder: Path, model: nn.Module, record: RunRecord) -> None:
     record.__dict__.update(found)
 
 
+def check_finished(settings: FinetuneSettings) -> None:
+    """Raises ConfigError where a run that has come to its end was asked for otherwise: it cannot go on as another."""
+    path, given = settings.output_dir / CONFIG_FILE, settings.flat()
+    before = {**FinetuneSettings().flat(), **(read_config(path) if path.is_file() else given)}
+    differ = differences({name: before[name] for name in given if name in before}, given)
+    if differ:
+        raise ConfigError(
+            f"--out {settings.output_dir}: holds a finished run of other settings: {listed(differ, 8)}; name another "
+            "folder, or --overwrite it without --resume"
+        )
+
+
 def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises StateError, naming each option that differs, where the checkpoint is of a run that is not this one."""
     before = read_tensors(folder / MARK)[1]["identity"]
-    if before["data"] != identity["data"]:
-        raise StateError(f"{folder}: that run was trained on other text, or on text that has changed since")
-    old, new = before["options"], identity["options"]
-    names = sorted(name for name in {*old, *new} if name not in FREE and not name.startswith(FREE_KINDS))
-    differ = [f"{flag(n)} was {old.get(n)} and is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+    differ = differences(before["options"], identity["options"])
     differ += [
         f"{n}: was {before[n]} and is {identity[n]}" for n in ("processes", "device") if before[n] != identity[n]
     ]
+    if before["data"] != identity["data"]:
+        differ.append("that run was trained on other text, or on text that has changed since")
     if differ:
-        raise StateError(f"{folder}: a run goes on with the settings it began with: {listed(differ)}")
+        raise StateError(f"{folder}: a run goes on with the settings it began with: {listed(differ, 8)}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for each option that is another, and must not be where a run goes on."""
+    names = sorted(name for name in {*old, *new} if name not in FREE and not name.startswith(FREE_KINDS))
+    return [
+        f"{flag(n)} was {old.get(n, 'not given')} and is {new.get(n, 'not given')}"
+        for n in names
+        if old.get(n) != new.get(n)
+    ]
 
 
 def _fault(folder: Path) -> str | None:

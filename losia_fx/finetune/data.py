@@ -13,10 +13,11 @@ from typing import Any
 
 import datasets
 import torch
+from trl import SFTConfig
 
 from losia_fx.errors import LosiaError
 
-from .reading import TEXT, Examples, Say, read_examples
+from .reading import CHATS, TEXT, Examples, Say, counted, read_examples
 from .record import Names
 from .settings import FinetuneSettings
 
@@ -50,9 +51,9 @@ def load_data(settings: FinetuneSettings, say: Say) -> RunData:
     new: Examples | None = None
     if settings.eval_data:
         new = read_examples(settings.eval_data, column, say)
-        if (new.shape, new.chats) != (found.shape, found.chats):
+        if new.shape != found.shape:
             raise LosiaError(f"--eval-data holds {new.shape}, and --data {found.shape}: both have to be of one shape")
-    elif settings.held_out:
+    elif settings.held_out and settings.judges:
         found, new = split(found, settings.held_out)
     quiet = settings.model is None and not settings.old_data
     old = None
@@ -81,22 +82,21 @@ def split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     No seed: two runs over the same data hold out the same, so their figures can be compared.
     Raises LosiaError where there is too little to hold anything out.
     """
-    count = min(round(len(examples.rows) * share), MOST_HELD_OUT)
-    if count:
-        order = sorted(range(len(examples.rows)), key=lambda index: _hash(examples.rows[index]))
+    rows = len(examples.rows)
+    count = min(round(rows * share), MOST_HELD_OUT)
+    if 0 < count < rows:
+        order = sorted(range(rows), key=lambda index: _hash(examples.rows[index]))
         held_out = set(order[:count])
-        sides = [[row for i, row in enumerate(examples.rows) if (i in held_out) is side] for side in (False, True)]
-        return Examples(examples.shape, sides[0]), Examples(examples.shape, sides[1])
-    if examples.shape != TEXT:
+        return examples.take(i for i in range(rows) if i not in held_out), examples.take(sorted(held_out))
+    cuts = [(row["text"], round(len(row["text"]) * (1 - share))) for row in examples.rows if examples.shape == TEXT]
+    sides = [[text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]]
+    train, new = (Examples(TEXT, [{"text": text} for text in side if text.strip()]) for side in sides)
+    if not train.rows or not new.rows:
         raise LosiaError(
-            f"{len(examples.rows)} examples: too few to hold out a share of {share}: name others with --eval-data, or "
-            "give --held-out 0"
+            f"{counted(rows, 'example')}: too few to hold out a share of {share} and to train on the others: name some "
+            "with --eval-data, or give another --held-out (0: none)"
         )
-    cuts = [(row["text"], round(len(row["text"]) * (1 - share))) for row in examples.rows]
-    return (
-        Examples(TEXT, [{"text": text[:cut]} for text, cut in cuts]),
-        Examples(TEXT, [{"text": text[cut:]} for text, cut in cuts if text[cut:].strip()]),
-    )
+    return train, new
 
 
 def as_dataset(examples: Examples, tokens: int | None = None, seed: int = 0) -> datasets.Dataset:
@@ -109,7 +109,26 @@ def as_dataset(examples: Examples, tokens: int | None = None, seed: int = 0) -> 
             if found > CHARACTERS * tokens:
                 rows = rows[: index + 1]
                 break
-    return datasets.Dataset.from_list(list(rows))
+    return datasets.Dataset.from_list(list(rows), _features(examples))
+
+
+def _features(examples: Examples) -> datasets.Features:
+    """Messages and tools are kept as they are: as structures each would get the keys of all others, with null."""
+    messages = datasets.List(datasets.Json()) if examples.chats else datasets.Value("large_string")
+    names = {TEXT: ("text",), CHATS: ("messages",)}.get(examples.shape, ("prompt", "completion"))
+    tools = {"tools": datasets.Json()} if any("tools" in row for row in examples.rows) else {}
+    return datasets.Features({**dict.fromkeys(names, messages), **tools})
+
+
+def whole_blocks(prepared: datasets.Dataset, args: SFTConfig, old: bool = False) -> datasets.Dataset:
+    """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not.
+
+    old: text of the old domain, which is packed in any case; so every run judges by the same blocks of it.
+    """
+    if not old and (not args.packing or args.packing_strategy != "wrapped"):
+        return prepared
+    full = [number for number, length in enumerate(lengths(prepared)) if length == args.max_length]
+    return prepared.select(full) if full else prepared
 
 
 def spread(prepared: datasets.Dataset, most: int = JUDGED_BY) -> datasets.Dataset:

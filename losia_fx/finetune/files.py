@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
 import json
 import lzma
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, BinaryIO
 from losia_fx.errors import LosiaError
 
 BINARY = 4096  # bytes, among which a binary file has a zero
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how Windows tools begin the text that they save as "Unicode"
 PLAIN, JSON, LINES, CSV, PARQUET = "plain text", "JSON", "JSON lines", "csv", "parquet"
 KINDS = {".jsonl": LINES, ".ndjson": LINES, ".json": JSON, ".csv": CSV, ".tsv": CSV, ".parquet": PARQUET}
 _TABLE = "a table of a kind that is not read: save it as .csv or .parquet"
@@ -98,15 +102,23 @@ def _read(path: Path) -> bytes:
 
 
 def _decode(data: bytes, path: Path) -> str:
-    if b"\0" in data[:BINARY]:
+    encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
+    if encoding != "utf-16" and b"\0" in data[:BINARY]:
         raise LosiaError(f"{path}: a binary file: convert it to text or leave it out")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise LosiaError(f"{path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
+        if encoding == "utf-16":
+            raise LosiaError(f"{path}: not UTF-16 text, as its first bytes say; convert it or leave it out") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise LosiaError(
+            f"{path}: line {line}: not UTF-8 text (byte {error.start}); convert it or leave it out"
+        ) from None
 
 
 def _lines(text: str, path: Path) -> Iterator[Row]:
+    if re.match(r"\s*(\[\s*{|{\s*\n)", text) and _parses(text):
+        raise LosiaError(f"{path}: one JSON value, not a line an example: call it .json")
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028 too
         if line.strip():
             where = f"{path}: line {number}"
@@ -121,7 +133,7 @@ def _json(text: str, path: Path) -> Iterator[Row]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if _is_json(text):
+        if not text.strip() or _is_json(text):
             yield from _lines(text, path)
             return
         raise LosiaError(f"{path}: not JSON: {error}") from None
@@ -133,6 +145,7 @@ def _csv(text: str, path: Path) -> Iterator[Row]:
     tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes)
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    names = _header(reader, path)
     while True:
         start = reader.line_num + 1
         try:
@@ -143,9 +156,18 @@ def _csv(text: str, path: Path) -> Iterator[Row]:
             raise LosiaError(f"{path}: line {max(start, 2)}: not csv: {error}") from None
         where = f"{path}: line {max(start, 2)}"
         if None in row or None in row.values():
-            columns = len(reader.fieldnames or ())
-            raise LosiaError(f"{where}: has not the {columns} columns of the header: quote what holds a separator")
+            raise LosiaError(f"{where}: has not the {len(names)} columns of the header: quote what holds a separator")
         yield Row(where, dict(row))
+
+
+def _header(reader: csv.DictReader[str], path: Path) -> list[str]:
+    try:
+        names = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise LosiaError(f"{path}: line 1: not csv: {error}") from None
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise LosiaError(f"{path}: line 1: two columns are called {twice[0]!r}: rename one of them")
+    return names
 
 
 def _parquet(data: bytes, path: Path) -> Iterator[Row]:
@@ -157,7 +179,14 @@ def _parquet(data: bytes, path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise LosiaError(f"{path}: cannot be read as parquet: {error}") from None
     for number, row in enumerate(rows, 1):
-        yield Row(f"{path}: row {number}", row)
+        yield Row(f"{path}: row {number}", {name: bare(value) for name, value in row.items()})
+
+
+def bare(value: Any) -> Any:
+    """A value of a column without the keys that hold nothing: a table gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: bare(entry) for key, entry in value.items() if entry is not None}
+    return [bare(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _is_json(text: str) -> bool:

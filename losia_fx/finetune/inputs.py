@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from losia_fx.config import LosiaConfig
-from losia_fx.errors import ConfigError
+from losia_fx.errors import ConfigError, LosiaError, listed
 from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import plan_model
 from losia_fx.storage.checkpoint_folder import load_causal_lm, load_tokenizer
 
-from .reading import COMPLETIONS, TEXT, Examples, Say
+from .reading import CHAT_COMPLETIONS, COMPLETIONS, TEXT, Examples, Say, counted
 from .settings import FinetuneSettings, flag
 
 EMBEDDED_STEPS, EMBEDDED_LENGTH = 400, 128
@@ -32,6 +32,14 @@ LONGEST_PERIOD = LosiaConfig().period
 CHECKPOINTS_OF_A_RUN, EVALUATIONS = 10, 4
 MACHINE = ("use_cpu", "bf16", "ddp_find_unused_parameters", "disable_tqdm", "log_level_replica")
 """Chosen for the machine that runs: what repeats a run does not say them, so that it may be another one."""
+PLAIN_OPTIONS = ("max_steps", "max_length", "learning_rate", "per_device_train_batch_size", "num_train_epochs")
+"""Numbers that are checked here."""
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template that marks the assistant's turns, for who has none."""
 # The rates that were good for the embedded model and, by the method's authors, for one of seven billion parameters
 # (arXiv 2507.04487); in between and beyond it is the line through both on a scale of logarithms.
 SMALL_RATE, SMALL_SIZE, LARGE_RATE, LARGE_SIZE = 1e-2, 1.3e6, 5e-5, 7e9
@@ -47,11 +55,12 @@ def choose_device(settings: FinetuneSettings) -> bool:
         return not torch.cuda.is_available()
     try:
         device = torch.device(settings.device or "cuda")
-        if device.type != "cuda":
-            torch.empty(1, device=device)
-    # torch has no common error for "no such device": a bad name, a build without it, a device that is not there
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise ConfigError(f"--device {settings.device}: {str(error).splitlines()[0]}") from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device.type not in ("cpu", "cuda") and (accelerator is None or device.type != accelerator.type):
+        there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"  # a Trainer takes no other
+        raise ConfigError(f"--device {settings.device}: there is no such device here, only {there}")
     if device.type == "cuda":
         index, count = device.index or 0, torch.cuda.device_count()
         if index >= count:
@@ -93,15 +102,51 @@ def put_chat_template(settings: FinetuneSettings, tokenizer: PreTrainedTokenizer
         return
     if tokenizer.chat_template is None:
         raise ConfigError(
-            "the data holds chats, and the tokenizer has no template for them: give --chat-template FILE (Jinja)"
+            "the data holds chats, and the tokenizer has no template for them: give --chat-template FILE (Jinja). One "
+            f"that will do: {TEMPLATE}"
         )
+    which = f"--chat-template {path}" if path is not None else "the tokenizer's chat template"
     first = data.rows[0]
-    messages = first["prompt"] + first["completion"] if data.shape == COMPLETIONS else first["messages"]
     try:
-        tokenizer.apply_chat_template(messages, tokenize=False, tools=first.get("tools"))
+        text = _templated(tokenizer, first)
     except Exception as error:  # a template raises what it likes
-        which = f"--chat-template {path}" if path is not None else "the tokenizer's chat template"
-        raise ConfigError(f"{which}: does not fit the first example: {error}") from None
+        raise ConfigError(f"{which}: does not fit {_place(data, 0)}: {error}") from None
+    contents = [message.get("content") or "" for message in _messages(first)]
+    if not any(content.strip() and content.strip() in text for content in contents):
+        raise ConfigError(f"{which}: writes nothing of what the messages of {_place(data, 0)} say, but {text[:80]!r}")
+
+
+def check_chats(tokenizer: PreTrainedTokenizerBase, data: Examples, assistant_only: bool) -> None:
+    """Finds the chat that TRL could make nothing of: it does not say which. Raises LosiaError naming its place."""
+    silent = []
+    for number, row in enumerate(data.rows if data.chats else ()):
+        try:
+            _templated(tokenizer, row)
+            found: Any = tokenizer.apply_chat_template(
+                _messages(row), tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=assistant_only
+            )
+        except Exception as error:  # a template raises what it likes
+            raise LosiaError(f"{_place(data, number)}: the chat template does not fit it: {error}") from None
+        if assistant_only and 1 not in found["assistant_masks"]:
+            silent.append(_place(data, number))
+    if silent:
+        raise LosiaError(
+            f"{listed(silent, 8)}: no turn of the assistant, on which alone the loss is: add one, leave the chat out, "
+            "or give --assistant-only-loss false"
+        )
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str:
+    return str(tokenizer.apply_chat_template(_messages(row), tokenize=False, tools=row.get("tools")))
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    return found
+
+
+def _place(data: Examples, number: int) -> str:
+    return data.places[number] if data.places else f"example {number + 1}"
 
 
 def training_options(
@@ -112,6 +157,8 @@ def training_options(
     What depends on the number of steps comes in ``settle``.
     """
     embedded, given = settings.model is None, dict(settings.training)
+    if given.get("completion_only_loss") and data.shape not in (COMPLETIONS, CHAT_COMPLETIONS):
+        raise ConfigError(f"--completion-only-loss: the data holds {data.shape}, and no prompts with completions")
     length = EMBEDDED_LENGTH if embedded else min(1024, _positions(model) or 1024)
     chosen = {
         "max_length": length,
@@ -124,7 +171,7 @@ def training_options(
         "gradient_checkpointing": False,
         "packing": data.shape == TEXT,
         "packing_strategy": "wrapped",
-        "assistant_only_loss": data.chats and re.search(r"{%-?\s*generation", template or "") is not None,
+        "assistant_only_loss": data.chats and marks_turns(template),
         "eval_strategy": "steps",
         "save_strategy": "steps" if settings.keeps_checkpoints else "no",
         "save_total_limit": 2,
@@ -135,6 +182,11 @@ def training_options(
     if embedded and "max_steps" not in given and "num_train_epochs" not in given:
         chosen["max_steps"] = EMBEDDED_STEPS
     return {**chosen, **given}
+
+
+def marks_turns(template: str | None) -> bool:
+    """Whether a chat template says which of its text is the assistant's."""
+    return re.search(r"{%-?\s*generation", template or "") is not None
 
 
 def settle(
@@ -159,8 +211,10 @@ def settle(
             say(f"{obstacle}: inductor cannot run here, so this run is slower (aot_eager)")
     say(
         f"learning rate {training['learning_rate']:g}, period {losia['period']}: for {parameters / 1e6:,.1f} million "
-        f"parameters, {steps:,} steps and {groups} groups"
+        f"parameters, {counted(steps, 'step')} and {counted(groups, 'group')}"
     )
+    if "max_steps" in settings.training and "num_train_epochs" in settings.training:
+        say(f"--steps {steps} goes before --epochs {training['num_train_epochs']:g}")
     tied = model.get_output_embeddings() is not None and (
         model.get_output_embeddings().weight is model.get_input_embeddings().weight
     )
@@ -207,8 +261,19 @@ def sft_config(options: Mapping[str, Any], settings: FinetuneSettings) -> SFTCon
             fixed[old] = None
     try:
         return SFTConfig(**fixed)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(f"trl.SFTConfig: {error}") from None
+    except Exception as error:  # whatever the libraries find wrong with a value: there is no common base
+        raise refused("trl.SFTConfig", error, settings) from error
+
+
+def refused(who: str, error: Exception, settings: FinetuneSettings) -> ConfigError:
+    """What a library says of options that it cannot use, and which were given: not every library names its own."""
+    said = (
+        str(error) if isinstance(error, (ValueError, RuntimeError, ImportError)) else f"{type(error).__name__}: {error}"
+    )
+    given = {name: value for name, value in settings.training.items() if name not in PLAIN_OPTIONS}
+    named = {n: v for n, v in given.items() if n in said or (isinstance(v, str) and v in said)} or given
+    options = listed([f"{flag(name)} {value}" for name, value in named.items()], 8)
+    return ConfigError(f"{who}: {said}" + (f" (given: {options})" if options else ""))
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,25 @@ from trl import SFTConfig
 import losia_fx
 from losia_fx.config import LosiaConfig
 from losia_fx.console import progress, say
-from losia_fx.errors import LosiaError
+from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
-from .checkpoints import check_identity, folders, newest_whole
-from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread
-from .inputs import choose_device, count_groups, load, put_chat_template, settle, sft_config, training_options
+from .checkpoints import check_finished, check_identity, folders, newest_whole
+from .data import RunData, as_dataset, fingerprint, lengths, load_data, spread, whole_blocks
+from .inputs import (
+    check_chats,
+    choose_device,
+    count_groups,
+    load,
+    marks_turns,
+    put_chat_template,
+    refused,
+    settle,
+    sft_config,
+    training_options,
+)
 from .plots import plot_losses, plot_subnets
-from .reading import TEXT, Examples
+from .reading import CHAT_COMPLETIONS, CHATS, COMPLETIONS, TEXT, Examples
 from .record import RunRecord
 from .report import print_table, write_json
 from .settings import CONFIG_FILE, RUN_FILE, SHORT, FinetuneSettings, is_finished, write_config
@@ -66,6 +77,7 @@ def finetune(settings: FinetuneSettings) -> int:
     """Runs the job; returns 0, or 130 where Ctrl-C cut it short (what was learnt until then is written as well)."""
     console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)
     if settings.resume and is_finished(settings.output_dir):
+        check_finished(settings)
         say(console, f"{settings.output_dir} holds a finished run: there is nothing to resume")
         return 0
     started = time.perf_counter()
@@ -75,10 +87,11 @@ def finetune(settings: FinetuneSettings) -> int:
     data = load_data(settings, partial(say, console))
     put_chat_template(settings, tokenizer, data.train)
     options = training_options(settings, model, tokenizer.chat_template, data.train, on_cpu)
-    trainer = make_trainer(model, tokenizer, data, sft_config(options, settings))
+    trainer = make_trainer(model, tokenizer, data, sft_config(options, settings), settings)
     steps = total_steps(trainer)
-    settings = settle(settings, options, model, steps, groups, partial(say, console))
-    job = Job(trainer, data, settings, steps, transform(trainer, settings), console)
+    settled = settle(settings, options, model, steps, groups, partial(say, console))
+    job = Job(trainer, data, settled, steps, transform(trainer, settled), console)
+    make_optimizer(trainer, steps, settings)
     announce(job)
     train(job)
     if job.first:
@@ -89,9 +102,16 @@ def finetune(settings: FinetuneSettings) -> int:
 
 
 def make_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData, args: SFTConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    args: SFTConfig,
+    settings: FinetuneSettings,
 ) -> RunTrainer:
-    """The trainer of the untransformed model, with the tokens of all data. Raises LosiaError where none are left."""
+    """The trainer of the untransformed model, with the tokens of all data.
+
+    Raises LosiaError where none are left, and for options that TRL or what they ask for refuses.
+    """
     datasets.disable_progress_bars()
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     tokens = args.max_steps * batch * args.max_length if args.max_steps > 0 and args.max_length else None
@@ -99,13 +119,28 @@ def make_trainer(
     judged = {name: as_dataset(examples) for name, examples in domains.items() if examples is not None}
     if "new" not in judged:  # nothing to hold the old domain against
         args.eval_strategy, judged = "no", {}
-    trainer = RunTrainer(
-        model=model,
-        args=args,
-        train_dataset=as_dataset(data.train, tokens, args.seed),
-        eval_dataset=judged if "old" in judged else judged.get("new"),
-        processing_class=tokenizer,
-    )
+    train = as_dataset(data.train, tokens, args.seed)
+    try:
+        trainer = RunTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=judged if "old" in judged else judged.get("new"),
+            processing_class=tokenizer,
+        )
+    except Exception as error:  # whatever TRL finds wrong with options or data: there is no common base
+        for examples in (data.train, data.new):
+            if examples is not None:
+                check_chats(tokenizer, examples, args.assistant_only_loss and marks_turns(tokenizer.chat_template))
+        raise refused("trl.SFTTrainer", error, settings) from error
+    keep_what_counts(trainer, data)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def keep_what_counts(trainer: RunTrainer, data: RunData) -> None:
+    """Full blocks to train on, a part of them to judge by. Raises LosiaError where none are left of either."""
+    args = trainer.args
     trainer.train_dataset = whole_blocks(trainer.train_dataset, args)
     if not len(trainer.train_dataset):
         raise LosiaError(f"{data.names.new}: nothing is left to learn within --seq-length {args.max_length}: raise it")
@@ -115,21 +150,14 @@ def make_trainer(
     }
     judged = {n: d if n == "new" and data.judged_whole else spread(d) for n, d in judged.items()}
     trainer.eval_dataset = judged if "old" in judged else judged.get("new")
+    if empty := [name for name, prepared in judged.items() if not len(prepared)]:
+        source = {"new": "--eval-data" if data.judged_whole else "what is held out", "old": "--old-data"}[empty[0]]
+        raise LosiaError(f"{source}: nothing is left to judge by within --seq-length {args.max_length}: raise it")
     if "old" in judged and args.metric_for_best_model == "loss":
         args.metric_for_best_model = "eval_new_loss"
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def whole_blocks(prepared: datasets.Dataset, args: SFTConfig, old: bool = False) -> datasets.Dataset:
-    """Of packed text the blocks that are full, where there are any: those at the end of a thousand texts are not.
-
-    old: text of the old domain, which is packed in any case; so every run judges by the same blocks of it.
-    """
-    if not old and (not args.packing or args.packing_strategy != "wrapped"):
-        return prepared
-    full = [number for number, length in enumerate(lengths(prepared)) if length == args.max_length]
-    return prepared.select(full) if full else prepared
+    losses = ("eval_new_loss", "eval_old_loss") if "old" in judged else ("loss", "eval_loss")
+    if args.metric_for_best_model not in (None, *losses):
+        raise ConfigError(f"--metric-for-best-model {args.metric_for_best_model}: there are {' and '.join(losses)}")
 
 
 def total_steps(trainer: RunTrainer) -> int:
@@ -159,34 +187,63 @@ def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:
     return record
 
 
+def make_optimizer(trainer: RunTrainer, steps: int, settings: FinetuneSettings) -> None:
+    """Before anything is written or said to begin, so that one that cannot be made is refused like any other option."""
+    try:
+        trainer.create_optimizer_and_scheduler(steps)
+    except Exception as error:  # whatever an optimizer's package finds wrong with its options: there is no common base
+        raise refused("the optimizer or its schedule", error, settings) from error
+
+
 def announce(job: Job) -> None:
-    """Says what is about to be trained on, and warns where the run ends before every group has moved once."""
+    """Says what is about to be trained on, and warns of what the user may not have meant."""
     args, data, prepared = job.trainer.args, job.data, job.trainer.train_dataset
-    what = f"blocks of {args.max_length} tokens" if args.packing else "examples"
+    what = f"{'block' if args.packing else 'example'}{'' if len(prepared) == 1 else 's'}"
+    what += f" of {args.max_length} tokens" if args.packing else ""
     judged = job.trainer.eval_dataset
     judged = judged["new"] if isinstance(judged, dict) else judged
     by = f", judging by {len(judged):,} held out" if judged is not None else ""
-    say(job.console, f"training on {len(prepared):,} {what} of {data.names.new}, {_loss_of(job)}{by}")
+    batches = len(job.trainer.get_train_dataloader())
+    passes = job.steps / max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    times = f", {passes:,.0f} times over" if passes >= 2 else ""
+    say(job.console, f"training on {len(prepared):,} {what} of {data.names.new}{times}, {_loss_of(job)}{by}")
     if not args.packing and args.max_length is not None:
         _say_cut(job, data.train, prepared)
     if job.settings.show_example:
         show_example(job)
+    for warning in _warnings(job):
+        say(job.console, f"warning: {warning}", style="yellow")
+
+
+def _warnings(job: Job) -> Iterator[str]:
+    args, steps, example = job.trainer.args, job.steps, job.trainer.train_dataset[0]["input_ids"]
     groups, period = len(job.record.groups), job.settings.losia["period"]
-    if groups * period > job.steps and job.settings.losia.get("schedule") != "static":
-        fits = job.steps // groups
+    if groups * period > steps and job.settings.losia.get("schedule") != "static":
+        fits = steps // groups
         advice = f"--period {fits} would fit" if fits else f"give at least {groups} steps"
-        say(
-            job.console,
-            f"warning: {job.steps} steps are less than one round ({groups} groups x period {period} = "
-            f"{groups * period}), so some subnets never move: {advice}",
-            style="yellow",
+        yield (
+            f"{steps} steps are less than one round ({groups} groups x period {period} = {groups * period}), "
+            f"so some subnets never move: {advice}"
+        )
+    if args.warmup_steps >= max(1, steps):
+        yield f"--warmup-steps {args.warmup_steps:g}: the learning rate never comes to its peak in {steps:,} steps"
+    tokenizer, cut = job.trainer.processing_class, args.max_length is not None and len(example) >= args.max_length
+    if job.data.train.chats and not cut and tokenizer.eos_token_id not in example:
+        yield (
+            f"the chat template never writes {tokenizer.eos_token!r}, so the model does not learn where to end: have "
+            "it write {{ eos_token }}, or name the token that ends a turn with --eos-token"
         )
 
 
 def _loss_of(job: Job) -> str:
-    if job.trainer.args.assistant_only_loss:
+    on_turns, shape = job.trainer.args.assistant_only_loss, job.data.train.shape
+    if job.trainer.completion_only_loss and shape in (COMPLETIONS, CHAT_COMPLETIONS):
+        return "loss on completions"
+    if on_turns:
         return "loss on the assistant's turns"
-    return "loss on completions" if job.trainer.completion_only_loss else "loss on every token"
+    unmarked = shape == CHATS and not marks_turns(job.trainer.processing_class.chat_template)
+    why = " (the chat template marks no turns of the assistant: {% generation %})" if unmarked else ""
+    return f"loss on every token{why}"
 
 
 def _say_cut(job: Job, examples: Examples, prepared: datasets.Dataset) -> None:
@@ -240,11 +297,19 @@ def train(job: Job) -> None:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         except KeyboardInterrupt:
             job.record.interrupted = True
+        except ImportError as error:  # of what a Trainer looks for only now
+            raise refused("transformers.Trainer", error, job.settings) from error
+    best = trainer.state.best_global_step
+    if trainer.args.load_best_model_at_end and best not in (None, trainer.state.global_step):
+        say(job.console, f"the model is taken back to step {best}, the best by {trainer.args.metric_for_best_model}")
 
 
 def prepare_out(out: Path, resumed: Path | None, options: Mapping[str, Any]) -> None:
     """Makes the folder; what an earlier run left goes, and so does what was cut short after the one to go on from."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
     (out / RUN_FILE).unlink(missing_ok=True)
     found = folders(out) if (out / CONFIG_FILE).is_file() else []  # else they are another program's
     for folder in found if resumed is None else found[found.index(resumed) + 1 :]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,8 +67,12 @@ class TrainingOption:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every option is left out of the namespace unless it is given, so that what was asked for can be told."""
     parser.argument_default = argparse.SUPPRESS
-    _add_data(parser.add_argument_group("what to train on what"))
-    run = parser.add_argument_group("the run", "these and all options of trl.SFTConfig (--help-all), - or _ in names")
+    chat = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    _add_data(parser.add_argument_group("what to train on what", f"a line of a .jsonl of chats: {chat}"))
+    run = parser.add_argument_group(
+        "the run",
+        "these and all options of trl.SFTConfig (--help-all), - or _ in names; BOOL: true (or nothing), false",
+    )
     options = list(training_options())
     for option in sorted(options, key=lambda o: list(COMMON).index(o.name) if o.name in COMMON else len(COMMON)):
         if option.name in COMMON:
@@ -93,10 +98,13 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     _add(data, "eval_data", "what to judge by (default: a share held out)", nargs="+", metavar="DATA")
     _add(data, "held_out", f"of --data (default: {HELD_OUT_SHARE}; 0: none)", type=float, metavar="SHARE")
-    _add(data, "old_data", "text that the model must not forget", nargs="+", metavar="DATA")
+    _add(
+        data, "old_data", "text to judge by what is forgotten (default: of the embedded model the Perl manual)",
+        nargs="+", metavar="DATA",
+    )  # fmt: skip
     for name, help_text in (
         ("dataset_text_field", "column that holds the text (default: text)"),
-        ("chat_template_path", "Jinja template of chats, where the tokenizer has none"),
+        ("chat_template_path", "Jinja template that makes text of messages, where the tokenizer has none"),
     ):
         _add(data, name, help_text, **NAMES[name])
     _add(data, "show_example", "show an example as the model sees it", **_switch())
@@ -176,8 +184,25 @@ def truth(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
 
 
+OF_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Options that are an object or the name of a file that holds one."""
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """Raises ArgumentTypeError unless the text is a JSON object, or says none."""
+    try:
+        found = None if text.lower() in ("none", "null") else json.loads(text)
+    except ValueError:
+        found = text
+    if found is None or isinstance(found, dict):
+        return found
+    raise argparse.ArgumentTypeError(f"""{text!r}: give a JSON object, such as '{{"name": 1}}'""")
+
+
 def _number(option: TrainingOption) -> Callable[[str], Any]:
     """What makes a value of an argument; its name is what argparse calls it in an error."""
+    if any(name.startswith("dict") for name in option.types) and option.name not in OF_FILES:
+        return _object
     if "str" in option.types:
         return str
     kind: type = float if "float" in option.types else int if "int" in option.types else str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,11 +66,14 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"--held-out {self.held_out}: give a share of the examples, in [0, 1)")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed}: give a whole number of at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: give a whole number of at least 0, below 2**32")
         _check_numbers(self.training)
+        self._check_judging()
         if self.training.get("resume_from_checkpoint") is not None:
             raise ConfigError("--resume-from-checkpoint: --resume goes on from the newest whole checkpoint in --out")
+        if self.training.get("dataset_kwargs"):
+            raise ConfigError("--dataset-kwargs: its one key, skip_prepare_dataset, is for data that is tokens already")
         if self.training.get("trust_remote_code"):
             raise ConfigError("--trust-remote-code: a checkpoint's own code is never run: give one transformers knows")
         if self.resume and self.training.get("save_total_limit") == 1:
@@ -79,6 +83,21 @@ class FinetuneSettings:
         except ConfigError as error:
             name, _, why = str(error).partition("=")
             raise ConfigError(f"{flag(name)} {why}") from None
+
+    def _check_judging(self) -> None:
+        """What says how to judge must not be given where nothing is judged: it would be left aside unsaid."""
+        if self.eval_data and self.held_out not in (0, HELD_OUT_SHARE):
+            raise ConfigError(f"--held-out {self.held_out}: --eval-data says what to judge by: drop one of them")
+        if self.judges and (self.eval_data or self.held_out):
+            return
+        why = "--held-out 0" if self.judges else "--eval-strategy no"
+        for name, given in (
+            ("eval_data", self.eval_data),
+            ("old_data", self.old_data),
+            ("load_best_model_at_end", self.training.get("load_best_model_at_end")),
+        ):
+            if given:
+                raise ConfigError(f"{flag(name)}: with {why} there is nothing to judge by: drop one of them")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> FinetuneSettings:
@@ -104,8 +123,14 @@ class FinetuneSettings:
         return (str(EMBEDDED_OLD_TEXT),) if self.model is None and not self.old_data else self.old_data
 
     @property
+    def judges(self) -> bool:
+        """Whether losses on held-out text are asked for."""
+        return bool(self.training.get("eval_strategy", "steps") != "no")
+
+    @property
     def keeps_checkpoints(self) -> bool:
-        return self.resume or "save_steps" in self.training or self.training.get("save_strategy", "no") != "no"
+        asked = self.training.get("save_strategy", "no") != "no" or self.training.get("load_best_model_at_end")
+        return self.resume or "save_steps" in self.training or bool(asked)
 
     def flat(self) -> dict[str, Any]:
         """All that is set, by long names, as plain values: what ``of`` takes and the YAML holds.
@@ -127,14 +152,28 @@ class FinetuneSettings:
 
 
 def _check_numbers(training: Mapping[str, Any]) -> None:
-    for name, least in (("per_device_train_batch_size", 1), ("max_length", 2), ("gradient_accumulation_steps", 1)):
+    for name, value in training.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag(name)} {value}: give a finite number")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise ConfigError(f"{flag(name)} {value}: give a whole number below 2**31")
+    if (decay := training.get("weight_decay", 0)) < 0:
+        raise ConfigError(f"--weight-decay {decay}: give a number of at least 0")
+    for name, least in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("max_length", 2),
+        ("gradient_accumulation_steps", 1),
+        ("eval_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+    ):
         value = training.get(name)
         if value is not None and value < least:
             raise ConfigError(f"{flag(name)} {value}: give a whole number of at least {least}")
-    for name in ("max_steps", "num_train_epochs", "learning_rate", "save_steps"):
+    for name in ("max_steps", "num_train_epochs", "learning_rate", "save_steps", "eval_steps"):
         value = training.get(name)
-        if value is not None and not 0 < value < float("inf"):
-            what = "whole number of at least 1" if name in ("max_steps", "save_steps") else "number above 0"
+        if value is not None and value <= 0:
+            what = "whole number of at least 1" if name.endswith("_steps") else "number above 0"
             raise ConfigError(f"{flag(name)} {value}: give a {what}")
 
 
@@ -167,8 +206,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not YAML: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"--config {path}: give names of options and their values, a line each: learning_rate: 1e-4")
-    names = {name: name.replace("-", "_") for name in found}
-    return {ALIASES.get(names[name], names[name]): value for name, value in found.items()}
+    options: dict[str, Any] = {}
+    for name, value in found.items():
+        long = name.replace("-", "_")
+        long = ALIASES.get(long, long)
+        if long in options:
+            raise ConfigError(
+                f"--config {path}: {name}: {flag(long)} is there twice, under two names: drop one of them"
+            )
+        options[long] = value
+    return options
 
 
 def is_finished(out: Path) -> bool:

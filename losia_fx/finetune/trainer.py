@@ -65,6 +65,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types for it
         self.step_loss, self.step_tokens = self.step_loss + loss, self.step_tokens + tokens
         return loss
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """A Trainer that resumes from the checkpoint of its last step makes another step before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes a README.md beside every checkpoint; here only what is asked for is written."""
         if self.args.push_to_hub:

@@ -18,7 +18,7 @@ import pytest
 
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.data import as_dataset, split, standard_library
-from losia_fx.finetune.reading import CHATS, COMPLETIONS, TEXT, Examples, read_examples
+from losia_fx.finetune.reading import CHAT_COMPLETIONS, CHATS, COMPLETIONS, TEXT, Examples, read_examples
 from tests.cli.tiny import chats, completions
 
 ROWS = {TEXT: [{"text": f"text {n}"} for n in range(3)], COMPLETIONS: completions(3), CHATS: chats(3)}
@@ -94,6 +94,7 @@ def test_a_column_may_be_named(tmp_path: Path) -> None:
     [
         ("a.json", '["one", "two"]', ["one", "two"]),
         ("a.json", '{"text": "one"}', ["one"]),
+        ("a.json", '[{"text": "\\ud83d\\ude00"}]', ["\U0001f600"]),  # two halves are a character
         ("a.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
         ("a.ndjson", '{"text": "one"}\n', ["one"]),
         (
@@ -118,7 +119,7 @@ def test_prompts_may_be_messages(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     (tmp_path / "a.jsonl").write_bytes(lines_of([row]))
     found = read(tmp_path / "a.jsonl")
-    assert found == Examples(COMPLETIONS, [row])
+    assert found == Examples(CHAT_COMPLETIONS, [row])
     assert found.chats
 
 
@@ -197,7 +198,48 @@ BAD: list[tuple[str, bytes, str]] = [
     ("bad.jsonl", b'{"messages": [{"role": "user"}]}\n', "message 1: has no content"),
     ("bad.jsonl", b'{"prompt": "a", "completion": 1}\n', "line 1: column 'completion': expected a text"),
     ("bad.jsonl", b'{"text": "a"}\n{"messages": []}\n', "line 2: holds messages, and the rows before it text"),
-    ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8 text (byte 3)"),
+    ("latin.txt", b"a\ncaf\xe9", "latin.txt: line 2: not UTF-8 text (byte 5)"),
+    ("odd.txt", b"\xff\xfea\x00b", "odd.txt: not UTF-16 text"),
+    (
+        "array.jsonl",
+        b'[{"text": "a"}, {"text": "b"}]',
+        "array.jsonl: one JSON value, not a line an example",
+    ),
+    ("pretty.jsonl", b'{\n "text": "a"\n}\n', "pretty.jsonl: one JSON value, not a line an example: call it .json"),
+    (
+        "half.jsonl",
+        b'{"text": "a"}\n{"text": "b\\ud800"}\n',
+        "line 2: column 'text': holds '\\ud800', half",
+    ),
+    ("bad.jsonl", b'{"messages": [{"role": "user", "content": 5}]}\n', "message 1: content is the number 5"),
+    (
+        "bad.jsonl",
+        b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
+        "message 1: content holds a text: expected {",
+    ),
+    (
+        "bad.jsonl",
+        b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
+        "message 1: content holds a part of type 'image': expected {",
+    ),
+    ("bad.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "column 'messages': holds '\\udc00'"),
+    (
+        "bad.jsonl",
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": [{"role": "user", "content": "a"}], "completion": []}\n',
+        "line 2: holds prompt/completion of messages, and the rows before it prompt/completion:",
+    ),
+    (
+        "tools.jsonl",
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": "a, b"}\n',
+        "line 1: column 'tools': not JSON",
+    ),
+    (
+        "tools.jsonl",
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": ["a"]}\n',
+        "line 1: column 'tools': expected a list of tools, each a JSON schema",
+    ),
+    ("twice.csv", b"text,id,text\na,1,b\n", "twice.csv: line 1: two columns are called 'text'"),
+    ("header.csv", b'text,"b\na', "header.csv: line 1: not csv"),
     ("cut.txt.gz", gzip.compress(b"some text", mtime=0)[:-4], "cut.txt.gz: cannot be read"),
     ("plain.txt.xz", b"not compressed", "plain.txt.xz: cannot be read"),
     ("empty.txt", b" \n", "no text in"),
@@ -231,6 +273,78 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, said: st
         assert said in lines[0]
 
 
+def test_text_as_windows_tools_save_it(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "caf\u00e9"),
+        ("b.jsonl", '{"text": "caf\u00e9"}\n'),
+        ("c.csv", "text\ncaf\u00e9\n"),
+    ):
+        for encoding in ("utf-16", "utf-8-sig"):
+            (tmp_path / name).write_text(content, encoding=encoding)
+            assert read(tmp_path / name).rows == [{"text": "caf\u00e9"}]
+
+
+def test_empty_files_and_rows_hold_nothing(tmp_path: Path) -> None:
+    empty = [{"messages": [{"role": role, "content": " "} for role in ("user", "assistant")]}, {"messages": []}]
+    (tmp_path / "a.jsonl").write_bytes(lines_of([*ROWS[CHATS], *empty]))
+    said: list[str] = []
+    assert read(tmp_path / "a.jsonl", say=said.append) == Examples(CHATS, ROWS[CHATS])
+    assert said == [f"{tmp_path / 'a.jsonl'}: read as JSON lines, messages: 3 examples (2 empty ones passed over)"]
+    for name in ("a.txt", "a.json", "a.jsonl", "a.csv"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(LosiaError, match=f"no text in .*{re.escape(name)}"):
+            read(tmp_path / name)
+    with pytest.raises(LosiaError, match="data '': names nothing"):
+        read("")
+
+
+def test_contents_in_parts_are_texts(tmp_path: Path) -> None:
+    """A template for texts would write a list with its brackets, and None for what is not there."""
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": [{"role": "user", "content": parts}, call], "tools": json.dumps(tools)}
+    (tmp_path / "a.jsonl").write_bytes(lines_of([row]))
+    assert read(tmp_path / "a.jsonl").rows == [
+        {"messages": [{"role": "user", "content": "one two"}, {**call, "content": ""}], "tools": tools}
+    ]
+
+
+@pytest.mark.parametrize("saved", ["a.parquet", "saved"])
+def test_no_row_has_the_keys_of_another(saved: str, tmp_path: Path) -> None:
+    """Arrow makes every object of a column alike, and what the others have is null: that would be trained on."""
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"a": 1}, {"b": "x"})]
+    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
+    assert as_dataset(Examples(CHATS, rows))[:]["messages"] == [row["messages"] for row in rows]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / saved) if saved.endswith("parquet") else table.save_to_disk(tmp_path / saved)
+    assert read(tmp_path / saved).rows == rows
+
+
+def test_links_are_followed_or_named(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for made in (folder, other):
+        made.mkdir()
+        (made / "a.txt").write_text(made.name, encoding="utf-8")
+    (folder / "b.txt").symlink_to(other / "a.txt")
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "more").symlink_to(other)
+    said: list[str] = []
+    assert [row["text"] for row in read(folder, say=said.append).rows] == ["folder", "other"]
+    assert "gone.txt: cannot be read" in said[0]
+    assert "more: a link to a folder: name that folder too" in said[0]
+
+
+def test_of_many_files_that_are_passed_over_some_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fine", encoding="utf-8")
+    for number in range(30):
+        (tmp_path / f"{number:02}.bin").write_bytes(b"\0")
+    said: list[str] = []
+    read(tmp_path, say=said.append)
+    assert said[0].count("a binary file") == 20
+    assert said[0].endswith("; and 10 more")
+
+
 def test_missing_and_mixed_paths_are_named(tmp_path: Path) -> None:
     for source, said in (
         (tmp_path / "nowhere.txt", r"nowhere\.txt: no such file or folder, and no dataset of that name"),
@@ -257,8 +371,15 @@ def test_the_split_depends_on_the_examples_alone() -> None:
 def test_few_texts_are_split_by_position() -> None:
     train, held_out = split(Examples(TEXT, [{"text": "abcdefghij" * 10}]), 0.08)
     assert (train.rows[0]["text"], held_out.rows[0]["text"]) == (("abcdefghij" * 10)[:92], "cdefghij")
-    with pytest.raises(LosiaError, match=r"3 examples: too few to hold out .* --eval-data"):
-        split(Examples(CHATS, ROWS[CHATS]), 0.08)
+    for examples, share in (
+        (Examples(CHATS, ROWS[CHATS]), 0.08),
+        (Examples(CHATS, ROWS[CHATS]), 0.99),
+        (Examples(TEXT, [{"text": "hi"}]), 0.08),
+    ):
+        with pytest.raises(LosiaError, match=r"\d examples?: too few to hold out .* --eval-data"):
+            split(examples, share)
+    train, held_out = split(Examples(TEXT, [{"text": "abcdefghij" * 10}]), 0.99)
+    assert (train.rows[0]["text"], len(held_out.rows[0]["text"])) == ("a", 99)
 
 
 def test_a_short_run_reads_only_what_it_can_use() -> None:

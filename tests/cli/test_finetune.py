@@ -21,13 +21,13 @@ from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
 from losia_fx.finetune import job as finetune_job
 from losia_fx.finetune import trainer as finetune_trainer
-from losia_fx.finetune.inputs import default_rate
+from losia_fx.finetune.inputs import TEMPLATE, default_rate
 from losia_fx.finetune.options import add_arguments, training_options
 from losia_fx.finetune.record import RunRecord
 from losia_fx.finetune.settings import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
 from losia_fx.storage.atomic import write_file
 from losia_fx.tools.pretrain.text import Document, held_out_blocks, held_out_loss
-from tests.cli.tiny import TEMPLATE, chats, completions, numbers, save_model
+from tests.cli.tiny import chats, completions, numbers, save_model
 
 SMALL = ("--batch-size", "4", "--seq-length", "32", "--compiler", "eager")
 
@@ -113,6 +113,33 @@ def test_what_was_judged_is_what_was_written(tmp_path: Path, tiny: Path, data: P
     before, after = run_json(second)["evaluations"][0], run_json(first)["evaluations"][-1]
     assert before["new"] == pytest.approx(after["new"], abs=1e-4)
     assert run_json(first)["evaluations"][0]["new"] > after["new"] + 0.01
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_best_of_a_run_is_what_was_written(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate far too high: what comes after the first step is worse, and the table's last figure is not the model's."""
+    few = (
+        "--model",
+        str(tiny),
+        "--steps",
+        "3",
+        "--period",
+        "1",
+        "--eval-steps",
+        "1",
+        "--lr-scheduler-type",
+        "constant",
+    )
+    options = ("--lr", "1", "--load-best-model-at-end", "--warmup-steps", "2")
+    assert finetune(tmp_path / "out", data, *few, *options) == 0
+    judged = run_json(tmp_path / "out")["evaluations"][1:]
+    best = min(judged, key=lambda evaluation: float(evaluation["new"]))
+    assert best["step"] < 3
+    assert f"the model is taken back to step {best['step']}, the best by loss" in capsys.readouterr().out
+    assert finetune(tmp_path / "again", data, "--model", str(tmp_path / "out"), "--steps", "1") == 0
+    assert run_json(tmp_path / "again")["evaluations"][0]["new"] == pytest.approx(best["new"], abs=1e-4)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -216,6 +243,31 @@ def test_ctrl_c_before_training_writes_nothing(
         (["--lr-scheduler-type", "wavy"], "wavy"),
         (["--optim", "magic"], "magic"),
         (["--resume-from-checkpoint", "x"], "--resume goes on from the newest"),
+        (["--seed", "4294967296"], "--seed 4294967296: give a whole number of at least 0, below 2**32"),
+        (["--eval-steps", "0"], "--eval-steps 0.0: give a whole number of at least 1"),
+        (["--per-device-eval-batch-size", "0"], "--per-device-eval-batch-size 0: give a whole number of at least 1"),
+        (["--eval-accumulation-steps", "0"], "--eval-accumulation-steps 0: give a whole number of at least 1"),
+        (["--batch-size", "99999999999"], "--batch-size 99999999999: give a whole number below 2**31"),
+        (["--dataloader-num-workers", "-1"], "--dataloader-num-workers -1: give a whole number of at least 0"),
+        (["--weight-decay", "nan"], "--weight-decay nan: give a finite number"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0: give a number of at least 0"),
+        (["--lr", "inf"], "--lr inf: give a finite number"),
+        (["--lr-scheduler-kwargs", "0.1"], "argument --lr-scheduler-kwargs: '0.1': give a JSON object"),
+        (["--dataset-kwargs", '{"skip_prepare_dataset": true}'], "--dataset-kwargs: its one key"),
+        (["--held-out", "0.5", "--eval-data", "a"], "--held-out 0.5: --eval-data says what to judge by"),
+        (
+            ["--eval-strategy", "no", "--eval-data", "a"],
+            "--eval-data: with --eval-strategy no there is nothing to judge",
+        ),
+        (["--held-out", "0", "--old-data", "a"], "--old-data: with --held-out 0 there is nothing to judge by"),
+        (
+            ["--held-out", "0", "--load-best-model-at-end"],
+            "--load-best-model-at-end: with --held-out 0 there is nothing",
+        ),
+        (["--data", ""], "data '': names nothing"),
+        (["--device", "meta"], "--device meta: there is no such device here"),
+        (["--out", __file__ + "/out"], f"--out {__file__}/out: {__file__} cannot be written to"),
+        (["--warmup-rato", "0.1"], "unrecognized arguments: --warmup-rato 0.1: did you mean --warmup-"),
         (["--trust-remote-code"], "--trust-remote-code: a checkpoint's own code is never run"),
         (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja: cannot be read"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
@@ -239,6 +291,42 @@ def test_wrong_arguments_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--packing-strategy", "magic"], "trl.SFTTrainer: Invalid packing strategy 'magic'"),
+        (["--max-length", "none"], "trl.SFTTrainer: When packing is enabled, `max_length` can't be `None`"),
+        (["--assistant-only-loss"], "the dataset is not conversational"),
+        (["--completion-only-loss"], "--completion-only-loss: the data holds text, and no prompts with completions"),
+        (["--eos-token", "nope"], "(given: --eos-token nope)"),
+        (["--report-to", "magic"], "magic is not supported, only "),
+        (["--log-level", "magic"], "trl.SFTTrainer: KeyError: 'magic' (given: --log-level magic)"),
+        (["--save-strategy", "best"], "`args.metric_for_best_model` must be provided"),
+        (
+            ["--load-best-model-at-end", "--metric-for-best-model", "accuracy"],
+            "--metric-for-best-model accuracy: there are loss and eval_loss",
+        ),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "schedule: One of min_lr or min_lr_rate should be set"),
+        (["--optim", "lomo"], "the optimizer or its schedule: You need to install `lomo_optim`"),
+        (["--optim-args", "x"], "(given: --optim-args x)"),
+        (["--eval-data", "{long}"], "--eval-data: nothing is left to judge by within --seq-length 32: raise it"),
+    ],
+)
+def test_what_the_libraries_refuse_is_one_line(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str], args: list[str], said: str
+) -> None:
+    """And it is refused before anything is written; which options were given is said where the library does not."""
+    if args[-1] == "{long}":
+        args[-1] = str(write_lines(tmp_path / "long.jsonl", [{"prompt": "x = 1\n" * 40, "completion": "y"}]))
+        data = write_lines(tmp_path / "pairs.jsonl", completions())
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "1", *args) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("losia-fx: ")
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_no_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([], ["fly"]):
         assert main(argv) == 2
@@ -259,6 +347,16 @@ def test_out_is_not_written_over_unasked(
     assert "is a file" in capsys.readouterr().err
     assert finetune(out, data, "--model", str(tiny), "--steps", "2", "--overwrite") == 0
     assert (out / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_checkpoints_of_another_program_are_not_removed(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Trainer that keeps the last two would take them for its own."""
+    other = tmp_path / "out" / "checkpoint-5"
+    other.mkdir(parents=True)
+    assert finetune(tmp_path / "out", data, "--overwrite", "--checkpoint-every", "1") == 2
+    assert "holds checkpoint-5 of another program" in capsys.readouterr().err
 
 
 def test_a_model_is_never_written_over_by_its_own_run(
@@ -332,10 +430,12 @@ def test_chats_and_completions(tmp_path: Path, tiny: Path, capsys: pytest.Captur
     talk, template = write_lines(tmp_path / "talk.jsonl", chats()), tmp_path / "template.jinja"
     few = ("--model", str(tiny), "--steps", "2", "--period", "1", "--show-example")
     assert finetune(tmp_path / "no", talk, *few) == 2
-    assert "the tokenizer has no template for them: give --chat-template FILE" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the tokenizer has no template for them: give --chat-template FILE" in error
+    assert TEMPLATE in error  # one to copy
     template.write_text("{% broken", encoding="utf-8")
     assert finetune(tmp_path / "no", talk, *few, "--chat-template", str(template)) == 2
-    assert "does not fit the first example" in capsys.readouterr().err
+    assert f"does not fit {talk}: line 1: " in capsys.readouterr().err
     template.write_text(TEMPLATE, encoding="utf-8")
     assert finetune(tmp_path / "chats", talk, *few, "--chat-template", str(template)) == 0
     printed = capsys.readouterr().out
@@ -349,6 +449,96 @@ def test_chats_and_completions(tmp_path: Path, tiny: Path, capsys: pytest.Captur
     assert "training on 24 examples of 24.jsonl, loss on completions, judging by 6 held out" in printed
     assert re.search(r"my \$x\d+ =>> \d+ \* shift;<\|endoftext\|><<", printed)
     assert "old: template.jinja" in printed
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said before it is all that such a test looks at."""
+    for name in ("train", "write", "print_table"):
+        monkeypatch.setattr(finetune_job, name, lambda *args: None)
+
+
+def said_of(
+    rows: Sequence[dict[str, Any]], template: str, out: Path, tiny: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> str:
+    """All that a run over these chats says, in whichever stream."""
+    (path := out.with_suffix(".jinja")).write_text(template, encoding="utf-8")
+    chats_of = write_lines(out.with_suffix(".jsonl"), rows)
+    few = ("--model", str(tiny), "--steps", "1", "--period", "1", "--held-out", "0")
+    finetune(out, chats_of, *few, "--chat-template", str(path), *more)
+    printed = capsys.readouterr()
+    return printed.out + printed.err
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_template_that_does_not_fit_is_refused(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it makes of the chats would be trained on."""
+    strict = "{% for m in messages %}{% if m.role == 'bot' %}{{ raise_exception('no bots') }}{% endif %}{{ m.content }}"
+    bot = {"messages": [{"role": "bot", "content": "hello"}]}
+    question = {"messages": [{"role": "user", "content": "hello?"}]}
+    out = tmp_path / "out"
+    for template, rows, said in (
+        ("hello", chats(), "out.jsonl: line 1 say, but 'hello'"),
+        ("{% for m in messages %}{{ m.contents }}{% endfor %}", chats(), "writes nothing of what the messages of"),
+        (strict + "{% endfor %}", [*chats(3), bot], "out.jsonl: line 4: the chat template does not fit it: no bots"),
+        (TEMPLATE, [*chats(3), question], "out.jsonl: line 4: no turn of the assistant, on which alone the loss is"),
+    ):
+        assert said in said_of(rows, template, out, tiny, capsys)
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert "missing prefix-preservation or `{% generation %}`" in said_of(
+        chats(), plain, out, tiny, capsys, "--assistant-only-loss"
+    )
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_a_template_leaves_out_is_said(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    unmarked, endless = "the chat template marks no turns of the assistant", "the chat template never writes '<|endoft"
+    for template, said in ((plain, {unmarked, endless}), (plain + "{{ eos_token }}", {unmarked}), (TEMPLATE, set())):
+        printed = said_of(chats(), template, tmp_path / "out", tiny, capsys)
+        assert {line for line in (unmarked, endless) if line in printed} == said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_chats_need_not_be_alike(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other keys, other tools, other arguments: each is trained on as it stands in its own line."""
+    template = TEMPLATE.replace("{{ m.content }}{{ eos", "{{ m.content }}{{ m.tool_calls | tojson }}{{ eos")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "?", name: value},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {name: value}}}]},
+            ],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {name: value}}}],
+        }
+        for name, value in (("one", 1), ("two", "x"), ("one", ["y"]))
+    ]
+    for row, call in zip(rows, ('{"one": 1}', '{"two": "x"}', '{"one": ["y"]}'), strict=True):
+        others = [row, *(other for other in rows if other is not row)]
+        printed = said_of(others, template, tmp_path / "out", tiny, capsys, "--show-example", "--seq-length", "64")
+        assert f'"arguments": {call}' in printed
+        assert "null" not in printed
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_goes_before_what_is_said(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, said in (
+        (("--steps", "5", "--epochs", "2"), "--steps 5 goes before --epochs 2"),
+        (
+            ("--steps", "5", "--warmup-steps", "9"),
+            "warning: --warmup-steps 9: the learning rate never comes to its peak",
+        ),
+        (("--steps", "400"), ", 3 times over, loss on every token"),
+        (("--epochs", "4"), ", 4 times over, loss on every token"),
+        (("--steps", "5", "--eval-strategy", "no"), "training on 587 blocks of 32 tokens"),
+        (("--steps", "5"), "training on 541 blocks of 32 tokens of numbers.txt, loss on every token, judging by 46"),
+    ):
+        assert finetune(tmp_path / "out", data, "--model", str(tiny), "--period", "1", *options) == 0
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -387,6 +577,9 @@ def test_a_run_writes_the_yaml_that_repeats_it(tmp_path: Path, tiny: Path, data:
         ("- lr\n", "options.yaml: give names of options and their values"),
         ("lr: [\n", "options.yaml: not YAML"),
         ("rank-factor: 2\n", "--rank-factor 2.0: give a number in (0, 1]"),
+        ("lr: 1\nlearning-rate: 2\n", "options.yaml: learning-rate: --lr is there twice, under two names"),
+        ("help: true\n", "options.yaml: help: a file of options has no such option"),
+        ("model: null\ntarget: null\nlr: 0\n", "--lr 0.0: give a number above 0"),
     ],
 )
 def test_a_wrong_yaml_is_one_line(tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

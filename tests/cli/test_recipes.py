@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import losia_fx
-from tests.cli.tiny import TEMPLATE, chats, numbers, save_model
+from losia_fx.finetune.inputs import TEMPLATE
+from tests.cli.tiny import chats, numbers, save_model
 
 PAGE = (Path(losia_fx.__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))

@@ -10,13 +10,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from losia_fx.finetune.settings import EMBEDDED_MODEL
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-"""A chat template that marks the assistant's turns."""
-
 
 def save_model(folder: Path, template: str | None = None, **more: Any) -> Path:
     """A random checkpoint of one layer and so two groups."""

@@ -89,6 +89,29 @@ def test_ctrl_c_then_resume(
     assert "holds a finished run: there is nothing to resume" in capsys.readouterr().out
 
 
+def test_killed_after_the_last_checkpoint(half: list[str], whole: tuple[Path, float], tmp_path: Path) -> None:
+    """All steps are made, and nothing is written yet: no step more."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_job, "write", lambda *args: signal.raise_signal(signal.SIGINT))
+        assert main(half) == 130
+    assert not (out / "run.json").exists()
+    assert main(half) == 0
+    assert_same_outcome(whole[0], out)
+
+
+def test_a_finished_run_of_other_settings_is_no_success(
+    half: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(half) == 0
+    assert main([*half, "--lr", "1e-3", "--period", "3"]) == 2
+    said = (
+        f"--out {tmp_path / 'out'}: holds a finished run of other settings: --lr was 0.003 and is 0.001, --period was"
+    )
+    assert said in capsys.readouterr().err
+    assert main(half) == 0
+
+
 def test_what_cannot_be_gone_on_from_is_said(
     half: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
