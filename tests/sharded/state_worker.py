@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,12 @@ def traffic() -> dict[str, Any]:
         scenario = Scenario(
             model="eighths", dtype=torch.float32, options=(*options, *of(rank_factor=1 / 8, output_rank_factor=0.0))
         )
+        torch._dynamo.reset()  # what it met in such a mode it would not compile again
         model = sharded(scenario)
         optimizer, steps = adamw(model), batches(scenario)
         go_on(model, optimizer, steps[:4], dist.get_rank(), dist.get_world_size())  # past the first looks
-        with Traffic() as sent:
+        with Traffic() as sent, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
             go_on(model, optimizer, steps[4:5], dist.get_rank(), dist.get_world_size())
         found[name] = dict(sent.sent)
         found["linears"] = sum(s.weight.numel() for s in losia_fx.subnets(model).values())
