@@ -114,6 +114,7 @@ MODELS = {
     "toy": lambda: Toy(),
     "three layers": lambda: Toy(layers=3),
     "eighths": lambda: Toy(inner=32),
+    "large": lambda: Toy(width=128, inner=256),
     "uneven": lambda: Toy(width=18, inner=21, bias=True),
     "checkpointed": lambda: Toy(checkpointed=True),
     "tied": lambda: Toy(tied=True),
