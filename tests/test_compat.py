@@ -551,6 +551,29 @@ def test_is_flattened(tmp_path: Path, original: bool) -> None:
         dist.destroy_process_group()
 
 
+def test_compile_forward_leaves_hooks_outside_and_shares_graphs() -> None:
+    graphs, seen = [], []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    @torch.compiler.disable
+    def hook(module: nn.Module, args: Any) -> None:
+        seen.append(module)
+
+    layers = [nn.Sequential(nn.Linear(2, 2)) for _ in range(12)]
+    for layer in layers:
+        layer.register_forward_pre_hook(hook)
+        _compat.compile_forward(layer, backend, 64)
+    x = torch.ones(2)
+    for layer in layers:
+        expected = layer[0].weight @ x + layer[0].bias
+        torch.testing.assert_close(layer(x), expected)
+    assert seen == layers
+    assert len(graphs) == 1
+
+
 def test_all_gather(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

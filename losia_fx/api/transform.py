@@ -95,7 +95,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
 
 def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     model, settings = controller.root, controller.config
-    controller.required_grad = {plan.name: (plan.parameter, plan.parameter.requires_grad) for plan in plans}
+    controller.train.required_grad = {plan.name: (plan.parameter, plan.parameter.requires_grad) for plan in plans}
     controller.roles = {plan.name: Role(plan.trained, plan.why, plan.kind) for plan in plans}
     for plan in plans:
         plan.parameter.requires_grad_(plan.trained == "full")

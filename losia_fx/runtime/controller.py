@@ -60,8 +60,6 @@ class Controller:
         progress = Progress(torch.Generator().manual_seed(config.seed))
         bases = Bases() if config.track_delta else None
         self.train = TrainState(root, config, by_string, progress, bases=bases)
-        self.required_grad: dict[str, tuple[nn.Parameter, bool]] = {}
-        """Every parameter, by name, and its requires_grad before the transformation."""
         self.roles: dict[str, Role] = {}
         """By parameter name, as planned."""
         root.__dict__[CONTROLLER] = self
@@ -155,8 +153,8 @@ class Controller:
         """Every parameter with the requires_grad that it had before the transformation."""
         now = {plain_name(name): parameter for name, parameter in self.root.named_parameters()}
         return [
-            *self.required_grad.values(),
-            *((now[name], b) for name, (_, b) in self.required_grad.items() if name in now),
+            *self.train.required_grad.values(),
+            *((now[name], b) for name, (_, b) in self.train.required_grad.items() if name in now),
         ]
 
     # -- subnets come and move ------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def seen_gradients(states: Sequence[SubnetState]) -> dict[SubnetState, tuple[Ten
     seen = joined_values(states, [local(grad) for state in states if (grad := state.values.grad) is not None])
     blocks = summed([shards_of(s).own_block(g) for s, g in zip(states, grads, strict=True)], group)
     (broken,) = summed([torch.stack([(~torch.isfinite(grad)).any().float() for grad in grads])], group)
-    return {state: found for state, *found in zip(states, seen, blocks, broken == 0, strict=True)}  # type: ignore[misc]
+    finite = (broken == 0).unbind()
+    return {state: (s, b, f) for state, s, b, f in zip(states, seen, blocks, finite, strict=True)}
 
 
 def _grad_of(state: SubnetState) -> Tensor:

@@ -211,8 +211,8 @@ def _reduce(shards: Shards, values: Tensor) -> None:
     placed = DTensor.from_local(whole, weight.device_mesh, average, run_check=False)
     part = placed.redistribute(placements=weight.placements).to_local()
     if profile.grad is not None:
-        outlived = profile.outlived
-        seen = torch.zeros((), device=device) if outlived is None else outlived.float()
-        (seen,) = summed([seen], shards.portion.group)
+        seen = torch.zeros((), device=device) if profile.outlived is None else profile.outlived.float()
+        for dim in range(shards.mesh.ndim):
+            (seen,) = summed([seen], shards.mesh.get_group(dim))
         part = part + profile.grad.masked_fill_(seen == 0, 0.0)
-    profile.grad = part
+    profile.grad, profile.outlived = part, None

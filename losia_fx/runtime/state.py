@@ -106,7 +106,7 @@ class SubnetState:
         return cast("nn.Parameter | None", self.owner.__dict__.get("_parameters", {}).get(key))
 
     def _parameter(self, key: str) -> nn.Parameter:
-        parameter = self.held(key)
+        parameter = self.owner._parameters.get(key) if self.shards is None else self.shards.held(key)
         if parameter is None:
             raise StateError(
                 f"{self.name}: {key} is no parameter of its module any more: pruning, weight norm or another "

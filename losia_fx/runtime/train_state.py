@@ -150,6 +150,8 @@ class TrainState:
     bases: Bases | None = None
     """What the weights were before training; None where that is not tracked."""
     watches: dict[nn.Module, Watch] = field(default_factory=dict)
+    required_grad: dict[str, tuple[nn.Parameter, bool]] = field(default_factory=dict)
+    """Every parameter, by name, and its requires_grad before the transformation."""
     copied_from: int | None = None
     """Number of the TrainState that this one was copied from."""
 
@@ -175,7 +177,7 @@ class TrainState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: nothing of the step under way, nor of optimizers."""
-        names = ("root", "config", "by_string", "progress", "states", "groups", "bases", "watches")
+        names = ("root", "config", "by_string", "progress", "states", "groups", "bases", "watches", "required_grad")
         return {**{name: getattr(self, name) for name in names}, "copied_from": self.number}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,8 +207,9 @@ class TrainState:
         self.vigilance.first_looks = FIRST_LOOKS
 
     def follow_shards(self, agreement: ShardedAgreement, groups: Sequence[ProcessGroup]) -> None:
-        """FSDP2 has sharded the model over the ranks of these groups."""
+        """FSDP2 has sharded the model over the ranks of these groups: what was whole may go."""
         self._agreement = agreement
+        self.required_grad.clear()
         self.ranks.shard(self.states, self.progress.generator, groups)
 
     def members(self, group: int) -> list[SubnetState]:

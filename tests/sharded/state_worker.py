@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losia_fx
 from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.method.selection import select_experts, select_rows, select_subnet
 from losia_fx.method.shards import Portion, select_own_experts, select_portion
+from losia_fx.runtime.living import living
 from tests.sharded.worker import Scenario, batches, main, model_of, of, outcome, shard
 from tests.support.toys import loss_of
 
@@ -115,14 +119,35 @@ def traffic() -> dict[str, Any]:
         scenario = Scenario(
             model="eighths", dtype=torch.float32, options=(*options, *of(rank_factor=1 / 8, output_rank_factor=0.0))
         )
+        torch._dynamo.reset()  # what it met in such a mode it would not compile again
         model = sharded(scenario)
         optimizer, steps = adamw(model), batches(scenario)
         go_on(model, optimizer, steps[:4], dist.get_rank(), dist.get_world_size())  # past the first looks
-        with Traffic() as sent:
+        with Traffic() as sent, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
             go_on(model, optimizer, steps[4:5], dist.get_rank(), dist.get_world_size())
         found[name] = dict(sent.sent)
         found["linears"] = sum(s.weight.numel() for s in losia_fx.subnets(model).values())
     return found
+
+
+def memory() -> dict[str, Any]:
+    """Bytes that live between two steps because of a model in training, while all of it is profiled."""
+    scenario = Scenario(model="large", dtype=torch.float32, options=of(schedule="all", period=50), steps=3)
+    before = {storage for storage, _ in living_storages()}
+    model = sharded(scenario)
+    optimizer = adamw(model)
+    go_on(model, optimizer, batches(scenario), dist.get_rank(), dist.get_world_size())
+    gc.collect()
+    return {"bytes": sum(size for storage, size in living_storages() if storage not in before)}
+
+
+def living_storages() -> set[tuple[int, int]]:
+    """Of every tensor that Python knows, and of what DTensors hold: place and bytes."""
+    held = [part for tensor in living(DTensor) if isinstance(part := tensor._local_tensor, Tensor)]
+    plain = [tensor for tensor in [*living(Tensor), *held] if type(tensor) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in plain if not tensor.is_meta]
+    return {(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()}
 
 
 def selections() -> dict[str, Any]:
@@ -160,7 +185,7 @@ def run(name: str) -> dict[str, Any]:
         return trained_and_saved(rest)
     if kind == "resumed":
         return resumed(*rest.split())
-    return traffic() if kind == "traffic" else selections()
+    return {"traffic": traffic, "memory": memory, "selections": selections}[kind]()
 
 
 if __name__ == "__main__":

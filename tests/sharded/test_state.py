@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     saved = ["saved mixed", "saved visits"]
-    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "traffic", "selections"])
+    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "traffic", "memory", "selections"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,5 +78,27 @@ def test_the_gradients_that_are_reduced_are_a_64th_of_the_full_ones(two: list[di
     assert profiled["reduce_scatter_tensor"] == full
 
 
+def test_memory_falls_with_the_ranks(two: list[dict[str, Any]], folder: Path) -> None:
+    """Weights, subnets, moments, importance and uncertainty: half of them on each of two; indices aside."""
+    (alone,) = run(folder, 1, ["memory"])
+    for rank in two:
+        assert rank["memory"]["bytes"] < 0.55 * alone["memory"]["bytes"]
+
+
 def test_the_ranks_choose_as_one_process_does(two: list[dict[str, Any]]) -> None:
     assert [rank["selections"]["agree"] for rank in two] == [TRIED, TRIED]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job() -> None:
+    """Within a minute of its death, whatever the others are waiting for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = str(Path(__file__).with_name("dying_worker.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        lines = [job.stdout.readline(), job.stdout.readline()]
+        ended = job.wait(timeout=60)
+        assert lines == ["trained\n", "trained\n"]
+        assert ended != 0
+        assert "never" not in job.stdout.read()

@@ -14,7 +14,7 @@ import torch
 from tests.sharded.worker import CORE, FOUR, POLICY, SCENARIOS, SLOW
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.0}
 
 
 def train(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def assert_as_alone(ranks: list[dict[str, Any]], name: str) -> None:
             assert torch.equal(found["places"][weight][1], cols), weight
         moved = [event[2] for event in found["history"]]
         assert moved == pytest.approx([event[2] for event in expected["history"]])
-        assert found["graphs"] <= GRAPHS
+        assert found["graphs"] <= GRAPHS + 2 * (scenario.model == "llama")  # of what is around the blocks
 
 
 GRAPHS = 4

@@ -39,7 +39,9 @@ class Scenario:
     model: str = "toy"
     dtype: torch.dtype = torch.float64
     options: tuple[tuple[str, Any], ...] = ()
+    optimizer: str = "adamw"
     clip: float | None = None
+    clip_value: float | None = None
     parts: int = 1
     """Micro-batches a step."""
     halves: bool = False
@@ -55,6 +57,7 @@ class Scenario:
     """Gradients are reduced with the last micro-batch alone."""
     replicas: int = 1
     compiler: str = "eager"
+    kept_after_backward: bool = False
     evaluated: bool = False
     """An evaluation between the backward and the step, after which the root's parameters stay unsharded."""
 
@@ -107,6 +110,31 @@ def mixture(experts: int) -> nn.Module:
     return model
 
 
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda parameters: optim.AdamW(parameters, lr=5e-3),
+    "adagrad": lambda parameters: optim.Adagrad(parameters, lr=0.05),
+    "sgd": lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "by hand": lambda parameters: ByHand(parameters),
+}
+
+
+class ByHand:
+    """Steps that no optimizer of torch's makes."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.1)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
 MODELS = {
     "skipping": skipping,
     "experts": lambda: mixture(4),
@@ -114,6 +142,7 @@ MODELS = {
     "toy": lambda: Toy(),
     "three layers": lambda: Toy(layers=3),
     "eighths": lambda: Toy(inner=32),
+    "large": lambda: Toy(width=128, inner=256),
     "uneven": lambda: Toy(width=18, inner=21, bias=True),
     "checkpointed": lambda: Toy(checkpointed=True),
     "tied": lambda: Toy(tied=True),
@@ -151,6 +180,12 @@ SLOW: dict[str, Scenario] = {
     "experts, visits": Scenario(model="three experts", options=of(importance="visits")),
     "all at once": Scenario(options=of(schedule="all")),
     "a weight that one rank has no use for": Scenario(model="skipping", halves=True),
+    "not resharded after the backward": Scenario(kept_after_backward=True, compiler="aot_eager"),
+    "clipped by value": Scenario(clip_value=0.01),
+    "Adagrad": Scenario(optimizer="adagrad"),
+    "SGD with momentum": Scenario(optimizer="sgd", clip=0.3),
+    "steps by hand": Scenario(optimizer="by hand"),
+    "llama, frequent labels": Scenario(model="llama", options=of(head_rows="frequent", count_steps=3)),
     "static": Scenario(options=of(schedule="static"), steps=4),
     "profiled in part": Scenario(options=of(profile_steps=2)),
     "not rewarmed": Scenario(options=of(rewarm=False)),
@@ -191,6 +226,8 @@ def shard(model: nn.Module, scenario: Scenario) -> None:
     for block in () if scenario.root_only else getattr(model, "model", model).layers:  # type: ignore[union-attr]
         fully_shard(block, **options)
     fully_shard(model, **options)
+    if scenario.kept_after_backward:
+        model.set_reshard_after_backward(False)  # type: ignore[operator]
     if scenario.model == "skipping":
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
@@ -204,7 +241,7 @@ def batches(scenario: Scenario) -> list[list[Tensor]]:
 
 
 def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, Any]:
-    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = OPTIMIZERS[scenario.optimizer]([p for p in model.parameters() if p.requires_grad])
     for micro in batches(scenario):
         for number, ids in enumerate(micro):
             if scenario.model == "skipping":
@@ -214,10 +251,14 @@ def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, An
             (loss_of(model, ids.chunk(ranks)[rank]) / len(micro)).backward()
         if scenario.clip:
             nn.utils.clip_grad_norm_(model.parameters(), scenario.clip)
+        if scenario.clip_value:
+            nn.utils.clip_grad_value_(model.parameters(), scenario.clip_value)
         if scenario.evaluated:
             with torch.no_grad():
                 model(micro[0])
         optimizer.step()
+        if scenario.optimizer == "by hand":
+            losia_fx.stepped(model)
         optimizer.zero_grad(set_to_none=not scenario.zeroed)
     return outcome(model)
 
@@ -241,14 +282,15 @@ def whole(tensor: Tensor) -> Tensor:
 @functools.cache
 def alone(scenario: Scenario) -> dict[str, Any]:
     """What one process comes to on the joined batches."""
-    return train(model_of(scenario, "eager"), scenario, 0, 1)
+    return train(model_of(scenario, scenario.compiler), scenario, 0, 1)
 
 
 def joined_only(scenario: Scenario) -> Scenario:
     """The same of what decides the outcome of one process."""
     plain = Scenario()
-    names = ("root_only", "reshard", "sync_last", "replicas", "compiler", "evaluated")
-    return replace(scenario, **{name: getattr(plain, name) for name in names})
+    names = ("root_only", "reshard", "sync_last", "replicas", "kept_after_backward", "evaluated")
+    compiler = "inductor" if scenario.compiler == "inductor" else "eager"  # which rounds in a way of its own
+    return replace(scenario, compiler=compiler, **{name: getattr(plain, name) for name in names})
 
 
 def policy() -> dict[str, Any]:
