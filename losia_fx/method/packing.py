@@ -47,6 +47,7 @@ def pack(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def pack_rows(weight: Tensor, rows: Tensor, kind: str, numbers: Tensor, scales: Tensor) -> None:
     """Makes those rows of what ``pack`` gave anew, in place. rows (r,) int64."""
     fresh, fresh_scales = quantise(weight.index_select(0, rows), kind)
-    # As bytes: float8 has no index_copy_.
-    numbers.view(torch.uint8).index_copy_(0, rows, fresh.view(torch.uint8))
+    if kind == "float8":  # which has no index_copy_: as bytes
+        numbers, fresh = numbers.view(torch.uint8), fresh.view(torch.uint8)
+    numbers.index_copy_(0, rows, fresh)
     scales.index_copy_(0, rows, fresh_scales)

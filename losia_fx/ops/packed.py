@@ -70,8 +70,8 @@ class _PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             numbers, token_scales = quantise(grad_y.float() * scales.t(), _kind_of(packed))
             tokens, token_scales = numbers.reshape(-1, numbers.shape[-1]), token_scales.reshape(-1, 1)
-            # The products of a GPU want the dimension that is summed over side by side in memory, in both factors.
-            weight = packed.t().contiguous().t() if packed.is_cuda else packed
+            # All but int8's on a CPU want the dimension that is summed over side by side in memory, in both factors.
+            weight = packed if packed.dtype == torch.int8 and not packed.is_cuda else packed.t().contiguous().t()
             grad_x = product(tokens, weight, token_scales, None, ctx.x_dtype).to(ctx.x_dtype)
             grad_x = grad_x.view(*grad_y.shape[:-1], packed.shape[1])
         if ctx.needs_input_grad[8]:

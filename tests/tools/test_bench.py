@@ -68,7 +68,9 @@ def test_models_share_weights_and_nothing_else(setup: Setup) -> None:
     assert not second.lm_head._forward_hooks
 
 
-@pytest.mark.parametrize("name", ["losia", "losia, a block profiled", "losia, checkpointed", "losia by string"])
+@pytest.mark.parametrize(
+    "name", ["losia", "losia, a block profiled", "losia int8", "losia, checkpointed", "losia by string"]
+)
 def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup, name: str) -> None:
     trial, other = built(setup, name), built(setup, "losia")
     trial.step()
@@ -78,6 +80,7 @@ def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup,
     trial.prepare()
     assert controller.agreement.differing() == []
     assert not controller.agreement.shows_a_write()
+    assert all(state.packed.is_of(state.weight) for state in controller.states if state.packed is not None)
 
 
 def test_size_counts_its_parameters() -> None:
@@ -262,6 +265,17 @@ def test_a_profiled_block_holds_its_importance(setup: Setup) -> None:
         linear.weight.numel() for linear in profiled.model.model.layers[0].modules() if isinstance(linear, nn.Linear)
     )
     assert measure_memory(profiled).held - measure_memory(idle).held == 2 * block
+
+
+def test_copies_in_8_bits_are_held_and_not_saved(setup: Setup) -> None:
+    plain, packed = built(setup, "losia"), built(setup, "losia int8")
+    for trial in (plain, packed):
+        trial.step()
+    weights = [state.weight for state in losia_fx.controller(packed.model).states if state.packed is not None]
+    assert len(weights) == 7
+    plain_memory, memory = measure_memory(plain), measure_memory(packed)
+    assert memory.held - plain_memory.held == sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
+    assert memory.saved - plain_memory.saved < min(weight.numel() for weight in weights)
 
 
 def test_saved_bytes_of_losia_are_fewer(setup: Setup) -> None:

@@ -52,8 +52,8 @@ def measure_memory(trial: Trial) -> Memory:
 def held_tensors(trial: Trial) -> list[Tensor]:
     """Everything of a method that outlives a step. Gradients do not: they are None between steps."""
     controller = find_controller(trial.model)
-    profiles = [] if controller is None else list(measure.profile_tensors(controller))
-    return [*trial.model.parameters(), *trial.model.buffers(), *_state(trial), *profiles]
+    found = [] if controller is None else [*measure.profile_tensors(controller), *measure.packed_tensors(controller)]
+    return [*trial.model.parameters(), *trial.model.buffers(), *_state(trial), *found]
 
 
 def allocated_peak(run: Callable[[], object]) -> int:

@@ -42,7 +42,7 @@ def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int)
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.0)
     _step(twin, example)
     open_slot(controller, group)
-    packed = [tensor for state in controller.states if state.packed is not None for tensor in state.packed_inputs()]
+    packed = list(packed_tensors(controller))
     memory["packed"] = unique_bytes(packed)
     for _ in range(2):
         optimizer.zero_grad()
@@ -93,6 +93,11 @@ def profile_tensors(controller: Controller) -> Iterator[Tensor]:
     profiles = [state.profile for state in controller.states if state.profile is not None]
     parts = (part for profile in profiles for part in (profile.importance, profile.uncertainty, profile.grad))
     return (part for part in parts if part is not None)
+
+
+def packed_tensors(controller: Controller) -> Iterator[Tensor]:
+    """The weights in 8 bits, with their scales."""
+    return (tensor for state in controller.states if state.packed is not None for tensor in state.packed_inputs())
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
