@@ -39,7 +39,7 @@ def test_value_and_gradients_are_the_cpus(kind: str, tokens: int, dtype: torch.d
     x, weight, grad_y = torch.randn(tokens, 64, dtype=dtype), torch.randn(48, 64), torch.randn(tokens, 48, dtype=dtype)
     found: list[list[Tensor]] = []
     for device in (torch.device("cpu"), DEVICE):
-        here = x.to(device).requires_grad_()
+        here = x.to(device, copy=True).requires_grad_()
         values = weight[rows][:, cols].to(device).requires_grad_()
         packed = pack(weight.to(device, dtype), kind)
         y = packed_linear(here, *quantised(here, kind), *packed, values, rows.to(device), cols.to(device))
