@@ -20,13 +20,15 @@ BY_SUMS = ("visits", "sample")
 """Importances of rows and of columns: out + in numbers of a weight."""
 HEAD_ROWS = ("importance", "frequent", "random", "fixed")
 COMPILERS = ("inductor", "aot_eager", "eager")
+FROZEN_PRODUCTS = ("int8", "float8")
 CHOICES = {
     "schedule": SCHEDULES,
     "importance": (*IMPORTANCES, *BY_SUMS),
     "head_rows": HEAD_ROWS,
     "compiler": COMPILERS,
+    "frozen_products": FROZEN_PRODUCTS,
 }
-"""Of the options that are one word of several."""
+"""Of the options that are one word of several; frozen_products may be None, too."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class LosiaConfig:
         times the correction 1 - beta2^step that the optimizer takes off again, beta2 being that of its group's betas.
         Its step count is kept, its other moments start anew. The state of an optimizer that has no step, exp_avg,
         exp_avg_sq and betas starts anew as without this, and it is named once.
+    frozen_products: "int8" or "float8" (e4m3) computes the forward and the input gradient of linear weights with a
+        subnet from 8-bit numbers, quantised by token and by row of W, of a copy of W that follows it; the gradient of
+        the subnet stays as it is, and so does W. None computes them as the model does. The output head and experts
+        stay as they are, and without gradients the model runs on W itself.
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
@@ -94,6 +100,7 @@ class LosiaConfig:
     head_rows: str = "importance"
     count_steps: int | None = None
     carry_moments: bool = False
+    frozen_products: str | None = None
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -108,7 +115,7 @@ class LosiaConfig:
             if getattr(self, option) is not None:
                 _integer(option, getattr(self, option), least=1)
         for option, allowed in CHOICES.items():
-            _choice(option, getattr(self, option), allowed)
+            _choice(option, getattr(self, option), (*allowed, None) if option == "frozen_products" else allowed)
         for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
@@ -180,7 +187,7 @@ def _integer(option: str, value: Any, least: int, most: float = math.inf) -> Non
         raise ConfigError(f"{option}={value!r}: give a whole number of at least {least}{limit}")
 
 
-def _choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _choice(option: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{option}={value!r}: give one of {', '.join(map(repr, allowed))}")
 

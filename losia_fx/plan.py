@@ -18,6 +18,8 @@ class SubnetFacts:
     """Every column learns (the output head): x is kept whole and no cols enter the graph."""
     dtype: str
     """Of S."""
+    packed: str | None = None
+    """What its frozen products are computed in ("int8", "float8"); None for what the model does."""
 
     @property
     def dims(self) -> int:
@@ -49,6 +51,16 @@ class SubnetSlot:
         """Placeholder for the handle that names the subnet to tap and localize."""
         return f"losia_handle_{self.index}"
 
+    @property
+    def packed_names(self) -> tuple[str, str]:
+        """Placeholders for W in 8 bits and its scales, in a graph with a product of these."""
+        return f"losia_packed_{self.index}", f"losia_scales_{self.index}"
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """All placeholders that a graph may have for the slot's subnet."""
+        return (*self.input_names, self.handle_name, *self.packed_names)
+
 
 @dataclass(frozen=True)
 class ProductSite:
@@ -62,6 +74,8 @@ class ProductSite:
     """Number of this use among all rewritten uses of the graph."""
     use: str
     """How the graph writes the product: "linear", "addmm", "matmul", "einsum", "grouped_mm", "bmm"."""
+    packed: bool = False
+    """Its frozen products are those of SubnetFacts.packed."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,11 @@ class SubnetPlan:
     @property
     def places(self) -> list[ProductSite | WholeSite]:
         return [*self.sites, *self.whole]
+
+    @property
+    def packed_slots(self) -> list[int]:
+        """The slots whose weights enter the graph in 8 bits too, in order."""
+        return sorted({site.slot for site in self.sites if site.packed})
 
     def slots_within(self, body: tuple[str, ...]) -> list[int]:
         """The slots whose weights are used in this body or in one nested in it, in order."""

@@ -76,6 +76,8 @@ class GraphUses:
     named: set[str] = field(default_factory=set)
     whole: set[str] = field(default_factory=set)
     """Of a weight with a subnet, those that cost its full gradient."""
+    unpacked: set[str] = field(default_factory=set)
+    """Of a weight that is packed (LosiaConfig.frozen_products), products that take it as it is all the same."""
 
 
 GRAPH_USES: MutableMapping[Tensor, GraphUses] = WeakIdKeyDictionary()

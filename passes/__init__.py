@@ -10,6 +10,7 @@ from .base import (
     placeholders,
     region_of,
 )
+from .frozen_products import FrozenProducts
 from .joint.loosen_views import LoosenViews
 from .joint.remake_inputs import RemakeInputs
 from .joint.sink_gathers import SinkGathers
@@ -33,6 +34,7 @@ __all__ = [
     "FORWARD_STAGES",
     "JOINT",
     "JOINT_STAGES",
+    "FrozenProducts",
     "GraphPass",
     "InsertLocalization",
     "LoosenViews",

@@ -80,7 +80,8 @@ def plan_subnets(gm: fx.GraphModule, facts: Mapping[str, SubnetFacts]) -> Subnet
         slots.append(slot)
         fitting, unfit = _sort(mine.products, fact, taken)
         for body, product in fitting:
-            sites.append(ProductSite(product.node.name, body, slot.index, next(calls), product.use))
+            packed = fact.packed is not None and _is_plain(product)
+            sites.append(ProductSite(product.node.name, body, slot.index, next(calls), product.use, packed))
         whole += _whole_sites([*mine.others, *unfit], slot, calls)
     return SubnetPlan(tuple(slots), tuple(sites), tuple(whole))
 
@@ -109,6 +110,11 @@ def _sort(
         else:
             unfit.append((body, behind[0].holder, [branch]))
     return fitting, unfit
+
+
+def _is_plain(product: Product) -> bool:
+    """Whether the product is one with the weight as the module stores it, and not with a transpose, cast or part."""
+    return product.form == "linear" and not product.view.path and not product.transposed
 
 
 def _whole_sites(others: Iterable[Other], slot: SubnetSlot, calls: Iterator[int]) -> Iterator[WholeSite]:

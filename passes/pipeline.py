@@ -8,6 +8,7 @@ from losia_fx.config import LosiaConfig
 from losia_fx.plan import SubnetPlan
 
 from .base import Observer, PassPipeline
+from .frozen_products import FrozenProducts
 from .joint.loosen_views import LoosenViews
 from .joint.remake_inputs import RemakeInputs
 from .joint.sink_gathers import SinkGathers
@@ -26,9 +27,12 @@ def makes_joint_graphs(config: LosiaConfig) -> bool:
     return config.compiler != "eager"
 
 
-FORWARD_PASSES: tuple[tuple[type[SubnetRewrite] | type[InsertLocalization], Wanted], ...] = (
+ForwardPass = type[SubnetRewrite] | type[InsertLocalization] | type[FrozenProducts]
+
+FORWARD_PASSES: tuple[tuple[ForwardPass, Wanted], ...] = (
     (SubnetRewrite, lambda config: True),
     (InsertLocalization, lambda config: config.profiles),
+    (FrozenProducts, lambda config: config.frozen_products is not None),
 )
 """On the forward's graph, by the plan of its subnets."""
 

@@ -467,6 +467,22 @@ def test_aot_compiler_shows_both_graphs_and_where_their_inputs_come_from(name: s
     assert len(sines) == (0 if name == "eager" else 1)
 
 
+def test_one_graph_for_a_tensor_of_any_length() -> None:
+    seen: list[list[Any]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append([node for node in gm.graph.nodes if node.op == "placeholder"])
+        return gm
+
+    scaled = torch.compile(lambda x, factor: x * factor, backend=backend)
+    for length in (5, 7, 1000):
+        x = torch.arange(float(length))
+        _compat.of_any_length(x)
+        assert torch.equal(scaled(x, 0.5), x / 2)
+    (placeholders,) = seen
+    assert len(placeholders) == 2  # a length and x: the factor is a constant
+
+
 def test_second_graph_compiled_apart() -> None:
     shown: list[torch.fx.GraphModule] = []
     nothing = _compat.aot_compiler("eager", lambda gm: None, lambda gm: None)
@@ -635,6 +651,16 @@ def test_untraced_writes_real_tensors_in_the_midst_of_an_export() -> None:
     assert torch.equal(real, torch.tensor([0.0, 1.0, 0.0]))
     assert "index_copy" not in str(program.graph)
     assert torch.equal(program.module()(torch.zeros(2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_int8_product_sums_in_int32(tokens: int) -> None:
+    x, weight = torch.randint(-127, 128, (tokens, 64), dtype=torch.int8), torch.full((64, 8), -127, dtype=torch.int8)
+    found = _compat.int8_product(x, weight)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), x.long() @ weight.long())
+    # The day this one sums in int32 too, torch._int_mm can go.
+    assert torch.mm(torch.full((1, 64), 127, dtype=torch.int8), weight).dtype == torch.int8
 
 
 def test_every_name_of_it_is_tested() -> None:

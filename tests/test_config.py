@@ -35,6 +35,7 @@ DEFAULTS = {
     "head_rows": "importance",
     "count_steps": None,
     "carry_moments": False,
+    "frozen_products": None,
 }
 
 
@@ -67,6 +68,7 @@ WRONG: dict[str, list[Any]] = {
     "head_rows": ["", "often", None, 1],
     "count_steps": [0, -1, False, 1.0, "3"],
     "carry_moments": [0, None, "yes"],
+    "frozen_products": ["", "int4", 8, True],
     "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 

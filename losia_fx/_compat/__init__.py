@@ -36,6 +36,7 @@ from .graphs import (
     keep_saved_tensors,
     leaves,
     no_view,
+    of_any_length,
     on_joint_graph,
     region_inputs,
     untraced,
@@ -48,6 +49,7 @@ from .parallel import (
     is_flattened,
     whole_graphs,
 )
+from .products import int8_product
 
 __all__ = [
     "ISOLATES_RECOMPILES",
@@ -73,6 +75,7 @@ __all__ = [
     "inner_compiler",
     "input_index",
     "install_call",
+    "int8_product",
     "is_exporting",
     "is_flattened",
     "is_jit_tracing",
@@ -80,6 +83,7 @@ __all__ = [
     "leaves",
     "no_view",
     "not_installed",
+    "of_any_length",
     "on_joint_graph",
     "own_code",
     "plain_call",

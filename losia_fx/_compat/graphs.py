@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch.utils._pytree import tree_leaves
-
-if TYPE_CHECKING:
-    pass  # not in every build of torch
 
 
 def graph_counts() -> tuple[int, int]:
@@ -54,6 +51,14 @@ def fake_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
     if context is None or context.fake_mode is None:
         return list(tensors)
     return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
+def of_any_length(tensor: Tensor) -> None:
+    """Has torch.compile make one graph for all lengths of ``tensor`` (n,), from the first call on; of nothing else.
+
+    There is no public way but dynamic=True, which makes variables of the floats among the arguments as well.
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 @contextmanager

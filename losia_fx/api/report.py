@@ -15,6 +15,8 @@ from losia_fx.model.blocks import plain_name
 from losia_fx.model.kinds import EXPERTS
 from losia_fx.registry import GRAPH_USES
 from losia_fx.runtime.controller import Controller, Role
+from losia_fx.runtime.packed import why_unpacked
+from losia_fx.runtime.state import SubnetState
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -34,6 +36,8 @@ class WeightReport:
     """Of linear weight; None for any other parameter."""
     used: str
     """What compiled graphs do with it; "" until one has run."""
+    products: str = ""
+    """What its frozen products are computed in, or why not as frozen_products says; "" where that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,15 @@ class Report:
 
         from losia_fx.console import make_table
 
-        columns = ("weight", "shape", "trained", "subnet", "group", "why", "used by")
-        table = make_table("losia_fx: what learns", *columns, left=("trained", "why", "used by"))
+        columns = ["weight", "shape", "trained", "subnet", "group", "why", "used by"]
+        packs = any(weight.products for weight in self.weights)
+        columns += ["frozen products"] if packs else []
+        table = make_table("losia_fx: what learns", *columns, left=("trained", *columns[5:]))
         for weight in self.weights:
             subnet = "" if weight.subnet is None else _shape(weight.subnet)
             group = "" if weight.group is None else str(weight.group)
             row = (weight.name, _shape(weight.shape), weight.trained, subnet, group, weight.why, weight.used)
-            table.add_row(*row)
+            table.add_row(*row, *([weight.products] if packs else []))
         totals = self.totals()
         everything = sum(totals.values())
         summary = (
@@ -113,7 +119,8 @@ def report_of(controller: Controller) -> Report:
             trained, why = "subnet", "output head: rows only" if state.whole_cols else "linear"
         subnet, group = (None, None) if state is None else (tuple(state.values.shape), state.group)
         shape, kind = tuple(parameter.shape), role.kind if state is None else role.kind or "linear"
-        rows.append(WeightReport(name, shape, trained, subnet, group, why, kind, _used(parameter)))
+        products = "" if kind is None else _products(controller, parameter, state)
+        rows.append(WeightReport(name, shape, trained, subnet, group, why, kind, _used(parameter), products))
     notes += _notes(controller, rows)
     return Report(
         tuple(rows), len(controller.groups), round_length(controller.config, len(controller.groups)), tuple(notes)
@@ -126,6 +133,19 @@ def _used(parameter: nn.Parameter) -> str:
         return ""
     said = ", ".join(sorted(uses.named))
     return f"{said}; full gradient for {', '.join(sorted(uses.whole))}" if uses.whole else said
+
+
+def _products(controller: Controller, parameter: nn.Parameter, state: SubnetState | None) -> str:
+    kind = controller.config.frozen_products
+    if kind is None:
+        return ""
+    if state is None:
+        return "dense: no subnet"
+    if state.products is None:
+        return f"dense: {why_unpacked(state.shape, state.whole_cols, kind)}"
+    uses = GRAPH_USES.get(parameter)
+    others = set() if uses is None else uses.unpacked | uses.whole
+    return f"{kind}; dense for {', '.join(sorted(others))}" if others else kind
 
 
 def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:

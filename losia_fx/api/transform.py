@@ -36,7 +36,9 @@ from losia_fx.ops.first_order import watch_functions
 from losia_fx.runtime import labels, notices
 from losia_fx.runtime.agreement import Swapped
 from losia_fx.runtime.attach import attach, detach
+from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
+from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.functional import call_with_others
 from losia_fx.runtime.look import look
 from losia_fx.runtime.outside import asking_for_gradients
@@ -67,7 +69,8 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     forward runs.
 
     Raises ConfigError for an option that cannot be, TransformError for a model without linears, one that is transformed
-    already or one with float8 weights that would learn; either leaves the model as it was.
+    already, one with float8 weights that would learn, or frozen_products that the machine cannot compute; either leaves
+    the model as it was.
 
     >>> model = losia_fx.transform(model, rank_factor=1 / 8, period=50)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
@@ -100,12 +103,14 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, settings, plan.whole_cols)
             controller.states.append(state)
-            first = state.random_selection(controller.train.progress.generator)
+            first = random_selection(state, controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             controller.watch([name for name, _, _ in plan.owners])
     states = controller.states
     heads = [state.name for state in states if state.whole_cols]
     controller.set_groups(states, group_names([state.name for state in states], heads, find_blocks(model)))
+    if settings.frozen_products is not None:
+        say_expected(states, settings.frozen_products)
     keep_indices_at_home(model, states)
     model.__dict__["compile"] = functools.partial(_refuse_compile, type(model).__name__)
     call = CompiledCall(model, settings)

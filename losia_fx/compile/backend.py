@@ -75,7 +75,9 @@ class LosiaBackend:
         _note_uses(parameters, uses, plan)
         observe = self._rewrite(gm, copy, example_inputs, plan)
         others = [names.index(name) for name in parameters if name not in {slot.weight for slot in plan.slots}]
-        state_inputs = StateInputs(plan.slots, self.config.profiles, others, fresh, self.give_subnets)
+        state_inputs = StateInputs(
+            plan.slots, self.config.profiles, others, fresh, self.give_subnets, plan.packed_slots
+        )
         extra = state_inputs.of(example_inputs)
         assert extra is not None
         compiled = self._compile(copy, [*example_inputs, *fake_inputs(extra)], observe)
@@ -111,6 +113,10 @@ def _note_uses(parameters: Mapping[str, nn.Parameter], uses: Mapping[str, Uses],
         slot = plan.slots[whole.slot]
         GRAPH_USES[parameters[slot.weight]].whole.add(whole.use)
         log.info("%s: used by %s: trained by its full gradient", slot.facts.fqn, whole.use)
+    for site in plan.sites:
+        slot = plan.slots[site.slot]
+        if slot.facts.packed is not None and not site.packed:
+            GRAPH_USES[parameters[slot.weight]].unpacked.add(site.use)
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

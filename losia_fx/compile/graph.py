@@ -37,15 +37,19 @@ class StateInputs:
     fresh: Sequence[int] = ()
     """Positions of the weights that get a subnet where they come without one."""
     give_subnets: GiveSubnets | None = None
+    packed: Sequence[int] = ()
+    """Slots whose weights enter the graph in 8 bits too."""
 
     def of(self, inputs: Sequence[Any]) -> list[Tensor] | None:
-        """S, rows and cols of each slot's weight, then the handles; None where a weight does not fit its slot."""
+        """S, rows and cols of each slot's weight, then the handles, then what is packed; None where a weight does not
+        fit its slot."""
         if self.give_subnets is not None:
             arrived = [inputs[position] for position in self.fresh]
             if any(find(weight) is None for weight in arrived):
                 self.give_subnets(arrived)
         tensors: list[Tensor] = []
         handles: list[Tensor] = []
+        packed: list[Tensor] = []
         for slot in self.slots:
             state = resolve(inputs[slot.position])
             if state is None or not _fits(state, slot):
@@ -53,15 +57,17 @@ class StateInputs:
             state.ran = True
             tensors += state.inputs()
             handles.append(state.handle)
+            if slot.index in self.packed:
+                packed += state.packed_inputs()
         if any(find(inputs[position]) is not None for position in self.others):
             return None
-        return tensors + handles if self.handles else tensors
+        return tensors + (handles if self.handles else []) + packed
 
 
 def _fits(state: SubnetState, slot: SubnetSlot) -> bool:
     facts = slot.facts
     same_size = state.size == (facts.rows, facts.cols) and state.whole_cols == facts.whole_cols
-    return same_size and state.weight.dim() == facts.dims
+    return same_size and state.weight.dim() == facts.dims and state.products == facts.packed
 
 
 @dataclass

@@ -15,7 +15,9 @@ from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import judge_weights, refuse_float8
 from losia_fx.registry import DENSE, TRAINED
 from losia_fx.runtime.attach import attach
+from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, controller_of
+from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.living import living
 from losia_fx.runtime.optimizer_state import adopt_subnets
 from losia_fx.runtime.optimizers import live_optimizers
@@ -67,11 +69,13 @@ def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) ->
         if learns and id(plan.parameter) in weights:
             _, owner, key = plan.owners[0]
             state = SubnetState(owner, key, plan.name, config, plan.whole_cols)
-            first = state.random_selection(controller.train.progress.generator)
+            first = random_selection(state, controller.train.progress.generator)
             attach(state, first.rows, first.cols)
             ask_for_gradients([state], [])
             controller.watch([name for name, _, _ in plan.owners])
             states[plan.name] = state
+    if config.frozen_products is not None and any(state.packed is not None for state in states.values()):
+        say_expected(list(states.values()), config.frozen_products)
     ordered = [states[plan.name] for plan in plans if plan.name in states]
     heads = [state.name for state in ordered if state.whole_cols]
     controller.set_groups(ordered, group_names([state.name for state in ordered], heads, find_blocks(root)))

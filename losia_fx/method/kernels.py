@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_fx._compat import own_code
+from losia_fx._compat import of_any_length, own_code
 
+from . import packing
 from .importance import importance_of, smooth
 from .subnet import scatter
 
@@ -48,7 +49,9 @@ def update_importance(
     numbers = (factor, torch.inf if limit is None else limit)
     scale, bound = (torch.tensor(number, dtype=torch.float32, device="cpu") for number in numbers)
     if compiled and weight.numel() >= WORTH_COMPILING:
-        updated = _compiled_form(_update, (kind, betas, w.dtype, g.dtype, w.device), dynamic=True)
+        updated = _compiled_form(_update, (kind, betas, w.dtype, g.dtype, w.device), dynamic=None)
+        for tensor in (i, u, w, g):  # nothing else is to vary: betas are the graph's own
+            of_any_length(tensor)
         if updated is not None and _runs(updated, (i, u, w, g, scale, bound, kind, *betas)):
             return
     chunk = CHUNK.get(weight.device.type, CHUNK["cuda"])
@@ -98,6 +101,32 @@ def _write_back(
             scatter(weight, row, col, value.to(weight.dtype))
 
 
+def pack_rows(
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    kind: str,
+    compiled: bool,
+) -> None:
+    """Makes those rows of packed weights anew (packing.pack_rows), compiled where it pays."""
+    if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+        block = (kind, *((weight.shape, weight.dtype, weight.device) for weight in weights))
+        packs = _compiled_form(_pack_rows, block, dynamic=False)
+        arguments = ([w.detach() for w in weights], list(rows), list(numbers), list(scales), kind)
+        if packs is not None and _runs(packs, arguments):
+            return
+    _pack_rows(weights, rows, numbers, scales, kind)
+
+
+def _pack_rows(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], numbers: Sequence[Tensor], scales: Sequence[Tensor], kind: str
+) -> None:
+    with torch.no_grad():  # see _write_back
+        for weight, row, number, scale in zip(weights, rows, numbers, scales, strict=True):
+            packing.pack_rows(weight, row, kind, number, scale)
+
+
 KINDS = 16
 """How many kinds of arguments each function here is compiled for: it takes some seconds each time."""
 
@@ -105,11 +134,12 @@ _forms: dict[Callable[..., None], dict[Any, Callable[..., Any]]] = {}
 _broken: set[Callable[..., Any]] = set()
 
 
-def _compiled_form(function: Callable[..., None], kind: Any, dynamic: bool) -> Callable[..., Any] | None:
+def _compiled_form(function: Callable[..., None], kind: Any, dynamic: bool | None) -> Callable[..., Any] | None:
     """``function``, compiled for arguments of one kind; None where the process has met too many kinds already.
 
     A code object of its own for each: Dynamo counts graphs by it, and gives up at the ninth.
-    dynamic: one graph for all sizes of a kind.
+    dynamic: as torch.compile's. Not True for what takes floats: two that are equal when a graph is made are one in
+    Inductor's cache, and another graph, of two that differ, is served with it (torch 2.13).
     """
     forms = _forms.setdefault(function, {})
     if kind not in forms and len(forms) < KINDS:

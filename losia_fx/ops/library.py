@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 library = torch.library.Library("losia", "DEF")
 
-VERSION = "v6"
+VERSION = "v7"
 """Of the bodies of all ops made by ``define``.
 
 The compilers' caches on disk know an op by its name and not by its body: a changed body under an old name would run old
@@ -19,8 +18,8 @@ bodies.
 """
 
 
-def define(name: str, arguments: str, body: Callable[..., Tensor]) -> Any:
+def define(name: str, arguments: str, body: Callable[..., Any], returns: str = "Tensor") -> Any:
     """The op ``losia::<name>``: one node in a dump, and what ``body`` does (plain aten) after AOTAutograd."""
-    library.define(f"{name}.{VERSION}({arguments}) -> Tensor")
+    library.define(f"{name}.{VERSION}({arguments}) -> {returns}")
     library.impl(f"{name}.{VERSION}", body, "CompositeImplicitAutograd")
     return getattr(getattr(torch.ops.losia, name), VERSION)

@@ -61,14 +61,21 @@ class _SubnetLinear(torch.autograd.Function):
         kept, weight, rows, ticket, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[2]:  # before dL/dx, while grad_y is still in the cache
-            picked = pick(grad_y, rows)
-            grad_values = picked.reshape(-1, rows.numel()).t() @ kept.reshape(-1, kept.shape[-1])
-            grad_values = as_gradient(grad_values, ctx, grad_y, ticket, handle)
+            grad_values = subnet_gradient(ctx, grad_y, kept, rows, ticket, handle)
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[5]:
             grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_values, None, None, grad_bias, None, None, None
+
+
+def subnet_gradient(
+    ctx: Any, grad_y: Tensor, kept: Tensor, rows: Tensor, ticket: Tensor | None, handle: Tensor | None
+) -> Tensor:
+    """dL/dS = g_y[..., rows]^T x[..., cols] of the x[..., cols] that was kept."""
+    picked = pick(grad_y, rows)
+    grad_values = picked.reshape(-1, rows.numel()).t() @ kept.reshape(-1, kept.shape[-1])
+    return as_gradient(grad_values, ctx, grad_y, ticket, handle)
 
 
 def as_gradient(grad_values: Tensor, ctx: Any, grad_y: Tensor, ticket: Tensor | None, handle: Tensor | None) -> Tensor:

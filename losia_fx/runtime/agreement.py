@@ -19,7 +19,7 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.subnet import scatter
 from losia_fx.method.transfers import copies
 
-from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled
+from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
 from .sharding import same_values
 from .state import SubnetState
 
@@ -88,7 +88,7 @@ class Agreement:
         else:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
         if places:
-            self._witnesses.update((state, Witness.of(state)) for state in chosen)
+            self._witnesses.update(witnesses_of(chosen))
             self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
 
@@ -162,7 +162,7 @@ class Agreement:
             else:
                 state.gather_anew()
         done = [state for state in moved if state not in torn]
-        self._witnesses.update((state, Witness.of(state)) for state in done if moved[state][0])
+        self._witnesses.update(witnesses_of(state for state in done if moved[state][0]))
         self.remember(done)
         _refuse_torn(torn)
         return written
@@ -185,7 +185,7 @@ class Agreement:
                 torn.append(state)
             elif w or self._is_average(state):
                 state.gather_anew()
-                self._witnesses[state] = Witness.of(state)
+                self._note_unseen(state)
             else:
                 state.write_back()
                 written.append(state)
@@ -212,8 +212,14 @@ class Agreement:
             number = self._index[state]
             now = self._lines.of(self._lines.take([number]), number, alone=True)
             if not equal(now, self._lines.of(self._line, number)):
-                self._witnesses[state] = Witness.of(state)
+                self._note_unseen(state)
                 self._lines.renew(self._line, [number])
+
+    def _note_unseen(self, state: SubnetState) -> None:
+        """W was written, which no version shows."""
+        self._witnesses.update(witnesses_of([state]))
+        if state.packed is not None:
+            state.packed.forget()
 
     def follow_beneath(self) -> None:
         """W follows an S that was written, while torch.export traces stand-ins in their places. Raises Torn."""

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from losia_fx import registry
 from losia_fx.errors import StateError, listed
+from losia_fx.method.factored import Means
 from losia_fx.model.kinds import is_sharded
 
 from .look import agreement_of, look_at, mend, train_state_of
@@ -102,7 +103,22 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
 
     applied: nn.Module = type(owner)._apply(owner, guarded, recurse)
     for state in states:
-        state.follow_device()
+        _follow_device(state)
         if (agreement := agreement_of(state)) is not None:
             agreement.remember([state], places=True)
     return applied
+
+
+def _follow_device(state: SubnetState) -> None:
+    """W has been moved to another device: so is what is kept of it."""
+    device = state.weight.device
+    if state.packed is not None:
+        state.packed.forget()
+    if state.profile is not None:
+        state.profile.to(device)
+    if state.visits is not None:
+        state.visits = state.visits[0].to(device), state.visits[1].to(device)
+    if state.means is not None:
+        state.means = Means(*(tensor.to(device) for tensor in state.means))
+    if state.label_counts is not None:
+        state.label_counts = state.label_counts.to(device)

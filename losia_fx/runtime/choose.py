@@ -11,7 +11,7 @@ from torch import Tensor
 from losia_fx.config import BY_SUMS
 from losia_fx.method.importance import score_of
 from losia_fx.method.selection import Selection, select_experts, select_rows, select_subnet, share_moved, top
-from losia_fx.method.subnet import draw_all
+from losia_fx.method.subnet import draw, draw_all
 from losia_fx.method.sums import in_proportion, per_visit, select_by_sums
 
 from .state import SubnetState
@@ -31,7 +31,7 @@ def choose(train: TrainState, members: Sequence[SubnetState]) -> dict[SubnetStat
     if train.config.schedule == "all":
         selections = _drawn_at_once(train, drawn)
     else:
-        selections = {state: state.random_selection(train.progress.generator) for state in drawn}
+        selections = {state: random_selection(state, train.progress.generator) for state in drawn}
     choices: dict[SubnetState, Choice] = {state: Choice(found, None) for state, found in selections.items()}
     for state in members:
         if state not in choices and (choice := _scored(train, state)) is not None:
@@ -42,6 +42,13 @@ def choose(train: TrainState, members: Sequence[SubnetState]) -> dict[SubnetStat
 def _is_drawn(train: TrainState, state: SubnetState) -> bool:
     how = train.config.head_rows if state.whole_cols else "importance"
     return how == "random" or (how == "importance" and train.config.importance == "random")
+
+
+def random_selection(state: SubnetState, generator: torch.Generator) -> Selection:
+    """Rows and cols drawn without replacement, sorted; on W's device."""
+    device = state.weight.device
+    rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(state.shape, state.size, generator))
+    return Selection(rows, cols, torch.zeros((), device=device))
 
 
 def _drawn_at_once(train: TrainState, states: Sequence[SubnetState]) -> dict[SubnetState, Selection]:

@@ -8,7 +8,7 @@ one to S alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -119,18 +119,27 @@ class Witness:
     """(1,) int64, on W's device: no host waits for it."""
     values: Tensor
 
-    @staticmethod
-    def of(state: SubnetState) -> Witness | None:
-        """None where the subnet is all of the weight."""
-        for dim, indices in ((-2, state.rows), (-1, state.cols)):
-            if indices.shape[-1] < state.weight.shape[dim]:
-                line = _first_gap(indices)
-                return Witness(dim, line, _read(state.weight, dim, line).clone())
-        return None
-
     def holds(self, state: SubnetState) -> bool:
         now = _read(state.weight, self.dim, self.line.to(state.weight.device))
         return now.dtype == self.values.dtype and bool(equal(now, self.values.to(now.device)))
+
+
+def witnesses_of(states: Iterable[SubnetState]) -> dict[SubnetState, Witness | None]:
+    """None where a subnet is all of its weight. Lines of many subnets of one size are found in one go."""
+    found: dict[SubnetState, Witness | None] = {}
+    alike: dict[tuple[int, int, torch.device], list[SubnetState]] = {}
+    for state in states:
+        indices = (state.rows, state.cols)
+        dim = next((dim for dim in (-2, -1) if indices[dim].shape[-1] < state.weight.shape[dim]), None)
+        if dim is None:
+            found[state] = None
+        else:
+            alike.setdefault((dim, indices[dim].shape[-1], indices[dim].device), []).append(state)
+    for (dim, count, _), some in alike.items():
+        gaps = _first_gaps(torch.stack([(state.rows, state.cols)[dim].reshape(-1, count)[0] for state in some]))
+        for state, line in zip(some, gaps.split(1), strict=True):
+            found[state] = Witness(dim, line, _read(state.weight, dim, line).clone())
+    return found
 
 
 def _read(weight: Tensor, dim: int, line: Tensor) -> Tensor:
@@ -139,10 +148,9 @@ def _read(weight: Tensor, dim: int, line: Tensor) -> Tensor:
     return elements[:: -(-elements.numel() // WITNESSES)]
 
 
-def _first_gap(indices: Tensor) -> Tensor:
-    """The lowest index that is not among the sorted ``indices``, (1,); of experts', of the first's."""
-    first = indices[0] if indices.dim() == 2 else indices
-    return (first == torch.arange(first.numel(), device=first.device)).sum().view(1)
+def _first_gaps(indices: Tensor) -> Tensor:
+    """The lowest index that is not among those in each row of ``indices`` (n, count), sorted; (n,)."""
+    return (indices == torch.arange(indices.shape[1], device=indices.device)).sum(1)
 
 
 def equal(one: Tensor, other: Tensor) -> Tensor:

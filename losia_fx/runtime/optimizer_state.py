@@ -47,9 +47,10 @@ def restart_states(
     for optimizer in ordered:
         if id(optimizer.state) not in done:
             done.add(id(optimizer.state))
+            keeps = optimizer if isinstance(optimizer, KeepsOverMoves) else None  # asked once: it costs as a move does
             for state in states:
-                if isinstance(optimizer, KeepsOverMoves):
-                    optimizer.after_subnet_move(state.values)
+                if keeps is not None:
+                    keeps.after_subnet_move(state.values)
                 elif carry_over is None or not carry_over(optimizer, state):
                     _restart(optimizer, state)
         _renew_copies(optimizer, {id(state.values): state.values for state in states})

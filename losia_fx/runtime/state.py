@@ -17,11 +17,11 @@ from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
-from losia_fx.method.selection import Selection
-from losia_fx.method.subnet import PlacedBlock, draw, gather, scatter
+from losia_fx.method.subnet import PlacedBlock, gather, scatter
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
+from .packed import PackedWeight, why_unpacked
 from .profile import Profile
 from .shards import Shards, local
 
@@ -79,6 +79,9 @@ class SubnetState:
         out_features, in_features = self.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
+        kind = config.frozen_products
+        self.packed = PackedWeight(kind) if kind and why_unpacked(self.shape, whole_cols, kind) is None else None
+        """W in 8 bits, where its frozen products are computed so; None elsewhere."""
         self._enlist()
         registry.place(self.weight, self)
 
@@ -171,7 +174,12 @@ class SubnetState:
     @property
     def facts(self) -> SubnetFacts:
         dtype = str(self.values.dtype).removeprefix("torch.")
-        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype)
+        return SubnetFacts(self.name, tuple(self.weight.shape), *self.size, self.whole_cols, dtype, self.products)
+
+    @property
+    def products(self) -> str | None:
+        """What the frozen products are computed in; None for what the model does."""
+        return None if self.packed is None else self.packed.kind
 
     @property
     def whole(self) -> bool:
@@ -185,6 +193,11 @@ class SubnetState:
         """What a rewritten graph takes for this weight: S, rows and (unless every column learns) cols."""
         values, rows = self.values_in_use, self.rows
         return (values, rows) if self.whole_cols else (values, rows, self.cols)
+
+    def packed_inputs(self) -> tuple[Tensor, Tensor]:
+        """W in 8 bits and its scales, as W is now."""
+        assert self.packed is not None
+        return self.packed.of(self.weight, self.name)
 
     @property
     def picked_cols(self) -> Tensor | None:
@@ -215,7 +228,7 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._placed = None
+        self._placed = self.packed = None
         registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -282,18 +295,6 @@ class SubnetState:
         self.cols.copy_(cols)
         self.values_here.copy_(self.here(self.block()))
 
-    def follow_device(self) -> None:
-        """W has been moved to another device: so is what is kept of it."""
-        device = self.weight.device
-        if self.profile is not None:
-            self.profile.to(device)
-        if self.visits is not None:
-            self.visits = self.visits[0].to(device), self.visits[1].to(device)
-        if self.means is not None:
-            self.means = Means(*(tensor.to(device) for tensor in self.means))
-        if self.label_counts is not None:
-            self.label_counts = self.label_counts.to(device)
-
     def block(self) -> Tensor:
         """W[rows][:, cols], a copy; under FSDP2 put together from all ranks."""
         return self.block_of(self.weight) if self.shards is None else self.shards.block()
@@ -318,12 +319,6 @@ class SubnetState:
         """S = W[rows][:, cols], where it does not round to it already."""
         found, values = self.here(self.block()), self.values_here
         values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
-
-    def random_selection(self, generator: torch.Generator) -> Selection:
-        """Rows and cols drawn without replacement, sorted; on W's device."""
-        device = self.weight.device
-        rows, cols = (drawn.to(device, non_blocking=True) for drawn in draw(self.shape, self.size, generator))
-        return Selection(rows, cols, torch.zeros((), device=device))
 
 
 def own_states(module: nn.Module) -> dict[str, SubnetState]:

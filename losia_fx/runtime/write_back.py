@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +19,34 @@ from .state import SubnetState
 
 @torch.no_grad()
 def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
-    """W[rows, cols] = S. compiled: a block at a time, where large blocks of one kind share their compiled form."""
+    """W[rows, cols] = S, and the rows of what W is packed in. compiled: a block at a time, where large blocks of one
+    kind share their compiled form."""
     if states and states[0].shards is not None:
         sharding.write_back(states)
         return
-    if not compiled:
+    packed = [state for state in states if state.packed is not None and state.packed.is_of(state.weight)]
+    if compiled:
+        for block in _blocks(states):
+            kernels.write_back(*zip(*(state.written() for state in block), strict=True))
+    else:
         for state in states:
             state.write_back()
-        return
-    for _, block in itertools.groupby(states, key=lambda state: (state.group, state.whole_cols)):
-        kernels.write_back(*zip(*(state.written() for state in block), strict=True))
+    for block in _blocks(packed):  # of what W is packed in otherwise, all is made anew at the next use
+        _pack_rows(block, compiled)
+
+
+def _blocks(states: Sequence[SubnetState]) -> Iterator[list[SubnetState]]:
+    return (list(block) for _, block in itertools.groupby(states, key=lambda state: (state.group, state.whole_cols)))
+
+
+def _pack_rows(states: Sequence[SubnetState], compiled: bool) -> None:
+    """Of what these W are packed in, the rows that a write-back has changed."""
+    weights, rows = [state.weight for state in states], [state.rows for state in states]
+    held = [packed for state in states if (packed := state.packed) is not None]
+    numbers, scales = zip(*(packed.tensors for packed in held), strict=True)
+    kernels.pack_rows(weights, rows, numbers, scales, held[0].kind, compiled)
+    for packed, weight in zip(held, weights, strict=True):
+        packed.note(weight)
 
 
 @torch.no_grad()

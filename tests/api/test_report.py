@@ -95,6 +95,7 @@ def test_plain_values() -> None:
         "why": "experts of block layers.0",
         "kind": "experts",
         "used": "bmm",
+        "products": "",
     }
     assert values["round_steps"] == round_length(losia_fx.controller(model).config, values["groups"])
 

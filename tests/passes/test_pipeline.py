@@ -19,10 +19,12 @@ from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.localization import tap
 from losia_fx.passes import FORWARD_STAGES, JOINT_STAGES, Observer, forward_pipeline, joint_pipeline
 from losia_fx.plan import SubnetPlan
+from losia_fx.runtime import expected
 from tests.support import graphs
 from tests.support.joint_graphs import Gated, drawn, lively, loss_of, plain_gradients, rms
 from tests.support.toys import assert_subnet_gradients
 
+UNPACKED = tuple(stage for stage in FORWARD_STAGES if stage != "frozen-products")
 BOTH, JOINT = ["subnet-rewrite", "insert-localization"], ["sink-gathers", "remake-inputs"]
 
 aten = torch.ops.aten
@@ -80,10 +82,10 @@ class Headed(nn.Module):
 Stages = list[tuple[str, str]]
 
 
-def observed(**options: Any) -> Stages:
+def observed(tolerance: float = 1e-9, **options: Any) -> Stages:
     """(stage, text of the graph there), in the order in which a step shows them; its gradients are the plain ones."""
     model, x = drawn(Headed()).double(), lively(2, 5, 16)
-    expected = plain_gradients(model, x)
+    plain = plain_gradients(model, x)
     config = LosiaConfig(rank_factor=0.25, output_rank_factor=0.25, **options)
     twin = losia_fx.transform(copy.deepcopy(model), config)
     stages: Stages = []
@@ -93,13 +95,13 @@ def observed(**options: Any) -> Stages:
 
     install_call(twin, CompiledCall(twin, config, LosiaBackend(config, watch=watch)))
     loss_of(twin, x).backward()
-    assert_subnet_gradients(twin, expected, tolerance=1e-9)
+    assert_subnet_gradients(twin, plain, tolerance=tolerance)
     return stages
 
 
 def test_an_observer_sees_every_stage() -> None:
     stages = observed(compiler="aot_eager")
-    assert tuple(name for name, _ in stages) == (*FORWARD_STAGES, *JOINT_STAGES)
+    assert tuple(name for name, _ in stages) == (*UNPACKED, *JOINT_STAGES)
     text = dict(stages)
     assert "subnet_linear" not in text["dynamo"]
     assert "subnet_linear" in text["subnet-rewrite"]
@@ -113,9 +115,20 @@ def test_an_observer_sees_every_stage() -> None:
 
 
 def test_without_a_joint_graph_an_observer_sees_the_forwards_stages() -> None:
-    assert tuple(name for name, _ in observed(compiler="eager")) == FORWARD_STAGES
+    assert tuple(name for name, _ in observed(compiler="eager")) == UNPACKED
     static = observed(compiler="aot_eager", schedule="static")
     assert [name for name, _ in static] == ["dynamo", "subnet-rewrite", *JOINT_STAGES]
+
+
+def test_frozen_products_are_a_stage_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expected, "share_of_dense", lambda *_: 0.5)
+    stages = dict(observed(compiler="aot_eager", frozen_products="int8", tolerance=0.1))
+    assert tuple(stages) == (*FORWARD_STAGES, *JOINT_STAGES)
+    before, after = stages["insert-localization"], stages["frozen-products"]
+    assert "packed_linear" not in before
+    planned = before.count("call_function subnet_linear") - 1  # all but the head
+    assert after.count("call_function packed_linear") == planned
+    assert stages["joint"].count("_int_mm.default(") == 2 * planned  # the forward's and dL/dx's
 
 
 def test_a_graph_without_parameters_is_shown_too() -> None:

@@ -33,6 +33,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "head_rows": (["--head-rows", "random"], "random"),
     "count_steps": (["--count-steps", "9", "--head-rows", "frequent"], 9),
     "carry_moments": (["--carry-moments"], True),
+    "frozen_products": (["--frozen-products", "float8"], "float8"),
 }
 
 BESIDE: dict[str, dict[str, Any]] = {"count_steps": {"head_rows": "frequent"}}

@@ -20,12 +20,14 @@ from .floors import checkpointed
 from .methods import Method, Trial, adamw, options_of
 from .sizes import Setup, block_linears
 
+INT8: dict[str, Any] = {"frozen_products": "int8"}
+
 
 def transformed(setup: Setup, mode: str, model: Any = None, **options: Any) -> nn.Module:
     """A model with subnets; options: further ones of LosiaConfig."""
     given = {**options_of(mode), "rank_factor": setup.size.rank_factor, **options}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LosiaWarning)  # of the embedding, which is to be frozen
+        warnings.simplefilter("ignore", LosiaWarning)  # of the embedding, which is to be frozen; and of slow int8
         return losia_fx.transform(setup.model() if model is None else model, **given)
 
 
@@ -33,8 +35,9 @@ def trial_of(setup: Setup, model: nn.Module) -> Trial:
     return Trial(model, setup.batch, adamw(model.parameters()))
 
 
-def build_idle(setup: Setup, mode: str) -> Trial:
-    trial = trial_of(setup, transformed(setup, mode))
+def build_idle(setup: Setup, mode: str, **options: Any) -> Trial:
+    """options: further ones of LosiaConfig."""
+    trial = trial_of(setup, transformed(setup, mode, **options))
     trial.prepare = partial(_rest, losia_fx.controller(trial.model))
     return trial
 
@@ -47,6 +50,9 @@ def _rest(controller: Controller) -> None:
 def _overlook_others(controller: Controller) -> None:
     """All methods share one copy of the weights: what another wrote there is nothing to look into, inside the clock."""
     controller.agreement.remember()
+    for state in controller.states:
+        if state.packed is not None:
+            state.packed_inputs()  # of the weights as the others have left them
 
 
 def _build_checkpointed(setup: Setup, mode: str) -> Trial:
@@ -55,9 +61,9 @@ def _build_checkpointed(setup: Setup, mode: str) -> Trial:
     return trial
 
 
-def build_profiled(setup: Setup, mode: str) -> Trial:
-    """The group of the middle block is profiled in every step."""
-    trial = trial_of(setup, transformed(setup, mode))
+def build_profiled(setup: Setup, mode: str, **options: Any) -> Trial:
+    """The group of the middle block is profiled in every step. options: further ones of LosiaConfig."""
+    trial = trial_of(setup, transformed(setup, mode, **options))
     controller = losia_fx.controller(trial.model)
     group = len(controller.groups) // 2
     slots.open_slot(controller, group)
@@ -104,6 +110,12 @@ def count_trained(setup: Setup) -> int:
 LOSIA = (
     Method("losia", build_idle, note="no group is profiled"),
     Method("losia, a block profiled", build_profiled, note="the middle block's group is profiled in every step"),
+    Method("losia int8", partial(build_idle, **INT8), note="frozen products in int8; no group is profiled"),
+    Method(
+        "losia int8, a block profiled",
+        partial(build_profiled, **INT8),
+        note="frozen products in int8; the middle block's group is profiled in every step",
+    ),
     Method("losia, all every 10", partial(_build_moving, period=10), note="one step of ten re-selects all groups"),
     Method("losia, all every step", partial(_build_moving, period=1), note="every step re-selects all groups"),
     Method("losia by string", _build_by_string, note='torch.compile(model, backend="losia"); no group is profiled'),

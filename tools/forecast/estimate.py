@@ -18,12 +18,14 @@ from losia_fx.method.schedule import round_length
 from losia_fx.method.visits import INDEX_BYTES, expected_bytes
 from losia_fx.model.roles import plan_model
 from losia_fx.model.weight_plan import WeightPlan
+from losia_fx.runtime.packed import why_unpacked
 
 from ..graphs.capture import Captured
 from .step_cost import WeightUse, kept_columns, saved_bytes, tapped, weight_uses
 
 PARTS = {
     "weights": "weights, dense",
+    "packed": "weights in 8 bits",
     "subnets": "values that learn (S)",
     "indices": "rows and cols",
     "gradients": "gradients of what learns",
@@ -56,6 +58,12 @@ class SubnetWeight:
         if self.head:
             return subnet_size(config.output_rank_factor, out), inner
         return (*self.shape[:-2], subnet_size(config.rank_factor, out), subnet_size(config.rank_factor, inner))
+
+    def packed_bytes(self, config: LosiaConfig) -> int:
+        """Of its copy in 8 bits, with a scale a row, where its frozen products take one."""
+        kind = config.frozen_products
+        packed = kind is not None and why_unpacked(self.shape, self.head, kind) is None
+        return self.elements + FLOAT_BYTES * self.shape[0] if packed else 0
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ def losia(facts: StepFacts) -> MethodCost:
     tensors = len(size) + len(facts.full)
     memory = {
         "weights": facts.dense_bytes,
+        "packed": sum(weight.packed_bytes(config) for weight in facts.weights),
         "subnets": sum(size.values()),
         "indices": INDEX_BYTES * sum(_indices(shape) for shape in shapes.values()),
         "gradients": sum(size.values()) + full,

@@ -24,6 +24,7 @@ from ..graphs.capture import Captured
 from ..load_model import Example
 from .estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia, profiled_group
 from .measure import measure
+from .products import ProductsForecast
 
 RANKS = (8, 64)  # of LoRA, for comparison
 VISITS = (1, 10, 50)  # places of a subnet, for what track_delta costs
@@ -44,6 +45,8 @@ class Explanation:
     measured: Mapping[str, int] | None
     """Bytes by part, as forecast in methods[0].memory."""
     inputs: Mapping[str, tuple[int, ...]]
+    products: ProductsForecast | None = None
+    """Of frozen products in 8 bits, where the options ask for them."""
 
     def as_dict(self) -> dict[str, Any]:
         facts = self.facts
@@ -58,6 +61,7 @@ class Explanation:
             "profiled_group": profiled_group(facts),
             "track_delta": {visits: facts.base_bytes(visits) for visits in visits_of(self.fit, facts.config)},
             "methods": [asdict(method) for method in self.methods],
+            "frozen_products": None if self.products is None else asdict(self.products),
         }
 
 
@@ -75,7 +79,8 @@ def explain(
     losia_fx.restore(model)
     methods = (losia(facts), full_fine_tuning(facts), *(lora(facts, rank) for rank in RANKS))
     fit = RoundFit.of(config, len(facts.groups), steps)
-    return Explanation(report, facts, fit, methods, counted, shapes_of(example))
+    products = ProductsForecast.of(model, facts)
+    return Explanation(report, facts, fit, methods, counted, shapes_of(example), products)
 
 
 def shapes_of(example: Example) -> dict[str, tuple[int, ...]]:
@@ -138,6 +143,8 @@ def show(found: Explanation, console: Console | None = None) -> None:
     console.print(ACTIVATIONS_NOTE, highlight=False)
     console.print(base_text(found.fit, facts), highlight=False, soft_wrap=True)
     console.print(_methods(found.methods))
+    if found.products is not None:
+        console.print(str(found.products), highlight=False, soft_wrap=True)
 
 
 def _groups(facts: StepFacts) -> Table:

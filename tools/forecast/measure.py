@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -42,9 +42,11 @@ def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int)
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.0)
     _step(twin, example)
     open_slot(controller, group)
+    packed = [tensor for state in controller.states if state.packed is not None for tensor in state.packed_inputs()]
+    memory["packed"] = unique_bytes(packed)
     for _ in range(2):
         optimizer.zero_grad()
-        found = _step(twin, example)
+        found = _step(twin, example, packed)
         memory |= {**found, "profile": profile_bytes(controller)}
         memory["gradients"] = unique_bytes(p.grad for p in twin.parameters() if p.grad is not None)
         optimizer.step()
@@ -55,12 +57,12 @@ def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int)
     return memory
 
 
-def _step(model: nn.Module, example: Example) -> dict[str, int]:
+def _step(model: nn.Module, example: Example, packed: Sequence[Tensor] = ()) -> dict[str, int]:
     def forward() -> list[Tensor]:
         return [t for t in tensors_of(model(*example.args, **example.kwargs)) if t.requires_grad]
 
     with torch.enable_grad():
-        losses, kept = kept_by(forward, (*model.parameters(), *model.buffers(), *_inputs(example)))
+        losses, kept = kept_by(forward, (*model.parameters(), *model.buffers(), *packed, *_inputs(example)))
         found = {"activations": kept, "tapped": tapped_bytes()}
         torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
     return found

@@ -89,10 +89,9 @@ def _missing(stage: str, config: LosiaConfig) -> str:
     if stage in JOINT_STAGES and not makes_joint_graphs(config):
         return f"compiler {config.compiler!r} makes no joint graph of forward and backward, so no pass runs on it"
     if stage in STAGES:
-        return (
-            f"no graph comes through it with compiler {config.compiler!r}, schedule {config.schedule!r} and "
-            f"importance {config.importance!r}"
-        )
+        said = f"compiler {config.compiler!r}, schedule {config.schedule!r} and importance {config.importance!r}"
+        packs = "" if config.frozen_products else ", without frozen_products"
+        return f"no graph comes through it with {said}{packs}"
     return "there is no such stage"
 
 

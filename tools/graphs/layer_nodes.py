@@ -20,6 +20,8 @@ PARTS: Mapping[str, str] = {
     "losia_rows": "rows",
     "losia_cols": "cols",
     "losia_handle": "handle",
+    "losia_packed": "W in 8 bits",
+    "losia_scales": "its scales",
 }
 """Of a subnet's state: how the placeholders' names start, and what they hold."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from losia_fx._compat import input_index
+from losia_fx.method.packing import DTYPES
 from losia_fx.model.blocks import plain_name
 from losia_fx.passes import bodies, placeholders, region_of, rewritten_from
 from losia_fx.plan import ProductSite, SubnetPlan
@@ -108,7 +109,7 @@ class Annotator:
     ) -> None:
         """A graph of Dynamo's. fqns: placeholder -> name; before: of one that passes have edited, the graph as it
         was."""
-        state = {name: slot.facts.fqn for slot in self.plan.slots for name in (*slot.input_names, slot.handle_name)}
+        state = {name: slot.facts.fqn for slot in self.plan.slots for name in slot.state_names}
         for holder in placeholders(gm):
             weight = state.get(holder.name, fqns.get(holder.name))
             if weight is not None:
@@ -217,6 +218,9 @@ def _describe_state(part: fx.GraphModule, plan: SubnetPlan) -> None:
         values, rows, cols = (facts.rows, facts.cols), (facts.rows,), (facts.cols,)
         experts = facts.shape[:-2]
         described[slot.handle_name] = torch.empty(1, dtype=torch.int64, device="meta")
+        packed, scales = slot.packed_names
+        described[packed] = torch.empty(facts.shape, dtype=DTYPES[facts.packed or "int8"], device="meta")
+        described[scales] = torch.empty(facts.shape[0], 1, device="meta")
         for name, shape in zip(slot.input_names, (values, rows, cols), strict=False):
             dtype = getattr(torch, facts.dtype) if shape == values else torch.int64
             described[name] = torch.empty((*experts, *shape), dtype=dtype, device="meta")

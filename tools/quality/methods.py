@@ -90,6 +90,8 @@ _KNOWN = (
     Method("roaming", "all drawn every step, SubnetRMS", SUBNET_RATES, _subnets(**_ALL, period=1), _rms),
     Method("paper-head", "the paper's rule, and the head by it", SUBNET_RATES, _subnets(**_HEAD), adam),
     Method("paper-head-frequent", "its blocks, the head by labels", SUBNET_RATES, _subnets(**_FREQUENT), adam),
+    Method("int8", "paper, frozen products in int8", SUBNET_RATES, _subnets(frozen_products="int8"), adam),
+    Method("float8", "paper, frozen products in float8", SUBNET_RATES, _subnets(frozen_products="float8"), adam),
     Method("roaming-head", "roaming, the head by labels", SUBNET_RATES, _subnets(**_ALL, **_FREQUENT, period=1), _rms),
 )
 METHODS = {method.name: method for method in _KNOWN}

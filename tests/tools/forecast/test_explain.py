@@ -44,6 +44,24 @@ def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.Cap
         assert [group["label"] for group in found["groups"]] == ["lm_head", *(f"model.layers.{n}" for n in range(4))]
 
 
+def test_frozen_products_are_forecast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory against what a step holds, and the share of FLOPs by hand: all but the head's are in 8 bits."""
+    monkeypatch.setattr("losia_fx.tools.forecast.products.share_of_dense", lambda *_: 0.5)
+    monkeypatch.setattr("losia_fx.runtime.expected.share_of_dense", lambda *_: 0.5)
+    argv = ["tests.support.tiny:decoder", "--frozen-products", "int8"]
+    found = explained(capsys, *argv, "--measure")
+    for part in PARTS:
+        assert found["forecast"][part] == pytest.approx(found["measured"][part], rel=0.1), part
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    assert found["forecast"]["packed"] == sum(out * inner + 4 * out for out, inner in shapes)
+    ours, products = found["methods"][0]["flops"], found["frozen_products"]
+    in_8_bits = sum(2 * 2 * 4 * 16 * out * inner for out, inner in shapes)
+    assert products["flops_share"] == pytest.approx(in_8_bits / sum(ours.values()))
+    assert (products["kind"], products["weights"], products["time_share"]) == ("int8", 7, 0.5)
+    assert main(["explain", *argv]) == 0
+    assert re.search(r"frozen_products='int8': 7 weights, \d+% .* at 0\.50 of the time", capsys.readouterr().out)
+
+
 @pytest.fixture(scope="module")
 def facts() -> StepFacts:
     """Of the decoder, as captured with the default options."""

@@ -38,7 +38,7 @@ def weights_of(layers: int) -> set[str]:
 def test_stages_and_what_belongs_to_which_weight() -> None:
     captured = capture(Toy(), batch(), config())
     (graph,) = captured.graphs
-    assert captured.stages == tuple(graph.stages) == STAGES
+    assert captured.stages == tuple(graph.stages) == tuple(stage for stage in STAGES if stage != "frozen-products")
     assert captured.groups[0] == ("head.weight",)
     once = dict.fromkeys(weights_of(2), 1)
     assert of_weight(graph.stages[DYNAMO], "linear") == once
@@ -54,6 +54,21 @@ def test_stages_and_what_belongs_to_which_weight() -> None:
         assert place.owner == place.weight.removesuffix(".weight")
         assert place.weight in captured.groups[place.group]
     assert all(place_of(node) is not None for stage in graph.stages.values() for node in stage.graph.nodes)
+
+
+def test_frozen_products_are_a_stage_and_belong_to_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losia_fx.runtime.expected.share_of_dense", lambda *_: 0.5)
+    found = capture(Toy(width=16, inner=32), batch(), config(frozen_products="int8"))
+    (graph,) = found.graphs
+    assert found.stages == STAGES
+    packed = dict.fromkeys((name for name in weights_of(2) if name != "head.weight"), 1)
+    stage = graph.stages["frozen-products"]
+    assert of_weight(stage, "losia.packed_linear") == packed
+    assert of_weight(stage, "losia.subnet_linear") == {"head.weight": 1}
+    held = [node for node in stage.graph.find_nodes(op="placeholder") if node.name.startswith("losia_packed_")]
+    assert {weight_of(node) for node in held} == set(packed)
+    assert [tuple(node.meta["example_value"].shape) for node in held] == [(16, 16), (32, 16), (16, 32)] * 2
+    assert of_weight(graph.stages[FORWARD], "aten._int_mm.") == packed
 
 
 def test_the_joint_graph_has_the_products_of_both_and_says_what_passes_did() -> None:

@@ -185,6 +185,7 @@ def test_a_stage_of_the_joint_graph(stage: str, capsys: pytest.CaptureFixture[st
             {"schedule": "static"},
             "with compiler 'inductor', schedule 'static' and importance 'mixed'",
         ),
+        ("frozen-products", {"compiler": "eager"}, "and importance 'mixed', without frozen_products"),
     ],
 )
 def test_a_stage_that_these_options_do_without(stage: str, options: dict[str, Any], said: str) -> None:
