@@ -117,11 +117,11 @@ def _refuse_options(train: TrainState) -> None:
             "backend='losia' by itself is for one process: call losia_fx.transform(model) before fully_shard, and drop "
             "the backend string"
         )
-    for option in ("track_delta", "carry_moments"):
-        if getattr(train.config, option):
+    for option in ("track_delta", "carry_moments", "frozen_products"):
+        if value := getattr(train.config, option):
             raise StateError(
-                f"{option}=True and a model that fully_shard has sharded: what it keeps is of whole weights. Turn it "
-                "off, or spread the model with DistributedDataParallel"
+                f"{option}={value!r} and a model that fully_shard has sharded: what it keeps is of whole weights. Turn "
+                "it off, or spread the model with DistributedDataParallel"
             )
 
 

@@ -54,7 +54,7 @@ def test_resumed_on_as_many_ranks_to_the_bit(two: list[dict[str, Any]], case: st
         assert len(captured) == 6
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_on_another_number_of_ranks(two: list[dict[str, Any]], folder: Path, ranks: int) -> None:
     """One is a plain process, whose model nobody has sharded."""
     for rank in run(folder, ranks, [f"resumed {case}" for case in CASES]):
