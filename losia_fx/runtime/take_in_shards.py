@@ -31,7 +31,9 @@ WAY = (
 
 def was_sharded(states: Iterable[SubnetState]) -> bool:
     """Whether some of these weights or subnets have become parts of tensors, and nobody has looked at that yet."""
-    return any(state.shards is None and (is_sharded(state.weight) or is_sharded(state.values)) for state in states)
+    unseen = (state for state in states if state.shards is None)
+    found = (state.held(key) for state in unseen for key in (state.parameter, state.values_name))
+    return any(tensor is not None and is_sharded(tensor) for tensor in found)  # what is gone is for others to name
 
 
 def take_in_shards(train: TrainState) -> None:

@@ -25,6 +25,7 @@ LIKE_OTHERS = frozenset(
         *("phi", "cohere", "olmo2", "opt"),
         *("roberta", "distilbert", "electra"),
         *("pegasus", "deit", "dinov2", "whisper", "siglip", "qwen3_moe"),
+        *("bart", "gemma2", "segformer", "falcon_h1", "clip"),
         "mamba",  # in test_traced
     )
 )

@@ -99,8 +99,8 @@ def autocast() -> AbstractContextManager[Any]:
 @pytest.mark.parametrize(
     ("dtype", "compiler"),
     [
-        (torch.float32, "aot_eager"),
         (torch.float64, "eager"),
+        pytest.param(torch.float32, "aot_eager", marks=pytest.mark.slow),
         pytest.param(torch.float32, "eager", marks=pytest.mark.slow),
         pytest.param(torch.float64, "aot_eager", marks=pytest.mark.slow),
     ],

@@ -229,7 +229,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", ["roaming", "carried", *(pytest.param(name, marks=pytest.mark.slow) for name in ("visits", "sample"))]
+)
 @pytest.mark.parametrize("cut", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_to_the_bit(name: str, cut: int) -> None:
     batches = [batch() for _ in range(14)]

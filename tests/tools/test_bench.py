@@ -514,6 +514,7 @@ def test_process_that_dies_costs_its_method_alone(monkeypatch: pytest.MonkeyPatc
     assert all(row.skipped == "its process ended with 1: out of memory" for row in rows)
 
 
+@pytest.mark.slow
 def test_growth_along_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AXES, "rank_factor", (1 / 16, 1 / 4))
     options = ["--grow", "rank_factor", "--modes", "eager", "--layers", "1", "--length", "16", "--rounds", "1"]

@@ -235,7 +235,11 @@ def test_importance_is_measured_of_the_same_gradients() -> None:
         torch.testing.assert_close(state.block_of(state.profile.grad).float(), state.values.grad)
 
 
-@pytest.mark.parametrize("case", [table.GPT_NEOX, table.BERT, table.VIT], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [table.VIT, *(pytest.param(case, marks=pytest.mark.slow) for case in (table.GPT_NEOX, table.BERT))],
+    ids=lambda case: case.name,
+)
 def test_other_architectures(case: table.Case) -> None:
     """Those with biases, with fused projections, with attention of torch's own."""
     losses = []
