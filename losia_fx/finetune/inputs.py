@@ -179,7 +179,7 @@ def training_options(
         "disable_tqdm": True,
         "log_level_replica": "error",  # else every process but the first says what transformers thinks of
     }
-    if embedded and "max_steps" not in given and "num_train_epochs" not in given:
+    if embedded and not settings.data and "max_steps" not in given and "num_train_epochs" not in given:
         chosen["max_steps"] = EMBEDDED_STEPS
     return {**chosen, **given}
 

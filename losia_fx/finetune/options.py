@@ -28,7 +28,7 @@ SOURCES = (
 """The classes that SFTConfig is made of, base first: package, file in it, name."""
 
 COMMON = {
-    "max_steps": "optimizer steps (default: 400 for the embedded model, else --epochs counts)",
+    "max_steps": "optimizer steps (default: 400 without --model and --data, else --epochs counts)",
     "num_train_epochs": "passes over the data (default: 3)",
     "per_device_train_batch_size": "examples, or blocks of packed text (default: 8)",
     "max_length": "tokens of an example or block (default: 128 for the embedded model, else 1024 or the model's most)",

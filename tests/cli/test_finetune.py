@@ -541,6 +541,19 @@ def test_what_goes_before_what_is_said(
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_training")
+def test_data_of_ones_own_is_passed_over_three_times(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded model's steps are those of its own text."""
+    assert finetune(tmp_path / "out", data, "--epochs", "1") == 0
+    once = re.findall(r"([\d,]+) steps", capsys.readouterr().out)[0]
+    assert finetune(tmp_path / "out", data, "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert int(re.findall(r"([\d,]+) steps", printed)[0]) == 3 * int(once)
+    assert ", 3 times over, " in printed
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_what_is_cut_or_left_out_is_said(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*completions(8), {"prompt": "x = 1\n" * 40, "completion": "y"}, {"prompt": "x", "completion": " y" * 90}]
