@@ -113,7 +113,7 @@ def folder_of(importance: str) -> Path:
 
 
 def traffic() -> dict[str, Any]:
-    """A step of a model whose sizes eight divides, with nothing profiled and with one block."""
+    """A step of a model whose sizes eight divides: nothing profiled, all of it, and at the end of the slot."""
     found = {}
     for name, options in {"plain": of(schedule="static"), "profiled": of(schedule="all")}.items():
         scenario = Scenario(
@@ -127,6 +127,11 @@ def traffic() -> dict[str, Any]:
             warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
             go_on(model, optimizer, steps[4:5], dist.get_rank(), dist.get_world_size())
         found[name] = dict(sent.sent)
+        if name == "profiled":
+            with Traffic() as sent, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
+                go_on(model, optimizer, steps[5:6], dist.get_rank(), dist.get_world_size())
+            found["moved"] = dict(sent.sent)
         found["linears"] = sum(s.weight.numel() for s in losia_fx.subnets(model).values())
     return found
 

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from losia_fx.config import LosiaConfig
+from losia_fx.tools.forecast.ranks import RanksForecast
 from tests.sharded.state_worker import TRIED
 from tests.sharded.test_training import ROOT, assert_close
+from tests.support.toys import Toy
 
 CASES = ["mixed losia", "mixed weights", "visits weights"]
 """The importance that was being gathered, and what is loaded first."""
@@ -76,6 +79,17 @@ def test_the_gradients_that_are_reduced_are_a_64th_of_the_full_ones(two: list[di
     assert "reduce_scatter_tensor" not in plain
     assert "allreduce_" not in plain
     assert profiled["reduce_scatter_tensor"] == full
+
+
+def test_the_traffic_is_what_explain_forecasts(two: list[dict[str, Any]]) -> None:
+    found = two[0]["traffic"]
+    for name, options in {"plain": {"schedule": "static"}, "profiled": {"schedule": "all"}}.items():
+        config = LosiaConfig(rank_factor=1 / 8, output_rank_factor=0.0, **options)
+        sent = RanksForecast.of(Toy(inner=32), config, 2).sent
+        step = sum(size for part, size in sent.items() if part != "selected")
+        assert sum(found[name].values()) == step
+    assert sent["reduced"] == found["profiled"]["_reduce_scatter_base_"]
+    assert sum(found["moved"].values()) == step + sent["selected"]
 
 
 def test_memory_falls_with_the_ranks(two: list[dict[str, Any]], folder: Path) -> None:

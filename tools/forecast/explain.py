@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of the run: does a round fit?")
     parser.add_argument("--batch-size", type=int, help="of the step (default: as small as MODEL's inputs are)")
     parser.add_argument("--seq-length", type=int, help="tokens of each of its rows")
+    parser.add_argument("--ranks", type=int, help="processes that FSDP2 shards it over: what each holds and sends")
     parser.add_argument("--measure", action="store_true", help="also run some steps, and count")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_losia_options(parser)
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: give a whole number of at least 1")
+    if args.ranks is not None and args.ranks < 2:
+        raise ConfigError(f"--ranks {args.ranks}: give a whole number of at least 2")
     config = config_of(args)
     from ..graphs.capture import capture
     from ..load_model import load_model
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_model(args.model)
     example = resize(loaded.example, args.batch_size, args.seq_length)
     captured = capture(loaded.model, example, config)
-    found = explain(loaded.model, captured, example, args.steps, args.measure)
+    found = explain(loaded.model, captured, example, args.steps, args.measure, args.ranks)
     if args.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:

@@ -25,6 +25,7 @@ from ..load_model import Example
 from .estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia, profiled_group
 from .measure import measure
 from .products import ProductsForecast
+from .ranks import HELD, SENT, RanksForecast
 
 RANKS = (8, 64)  # of LoRA, for comparison
 VISITS = (1, 10, 50)  # places of a subnet, for what track_delta costs
@@ -47,6 +48,8 @@ class Explanation:
     inputs: Mapping[str, tuple[int, ...]]
     products: ProductsForecast | None = None
     """Of frozen products in 8 bits, where the options ask for them."""
+    sharded: RanksForecast | None = None
+    """Under FSDP2, where a number of processes is given."""
 
     def as_dict(self) -> dict[str, Any]:
         facts = self.facts
@@ -62,14 +65,22 @@ class Explanation:
             "track_delta": {visits: facts.base_bytes(visits) for visits in visits_of(self.fit, facts.config)},
             "methods": [asdict(method) for method in self.methods],
             "frozen_products": None if self.products is None else asdict(self.products),
+            "sharded": None if self.sharded is None else asdict(self.sharded),
         }
 
 
 def explain(
-    model: nn.Module, captured: Captured, example: Example, steps: int | None = None, measured: bool = False
+    model: nn.Module,
+    captured: Captured,
+    example: Example,
+    steps: int | None = None,
+    measured: bool = False,
+    ranks: int | None = None,
 ) -> Explanation:
-    """captured: of this model with this example. steps: of a run, if known. The model is left as it was."""
+    """captured: of this model with this example. steps: of a run, if known. ranks: processes that FSDP2 is to shard the
+    model over, if any. The model is left as it was."""
     config = captured.config
+    sharded = None if ranks is None else RanksForecast.of(model, config, ranks)
     facts = StepFacts.of(model, captured)
     counted = measure(model, example, config, profiled_group(facts)) if measured else None
     with warnings.catch_warnings():
@@ -80,7 +91,7 @@ def explain(
     methods = (losia(facts), full_fine_tuning(facts), *(lora(facts, rank) for rank in RANKS))
     fit = RoundFit.of(config, len(facts.groups), steps)
     products = ProductsForecast.of(model, facts)
-    return Explanation(report, facts, fit, methods, counted, shapes_of(example), products)
+    return Explanation(report, facts, fit, methods, counted, shapes_of(example), products, sharded)
 
 
 def shapes_of(example: Example) -> dict[str, tuple[int, ...]]:
@@ -145,6 +156,8 @@ def show(found: Explanation, console: Console | None = None) -> None:
     console.print(_methods(found.methods))
     if found.products is not None:
         console.print(str(found.products), highlight=False, soft_wrap=True)
+    if found.sharded is not None:
+        console.print(_sharded(found.sharded))
 
 
 def _groups(facts: StepFacts) -> Table:
@@ -177,6 +190,16 @@ def _memory(found: Explanation) -> Table:
         cells += [size_text(counted), _off(total, counted)]
     shown.add_section()
     shown.add_row("all of it", *cells)
+    return shown
+
+
+def _sharded(found: RanksForecast) -> Table:
+    shown = make_table(f"Under FSDP2, on each of {found.ranks} processes (activations aside)", "", "bytes")
+    for part, label in HELD.items():
+        shown.add_row(f"holds {label}", size_text(found.held[part]))
+    shown.add_section()
+    for part, label in SENT.items():
+        shown.add_row(f"sends {label}", size_text(found.sent[part]))
     return shown
 
 

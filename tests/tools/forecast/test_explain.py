@@ -18,7 +18,7 @@ from losia_fx.tools.forecast.estimate import PARTS, RoundFit, StepFacts, full_fi
 from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
-from losia_fx.tools.load_model import Example
+from losia_fx.tools.load_model import Example, load_model
 from tests.support import tiny
 
 MODELS = [f"tests.support.tiny:{name}" for name in tiny.SEVERAL]
@@ -42,6 +42,22 @@ def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.Cap
     if model is None:
         assert found["inputs"]["input_ids"] == [3, 24]
         assert [group["label"] for group in found["groups"]] == ["lm_head", *(f"model.layers.{n}" for n in range(4))]
+
+
+def test_shards_are_forecast(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is sent is held against what processes send in tests/sharded."""
+    found = explained(capsys, MODELS[0], "--ranks", "8")["sharded"]
+    model = load_model(MODELS[0]).model
+    subnets = losia_fx.subnets(losia_fx.transform(model))
+    values = sum(4 * -(-s.values.shape[0] // 8) * s.values[0].numel() for s in subnets.values())
+    dense = [p for name, p in model.named_parameters() if "_subnet" not in name]
+    weights = {name: p.shape for name, p in model.named_parameters()}
+    assert found["ranks"] == 8
+    assert found["held"]["subnets"] == 4 * values
+    assert found["held"]["weights"] == sum(4 * -(-p.shape[0] // 8) * p[0].numel() for p in dense)
+    assert found["held"]["indices"] == 8 * sum(s.rows.numel() + s.cols.numel() for s in subnets.values())
+    groups = losia_fx.controller(model).groups
+    assert found["held"]["gradient"] == 4 * max(sum(math.prod(weights[n]) for n in names) for names in groups)
 
 
 def test_frozen_products_are_forecast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +173,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["no/such/model"], "no such file or folder"),
         ([MODELS[0], "--rank-factor", "2"], "rank_factor=2.0"),
         ([MODELS[0], "--steps", "0"], "--steps 0"),
+        ([MODELS[0], "--ranks", "1"], "--ranks 1: give a whole number of at least 2"),
         ([MODELS[0], "--target", "nowhere"], "matches no linear weight"),
         ([MODELS[0], "--seq-length", "0"], "--seq-length 0"),
         (["tests.support.tiny:no_tokens", "--seq-length", "4"], "have no tokens"),
