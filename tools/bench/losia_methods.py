@@ -21,6 +21,7 @@ from .methods import Method, Trial, adamw, options_of
 from .sizes import Setup, block_linears
 
 INT8: dict[str, Any] = {"frozen_products": "int8"}
+FLOAT8: dict[str, Any] = {"frozen_products": "float8"}
 
 
 def transformed(setup: Setup, mode: str, model: Any = None, **options: Any) -> nn.Module:
@@ -116,6 +117,7 @@ LOSIA = (
         partial(build_profiled, **INT8),
         note="frozen products in int8; the middle block's group is profiled in every step",
     ),
+    Method("losia float8", partial(build_idle, **FLOAT8), note="frozen products in float8; no group is profiled"),
     Method("losia, all every 10", partial(_build_moving, period=10), note="one step of ten re-selects all groups"),
     Method("losia, all every step", partial(_build_moving, period=1), note="every step re-selects all groups"),
     Method("losia by string", _build_by_string, note='torch.compile(model, backend="losia"); no group is profiled'),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -36,22 +37,23 @@ class Base:
         return AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True)
 
 
-def base_of(name: str, cache: Path, steps: int, console: Console) -> Base:
+def base_of(name: str, cache: Path, steps: int, device: torch.device, console: Console) -> Base:
     """The shipped model, or one that is pretrained here on the standard library, once, and kept in ``cache``."""
     if name == "perl":
         return Base(name, SHIPPED, text.unseen_perl())
     known, path = text.standard_library(), cache / f"base-{name}-{steps}"
     if not path.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        _pretrain(path, known, steps, console)
+        _pretrain(path, known, steps, device, console)
     return Base(name, path, known)
 
 
-def _pretrain(path: Path, known: Corpus, steps: int, console: Console) -> None:
+def _pretrain(path: Path, known: Corpus, steps: int, device: torch.device, console: Console) -> None:
     """As the shipped model was made. The folder appears once all of it is there."""
     tokenizer = train_tokenizer(known.train)
-    model = new_model(tokenizer, seed=0)
-    pretrain(model, token_blocks(known.train, tokenizer), steps=steps, seed=0, console=console)
+    model: Any = new_model(tokenizer, seed=0)
+    model.to(device)
+    pretrain(model, token_blocks(known.train, tokenizer).to(device), steps=steps, seed=0, console=console)
     made = Path(tempfile.mkdtemp(dir=path.parent))
     try:
         model.save_pretrained(made)

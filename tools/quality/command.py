@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from losia_fx.errors import LosiaError
 
+from ..bench.record import environment
 from . import text
 from .bases import BASES, Base, base_of
 from .methods import METHODS
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     part, parts = args.part
     name = "runs.jsonl" if parts == 1 else f"runs-{part}-of-{parts}.jsonl"
     try:
-        record = Record(args.out, name, Setting(args.steps, args.base_steps, args.threads))
+        record = Record(args.out, name, None if args.report_only else _setting(args))
         work = _Work(args, Console())
         runs = [] if args.report_only else work.runs()[part - 1 :: parts]
         interrupted = not work.make(record, runs)
@@ -58,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.out / "quality.md").write_text(markdown(record, command), encoding="utf-8")
         draw(args.out / "quality.png", record.outcomes)
     return 130 if interrupted else 0
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LosiaError(f"--device {args.device}: torch {torch.__version__} sees no GPU; leave it out to use the CPU")
+    return Setting(args.steps, args.base_steps, args.threads, environment(device)["machine"])
 
 
 @dataclass
@@ -112,11 +120,11 @@ class _Work:
         if task is None or (task.base.name, task.name) != (run.base, run.text):
             known = None if task is None else task.base
             base = self._base(run.base) if known is None or known.name != run.base else known
-            task = self._task = Task(base, self._corpus(run.text))
+            task = self._task = Task(base, self._corpus(run.text), torch.device(self.args.device))
         return task
 
     def _base(self, name: str) -> Base:
-        return base_of(name, self.args.out, self.args.base_steps, self.console)
+        return base_of(name, self.args.out, self.args.base_steps, torch.device(self.args.device), self.console)
 
     def _corpus(self, name: str) -> Corpus:
         own = {"python": text.standard_library, "perl": text.perl_manual}
@@ -176,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=400, help="of each run (default: %(default)s)")
     add("--base-steps", type=_positive, default=2000, help="that the second base is pretrained (default: %(default)s)")
     add("--threads", type=_positive, default=1, help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add("--part", type=_part, default=(1, 1), metavar="1/8", help="every eighth of the runs, from the first on")
     add("--report-only", action="store_true", help="make no run: write the tables and the picture of those there are")
     return parser

@@ -24,6 +24,8 @@ class Setting:
     base_steps: int
     """That a base pretrained here has seen."""
     threads: int
+    machine: str
+    """Its GPU, or its processor."""
     batch: int = BATCH
     length: int = LENGTH
     torch: str = field(default_factory=lambda: metadata.version("torch"))
@@ -32,20 +34,26 @@ class Setting:
 
 
 class Record:
-    """Outcomes by run. folder: of all files; name: of the one that this process adds to.
+    """Outcomes by run. folder: of all files; name: of the one that this process adds to; setting: None is the files'.
 
     Raises LosiaError for a line that is none of ours, or of another setting. A last line that was cut off (the machine
     went down while it was written) is dropped.
     """
 
-    def __init__(self, folder: Path, name: str, setting: Setting) -> None:
-        self.setting, self._file = setting, folder / name
+    def __init__(self, folder: Path, name: str, setting: Setting | None) -> None:
+        self._setting, self._file = setting, folder / name
         self.outcomes: dict[Run, Outcome] = {}
         self.dates: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(self._file)
         for file in sorted(folder.glob("runs*.jsonl")):
             self._load(file)
+
+    @property
+    def setting(self) -> Setting:
+        if self._setting is None:
+            raise LosiaError(f"{self._file.parent}: holds no run")
+        return self._setting
 
     def add(self, run: Run, outcome: Outcome) -> None:
         today = date.today().isoformat()
@@ -68,7 +76,9 @@ class Record:
                 outcome = Outcome(**found)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise LosiaError(f"{path}, line {number}: no run of quality ({error!r}"[:200] + ")") from error
-            if setting != self.setting:
+            if self._setting is None:
+                self._setting = setting
+            if setting != self._setting:
                 other = ", ".join(f"{key} {value}" for key, value in asdict(setting).items())
                 raise LosiaError(f"{path}, line {number}: of another setting ({other}); give each a folder of its own")
             self.outcomes[run] = outcome

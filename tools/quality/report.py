@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +22,6 @@ def markdown(record: Record, command: str) -> str:
     about = [
         f"- command: `{command}`",
         f"- date: {' to '.join(sorted({min(record.dates), max(record.dates)}))}",
-        f"- machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         *(f"- {name.replace('_', ' ')}: {value}" for name, value in asdict(record.setting).items()),
         "",
         "Losses are held-out nats a token, lower is better; ± is the standard error over n seeds.",
@@ -45,7 +42,7 @@ def _task(outcomes: Outcomes, base: str, text: str) -> str:
          str(p.learnt.count), str(p.learnt), str(p.forgotten), f"{p.seconds.value:.0f}")
         for p in found
     ]  # fmt: skip
-    table = _table(("method", "what", "trained", "rate", "n", f"learnt ({text})", f"forgotten ({base})", "CPU s"), rows)
+    table = _table(("method", "what", "trained", "rate", "n", f"learnt ({text})", f"forgotten ({base})", "s"), rows)
     return f"{title}\n\n{table}\n\n{_frontier(outcomes, found)}"
 
 

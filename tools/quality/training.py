@@ -43,28 +43,35 @@ class Outcome:
     trained: int
     """Parameters that the optimizer held."""
     seconds: float
-    """Of training, on the clock of the CPU."""
+    """Of training: on a CPU its own clock, else the wall's."""
 
 
 class Task:
-    """A base and a text to be learnt, tokenized once for all runs."""
+    """A base and a text to be learnt, tokenized once for all runs, on the device that they run on."""
 
-    def __init__(self, base: Base, text: Corpus) -> None:
+    def __init__(self, base: Base, text: Corpus, device: torch.device) -> None:
         tokenizer = base.tokenizer()
-        self.base, self.name = base, text.name
-        self.train = token_blocks(text.train, tokenizer)
-        self.learnt, self.known = windows(text.held_out, tokenizer), windows(base.known.held_out, tokenizer)
-        model = base.model()
+        self.base, self.name, self.device = base, text.name, device
+        self.train = token_blocks(text.train, tokenizer).to(device)
+        self.learnt = windows(text.held_out, tokenizer).to(device)
+        self.known = windows(base.known.held_out, tokenizer).to(device)
+        model = base.model().to(device)
         self.before = (held_out_loss(model, self.learnt), held_out_loss(model, self.known))
 
     def run(self, method: Method, lr: float, seed: int, steps: int) -> Outcome:
         torch.manual_seed(seed)  # of LoRA's first weights; subnets have their own
-        model = method.prepare(self.base.model(), seed)
-        began = time.process_time()
+        model = method.prepare(self.base.model().to(self.device), seed)
+        began = self._clock()
         trained = train(model, self.train, method, lr, seed, steps)
-        seconds = time.process_time() - began
+        seconds = self._clock() - began
         after = (held_out_loss(model, self.learnt), held_out_loss(model, self.known))
         return Outcome(*after, *self.before, trained, round(seconds, 2))
+
+    def _clock(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def train(model: nn.Module, blocks: Tensor, method: Method, lr: float, seed: int, steps: int) -> int:
@@ -96,7 +103,7 @@ def batches(blocks: Tensor, seed: int) -> Iterator[Tensor]:
     """Endless (BATCH, LENGTH), in a new order on each pass; a pass ends with its last whole batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(blocks), generator=generator, device="cpu")
+        order = torch.randperm(len(blocks), generator=generator, device="cpu").to(blocks.device)
         yield from (blocks[some] for some in order.split(BATCH) if len(some) == min(BATCH, len(blocks)))
 
 
