@@ -137,8 +137,15 @@ def test_what_is_forgotten_is_read_between_the_rates_seed_by_seed() -> None:
     assert found is not None
     assert (found.value, found.count) == (pytest.approx((3.7 + 3.85) / 2), 2)
     assert frontier.at_level(RUNS, "two", 4.1) is None
-    at = frontier.levels(RUNS)
-    assert at == pytest.approx([4.4, 4.35, 4.3, 4.25, 4.2])
+    assert frontier.levels(RUNS) == [4.4, 4.2]
+
+
+def test_levels_lie_where_runs_do_and_two_methods_reach() -> None:
+    runs = {Run("perl", "python", name, lr, 0): outcome(lr, 3.0) for name in "ab" for lr in range(1, 31)}
+    found = frontier.levels({**runs, Run("perl", "python", "a", 99.0, 0): outcome(99.0, 3.0)})
+    assert len(found) == frontier.LEVELS
+    assert (found[0], found[-1]) == (30, 1)
+    assert frontier.levels({run: each for run, each in runs.items() if run.method == "a"}) == []
 
 
 def test_a_point_that_another_beats_on_both_is_not_of_the_frontier() -> None:

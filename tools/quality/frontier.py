@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .training import Outcome, Run
 
-LEVELS = 5
+LEVELS = 8
 """At how many losses of the learnt text the methods are held against each other."""
 
 
@@ -75,16 +75,18 @@ def points(outcomes: Outcomes) -> list[Point]:
 
 
 def levels(outcomes: Outcomes) -> list[float]:
-    """Losses of the learnt text, evenly spaced over what at least two methods reach; none where no two overlap."""
+    """Losses of the learnt text that two methods or more reach, most where most runs are; none where no two overlap."""
     reached: dict[str, list[float]] = {}
     for point in points(outcomes):
         reached.setdefault(point.method, []).append(point.learnt.value)
-    lowest = sorted(min(values) for values in reached.values())
-    highest = sorted(max(values) for values in reached.values())
-    if len(reached) < 2 or lowest[1] >= highest[-2]:
-        return []
-    step = (highest[-2] - lowest[1]) / (LEVELS - 1)
-    return [highest[-2] - step * number for number in range(LEVELS)]
+    shared = [
+        value
+        for value in sorted({value for values in reached.values() for value in values}, reverse=True)
+        if sum(min(values) <= value <= max(values) for values in reached.values()) > 1
+    ]
+    if len(shared) <= LEVELS:
+        return shared
+    return [shared[round(number * (len(shared) - 1) / (LEVELS - 1))] for number in range(LEVELS)]
 
 
 def at_level(outcomes: Outcomes, method: str, level: float) -> Mean | None:

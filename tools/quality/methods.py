@@ -15,7 +15,8 @@ from losia_fx.optim import SubnetRMS
 
 BETAS = (0.9, 0.999)
 PERIOD = 10
-SUBNET_RATES, LORA_RATES, FULL_RATES = (6e-3, 1e-2, 1.5e-2), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+SUBNET_RATES, HEAD_RATES = (6e-3, 1e-2, 1.5e-2), (3e-3, 6e-3, 1e-2, 1.5e-2)
+LORA_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ _KNOWN = (
     ),
     Method("sign", "all drawn every step, Adam", SUBNET_RATES, _subnets(**_ALL, period=1), adam),
     Method("roaming", "all drawn every step, SubnetRMS", SUBNET_RATES, _subnets(**_ALL, period=1), _rms),
-    Method("paper-head", "the paper's rule, and the head by it", SUBNET_RATES, _subnets(**_HEAD), adam),
-    Method("paper-head-frequent", "its blocks, the head by labels", SUBNET_RATES, _subnets(**_FREQUENT), adam),
+    Method("paper-head", "the paper's rule, and the head by it", HEAD_RATES, _subnets(**_HEAD), adam),
+    Method("paper-head-frequent", "its blocks, the head by labels", HEAD_RATES, _subnets(**_FREQUENT), adam),
     Method("int8", "paper, frozen products in int8", SUBNET_RATES, _subnets(frozen_products="int8"), adam),
     Method("float8", "paper, frozen products in float8", SUBNET_RATES, _subnets(frozen_products="float8"), adam),
-    Method("roaming-head", "roaming, the head by labels", SUBNET_RATES, _subnets(**_ALL, **_FREQUENT, period=1), _rms),
+    Method("roaming-head", "roaming, the head by labels", HEAD_RATES, _subnets(**_ALL, **_FREQUENT, period=1), _rms),
 )
 METHODS = {method.name: method for method in _KNOWN}
