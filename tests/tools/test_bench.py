@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import losia_fx
 from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
+from losia_fx.runtime.agreement import strays
 from losia_fx.tools.bench import apart, host, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
@@ -80,6 +81,7 @@ def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup,
     trial.prepare()
     assert controller.agreement.differing() == []
     assert not controller.agreement.shows_a_write()
+    assert strays(controller.states) == []
     assert all(state.packed.is_of(state.weight) for state in controller.states if state.packed is not None)
 
 

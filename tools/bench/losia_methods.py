@@ -13,6 +13,7 @@ import losia_fx
 from losia_fx._compat import ISOLATES_RECOMPILES
 from losia_fx.compile.backend import losia_backend
 from losia_fx.errors import LosiaWarning
+from losia_fx.method.subnet import scatter
 from losia_fx.runtime.controller import Controller, find_controller
 
 from ..forecast import slots
@@ -49,7 +50,11 @@ def _rest(controller: Controller) -> None:
 
 
 def _overlook_others(controller: Controller) -> None:
-    """All methods share one copy of the weights: what another wrote there is nothing to look into, inside the clock."""
+    """All methods share one copy of the weights: before the clock runs W has this one's subnets again, and what others
+    wrote beside them is nothing to look into."""
+    with torch.no_grad():
+        for weight, rows, cols, values in (state.written() for state in controller.states):
+            scatter(weight, rows, cols, values.detach().to(weight.dtype))
     controller.agreement.remember()
     for state in controller.states:
         if state.packed is not None:
