@@ -53,12 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LosiaError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
-    if record.outcomes:
+    shown = {run: record.outcomes[run] for run in _ordered(record, args)}
+    if shown:
         words = [] if argv is None and not sys.argv[1:] else list(argv if argv is not None else sys.argv[1:])
         command = shlex.join(["python", "-m", "losia_fx.tools.quality", *words])
-        (args.out / "quality.md").write_text(markdown(record, command), encoding="utf-8")
-        draw(args.out / "quality.png", record.outcomes)
+        (args.out / "quality.md").write_text(markdown(record, shown, command), encoding="utf-8")
+        draw(args.out / "quality.png", shown)
     return 130 if interrupted else 0
+
+
+def _ordered(record: Record, args: argparse.Namespace) -> list[Run]:
+    """Of the bases and methods that were asked for, in their order, whatever order the runs were made in."""
+    places = {pair: number for number, pair in enumerate(itertools.product(BASES, METHODS))}
+    asked = [run for run in record.outcomes if run.base in args.bases and run.method in args.methods]
+    return sorted(asked, key=lambda run: (places[run.base, run.method], run.lr, run.seed))
 
 
 def _setting(args: argparse.Namespace) -> Setting:
@@ -186,5 +194,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=1, help="default: %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add("--part", type=_part, default=(1, 1), metavar="1/8", help="every eighth of the runs, from the first on")
-    add("--report-only", action="store_true", help="make no run: write the tables and the picture of those there are")
+    add("--report-only", action="store_true", help="no run: tables and picture of what is there")
     return parser

@@ -17,8 +17,11 @@ from .record import Record
 COLOURS = ("#1f6f8b", "#b5483a", "#c2a25a", "#5a8f5a", "#7d5ba6", "#444444", "#d08bb0", "#4aa3a2", "#8c6d46", "#9aa0a6")
 
 
-def markdown(record: Record, command: str) -> str:
-    """Of every base and text: each method at each rate, and what all forget where they have learnt the same."""
+def markdown(record: Record, shown: Outcomes, command: str) -> str:
+    """Of every base and text: each method at each rate, and what all forget where they have learnt the same.
+
+    shown: those of the record's outcomes that the tables have.
+    """
     about = [
         f"- command: `{command}`",
         f"- date: {' to '.join(sorted({min(record.dates), max(record.dates)}))}",
@@ -26,7 +29,7 @@ def markdown(record: Record, command: str) -> str:
         "",
         "Losses are held-out nats a token, lower is better; ± is the standard error over n seeds.",
     ]
-    parts = [_task(of_task(record.outcomes, task), *task) for task in tasks(record.outcomes)]
+    parts = [_task(of_task(shown, task), *task) for task in tasks(shown)]
     return "\n\n".join(["\n".join(about), *parts]) + "\n"
 
 
@@ -65,18 +68,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def draw(path: Path, outcomes: Outcomes) -> None:
     """A panel a base and text: a line a method, a point a rate, with standard errors."""
-    found = tasks(outcomes)
+    found, methods = tasks(outcomes), dict.fromkeys(run.method for run in outcomes)
+    colours = dict(zip(methods, COLOURS * 2, strict=False))
     figure = Figure(figsize=(6.5 * len(found), 5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         mine = points(of_task(outcomes, task))
-        for method, colour in zip(dict.fromkeys(point.method for point in mine), COLOURS * 2, strict=False):
+        for method in dict.fromkeys(point.method for point in mine):
             some = [point for point in mine if point.method == method]
             axes.errorbar(
                 [point.learnt.value for point in some],
                 [point.forgotten.value for point in some],
                 xerr=[point.learnt.error or 0.0 for point in some],
                 yerr=[point.forgotten.error or 0.0 for point in some],
-                color=colour,
+                color=colours[method],
                 marker="o",
                 markersize=4,
                 label=method,
