@@ -6,14 +6,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
-
-if TYPE_CHECKING:
-    pass  # not in every build of torch
 
 
 def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
