@@ -171,9 +171,30 @@ def by_rows_and_columns() -> dict[str, Any]:
     return {**outcome(model), "optimizer": optimizer.state_dict()["state"]}
 
 
+class Labelled(Toy):
+    """Its tokens come by the name that labels are counted by."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+def roaming_model() -> nn.Module:
+    torch.manual_seed(0)
+    rule = losia_fx.LosiaConfig.roaming(period=PERIOD, count_steps=2, carry_moments=True)
+    return losia_fx.transform(
+        Labelled(layers=1).double(), rule, rank_factor=0.25, output_rank_factor=0.25, compiler="eager"
+    )
+
+
+def roaming() -> dict[str, Any]:
+    """Labels of all ranks are counted; Adam's second moment goes on where the subnets have been drawn anew."""
+    model = roaming_model()
+    return plain_steps(model, DistributedDataParallel(model))
+
+
 SCENARIOS: list[Callable[[], dict[str, Any]]] = [
     trajectory, accumulation, two_forwards_before_a_backward, compiled_around, resumed, group_of_its_own,
-    by_rows_and_columns,
+    by_rows_and_columns, roaming,
 ]  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 import losia_fx
 from losia_fx.finetune.checkpoints import MARK, newest_whole
 from losia_fx.optim import SubnetRMS
-from tests.loop.ddp_worker import RANKS, joined_batches, model_of
+from tests.loop.ddp_worker import RANKS, joined_batches, model_of, roaming_model
 from tests.loop.finetune_runs import Run, assert_same_outcome
 from tests.support.pair import PERIOD, Pair
 from tests.support.toy_runs import same
@@ -124,6 +124,24 @@ def test_means_by_rows_and_columns_are_those_of_the_joined_batch(found: list[dic
     state = optimizer.state_dict()["state"]
     assert state.keys() == outcome["optimizer"].keys()
     torch.testing.assert_close(outcome["optimizer"], state, rtol=1e-6, atol=1e-15)
+    torch.testing.assert_close(outcome["weights"], dict(model.state_dict()), rtol=1e-6, atol=1e-9)
+
+
+def test_labels_of_all_ranks_count_and_carried_moments_are_those_of_the_joined_batch(
+    found: list[dict[str, Any]],
+) -> None:
+    outcome, model = scenario(found, "roaming"), roaming_model()
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for ids in joined_batches(PERIOD + 2):
+        loss_of(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = losia_fx.state_dict(model)
+    assert state.keys() == outcome["state"].keys()
+    whole = [key for key, value in state.items() if not (isinstance(value, Tensor) and value.is_floating_point())]
+    assert {"head.weight:rows", "head.weight:label_counts"} <= set(whole)
+    for key in whole:
+        assert same(outcome["state"][key], state[key]), key
     torch.testing.assert_close(outcome["weights"], dict(model.state_dict()), rtol=1e-6, atol=1e-9)
 
 
