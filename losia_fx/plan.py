@@ -27,8 +27,8 @@ class SubnetFacts:
 
 
 @dataclass(frozen=True)
-class SubnetSlot:
-    """A place for one weight's subnet in a graph. Whose it is, is seen at run time from the weight that arrives."""
+class SubnetPort:
+    """Where a weight and its subnet enter a graph. Whose they are is seen at run time, from the weight that arrives."""
 
     index: int
     weight: str
@@ -58,7 +58,7 @@ class SubnetSlot:
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """All placeholders that a graph may have for the slot's subnet."""
+        """All placeholders that a graph may have for the port's subnet."""
         return (*self.input_names, self.handle_name, *self.packed_names)
 
 
@@ -69,7 +69,7 @@ class ProductSite:
     node: str
     body: tuple[str, ...]
     """Names of the nested GraphModules that lead to it, outermost first; () for the graph itself."""
-    slot: int
+    port: int
     call: int
     """Number of this use among all rewritten uses of the graph."""
     use: str
@@ -89,7 +89,7 @@ class WholeSite:
     """The placeholder for W in its graph."""
     users: tuple[str, ...]
     body: tuple[str, ...]
-    slot: int
+    port: int
     call: int
     use: str
     """What the users are, for the report."""
@@ -97,7 +97,7 @@ class WholeSite:
 
 @dataclass(frozen=True)
 class SubnetPlan:
-    slots: tuple[SubnetSlot, ...]
+    ports: tuple[SubnetPort, ...]
     sites: tuple[ProductSite, ...]
     whole: tuple[WholeSite, ...] = ()
 
@@ -106,10 +106,10 @@ class SubnetPlan:
         return [*self.sites, *self.whole]
 
     @property
-    def packed_slots(self) -> list[int]:
-        """The slots whose weights enter the graph in 8 bits too, in order."""
-        return sorted({site.slot for site in self.sites if site.packed})
+    def packed_ports(self) -> list[int]:
+        """The ports whose weights enter the graph in 8 bits too, in order."""
+        return sorted({site.port for site in self.sites if site.packed})
 
-    def slots_within(self, body: tuple[str, ...]) -> list[int]:
-        """The slots whose weights are used in this body or in one nested in it, in order."""
-        return sorted({place.slot for place in self.places if place.body[: len(body)] == body})
+    def ports_within(self, body: tuple[str, ...]) -> list[int]:
+        """The ports whose weights are used in this body or in one nested in it, in order."""
+        return sorted({place.port for place in self.places if place.body[: len(body)] == body})

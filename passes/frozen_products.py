@@ -23,7 +23,7 @@ from .rewritten import rewritten_from
 class FrozenProducts(GraphPass):
     """losia.subnet_linear(x, W, S, ...) -> losia.packed_linear(x, *losia.quantised(x), Q, t, S, ...), W ~ Q t.
 
-    What several linears take is quantised once. Appends placeholders for Q and its scales t a slot, behind those of
+    What several linears take is quantised once. Appends placeholders for Q and its scales t a port, behind those of
     InsertLocalization, which comes first. W itself enters those products no more.
     """
 
@@ -34,12 +34,12 @@ class FrozenProducts(GraphPass):
         found = {site.call for part in graph_modules(gm) for node in part.graph.nodes if (site := _site_of(node))}
         for site in self.plan.sites:
             if site.packed and site.call not in found:
-                fqn = self.plan.slots[site.slot].facts.fqn
+                fqn = self.plan.ports[site.port].facts.fqn
                 raise PassPreconditionError(f"{self.name}: {fqn}: {site.node!r} is no rewritten linear of this graph")
 
     def apply(self, gm: fx.GraphModule) -> int:
-        packed = set(self.plan.packed_slots)
-        kinds = {slot.index: slot.facts.packed for slot in self.plan.slots}
+        packed = set(self.plan.packed_ports)
+        kinds = {port.index: port.facts.packed for port in self.plan.ports}
         done = 0
 
         def edit(part: fx.GraphModule, body: tuple[str, ...], inputs: Inputs) -> None:
@@ -48,17 +48,17 @@ class FrozenProducts(GraphPass):
             for node in list(part.graph.nodes):
                 if (site := _site_of(node)) is None:
                     continue
-                kind = kinds[site.slot]
+                kind = kinds[site.port]
                 assert kind is not None
                 x, _, *rest = node.args
                 assert isinstance(x, fx.Node)
                 if (x, kind) not in made:
                     made[x, kind] = _quantised(part.graph, node, x, kind)
                 node.target = packed_linear
-                node.args = (x, *made[x, kind], *inputs[site.slot], *rest)
+                node.args = (x, *made[x, kind], *inputs[site.port], *rest)
                 done += 1
 
-        thread_inputs(gm, self.plan, lambda slot: slot.packed_names if slot.index in packed else (), edit)
+        thread_inputs(gm, self.plan, lambda port: port.packed_names if port.index in packed else (), edit)
         return done
 
     def ensures(self, gm: fx.GraphModule) -> None:

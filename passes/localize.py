@@ -21,7 +21,7 @@ from .rewritten import Rewritten, rewritten_from
 class InsertLocalization(GraphPass):
     """losia.subnet_linear(x, ...) -> losia.subnet_linear(x, ..., losia.tap(x, handle, call), handle, call).
 
-    Appends one placeholder a slot, the handle, behind those of SubnetRewrite, which comes first.
+    Appends one placeholder a port, the handle, behind those of SubnetRewrite, which comes first.
     """
 
     name: ClassVar[str] = "insert-localization"
@@ -35,10 +35,10 @@ class InsertLocalization(GraphPass):
             for node in list(part.graph.nodes):
                 found = rewritten_from(node)
                 if found is not None:
-                    _insert(part.graph, node, found, inputs[found.site.slot][0])
+                    _insert(part.graph, node, found, inputs[found.site.port][0])
                     done += 1
 
-        thread_inputs(gm, self.plan, lambda slot: (slot.handle_name,), edit)
+        thread_inputs(gm, self.plan, lambda port: (port.handle_name,), edit)
         return done
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetSlot, WholeSite
+from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetPort, WholeSite
 
 from .base import placeholders, region_of
 from .nodes import use_of
@@ -67,7 +67,7 @@ def plan_subnets(gm: fx.GraphModule, facts: Mapping[str, SubnetFacts]) -> Subnet
     """
     uses = find_uses(gm, {name: fact.dims for name, fact in facts.items()})
     position = {node.name: index for index, node in enumerate(placeholders(gm))}
-    slots: list[SubnetSlot] = []
+    ports: list[SubnetPort] = []
     sites: list[ProductSite] = []
     whole: list[WholeSite] = []
     taken: set[fx.Node] = set()
@@ -76,14 +76,14 @@ def plan_subnets(gm: fx.GraphModule, facts: Mapping[str, SubnetFacts]) -> Subnet
         mine = uses[holder]
         if not mine.products and not mine.others:
             continue
-        slot = SubnetSlot(len(slots), holder, position[holder], fact)
-        slots.append(slot)
+        port = SubnetPort(len(ports), holder, position[holder], fact)
+        ports.append(port)
         fitting, unfit = _sort(mine.products, fact, taken)
         for body, product in fitting:
             packed = fact.packed is not None and _is_plain(product)
-            sites.append(ProductSite(product.node.name, body, slot.index, next(calls), product.use, packed))
-        whole += _whole_sites([*mine.others, *unfit], slot, calls)
-    return SubnetPlan(tuple(slots), tuple(sites), tuple(whole))
+            sites.append(ProductSite(product.node.name, body, port.index, next(calls), product.use, packed))
+        whole += _whole_sites([*mine.others, *unfit], port, calls)
+    return SubnetPlan(tuple(ports), tuple(sites), tuple(whole))
 
 
 Other = tuple[tuple[str, ...], fx.Node, list[fx.Node]]
@@ -117,11 +117,11 @@ def _is_plain(product: Product) -> bool:
     return product.form == "linear" and not product.view.path and not product.transposed
 
 
-def _whole_sites(others: Iterable[Other], slot: SubnetSlot, calls: Iterator[int]) -> Iterator[WholeSite]:
+def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]) -> Iterator[WholeSite]:
     joined: dict[tuple[tuple[str, ...], fx.Node], list[fx.Node]] = {}
     for body, holder, users in others:
         joined.setdefault((body, holder), []).extend(users)
     for (body, holder), users in joined.items():
         names = tuple(dict.fromkeys(user.name for user in users))
         said = ", ".join(sorted({use_of(user) for user in users}))
-        yield WholeSite(holder.name, names, body, slot.index, next(calls), said)
+        yield WholeSite(holder.name, names, body, port.index, next(calls), said)

@@ -49,7 +49,7 @@ JOINT_STAGES = (JOINT, *(each.name for each, _ in JOINT_PASSES))
 
 def forward_pipeline(plan: SubnetPlan, config: LosiaConfig, observe: Observer | None = None) -> PassPipeline:
     """The passes on a graph of Dynamo's with this plan; none where nothing in it has a subnet."""
-    passes = tuple(each(plan) for each, wanted in FORWARD_PASSES if plan.slots and wanted(config))
+    passes = tuple(each(plan) for each, wanted in FORWARD_PASSES if plan.ports and wanted(config))
     return PassPipeline(passes, start=DYNAMO, observe=observe)
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from losia_fx.errors import PassPostconditionError, PassPreconditionError
 from losia_fx.ops.experts import subnet_batched, subnet_grouped
 from losia_fx.ops.linear import subnet_linear, subnet_weight
-from losia_fx.plan import ProductSite, SubnetPlan, SubnetSlot, WholeSite
+from losia_fx.plan import ProductSite, SubnetPlan, SubnetPort, WholeSite
 
 from .base import GraphPass, append_placeholders, placeholders, region_of
 from .products import Product, find_products, renewed
@@ -22,35 +22,35 @@ from .rewritten import Rewritten, note, rewritten_nodes
 from .views import Permutation
 
 Inputs = dict[int, tuple[fx.Node, ...]]
-"""The placeholders of each slot's state in one body."""
+"""The placeholders of each port's state in one body."""
 Edit = Callable[[fx.GraphModule, tuple[str, ...], Inputs], None]
 """Edits one body, given its place and the state's placeholders there."""
 
 
 def thread_inputs(
-    gm: fx.GraphModule, plan: SubnetPlan, names: Callable[[SubnetSlot], Iterable[str]], edit: Edit
+    gm: fx.GraphModule, plan: SubnetPlan, names: Callable[[SubnetPort], Iterable[str]], edit: Edit
 ) -> None:
-    """Gives the graph new placeholders for every slot, hands them on to the bodies that need them, and edits each."""
-    _thread(gm, (), plan, names, edit, [slot.index for slot in plan.slots])
+    """Gives the graph new placeholders for every port, hands them on to the bodies that need them, and edits each."""
+    _thread(gm, (), plan, names, edit, [port.index for port in plan.ports])
 
 
 def _thread(
     gm: fx.GraphModule,
     body: tuple[str, ...],
     plan: SubnetPlan,
-    names: Callable[[SubnetSlot], Iterable[str]],
+    names: Callable[[SubnetPort], Iterable[str]],
     edit: Edit,
-    slots: list[int],
+    ports: list[int],
 ) -> None:
-    inputs = {slot: tuple(append_placeholders(gm.graph, names(plan.slots[slot]))) for slot in slots}
+    inputs = {port: tuple(append_placeholders(gm.graph, names(plan.ports[port]))) for port in ports}
     for node in list(gm.graph.nodes):
         region = region_of(gm, node)
         if region is None:
             continue
         inner = (*body, region.name)
-        used = plan.slots_within(inner)
+        used = plan.ports_within(inner)
         if used:
-            node.args = (*node.args, *(holder for slot in used for holder in inputs[slot]))
+            node.args = (*node.args, *(holder for port in used for holder in inputs[port]))
             _thread(region.body, inner, plan, names, edit, used)
             outputs_may_learn(region.body)
     edit(gm, body, inputs)
@@ -72,7 +72,7 @@ class SubnetRewrite(GraphPass):
     """linear(x, W, b) -> losia.subnet_linear(x, W, S, rows, cols, b), and so on for every product of a planned weight;
     whatever else takes W takes losia.subnet_weight(W, S, rows, cols) instead.
 
-    Appends placeholders for S, rows and cols a slot, behind the last one, in plan order.
+    Appends placeholders for S, rows and cols a port, behind the last one, in plan order.
     Raises PassPreconditionError where a planned node is no product of its weight in this graph.
     """
 
@@ -83,13 +83,13 @@ class SubnetRewrite(GraphPass):
         found = self._products(gm)
         for site in self.plan.sites:
             if site.call not in found:
-                fqn = self.plan.slots[site.slot].facts.fqn
+                fqn = self.plan.ports[site.port].facts.fqn
                 raise PassPreconditionError(f"{self.name}: {fqn}: node {site.node!r} is no product of it in this graph")
         for whole in self.plan.whole:
             names = {node.name for node in _body(gm, whole.body).graph.nodes}
             missing = [name for name in (whole.holder, *whole.users) if name not in names]
             if missing:
-                fqn = self.plan.slots[whole.slot].facts.fqn
+                fqn = self.plan.ports[whole.port].facts.fqn
                 raise PassPreconditionError(f"{self.name}: {fqn}: this graph has no node {missing[0]!r} that uses it")
 
     def apply(self, gm: fx.GraphModule) -> int:
@@ -98,23 +98,23 @@ class SubnetRewrite(GraphPass):
         def edit(part: fx.GraphModule, body: tuple[str, ...], inputs: Inputs) -> None:
             for whole in self.plan.whole:
                 if whole.body == body:
-                    _take_whole(part.graph, whole, inputs[whole.slot])
+                    _take_whole(part.graph, whole, inputs[whole.port])
             for site in self.plan.sites:
                 if site.body == body:
-                    _rewrite(part.graph, renewed(found[site.call]), site, inputs[site.slot])
+                    _rewrite(part.graph, renewed(found[site.call]), site, inputs[site.port])
 
-        thread_inputs(gm, self.plan, lambda slot: slot.input_names, edit)
+        thread_inputs(gm, self.plan, lambda port: port.input_names, edit)
         return len(self.plan.sites) + len(self.plan.whole)
 
     def _holders(self, gm: fx.GraphModule) -> dict[tuple[tuple[str, ...], int], list[str]]:
-        """(body, slot) -> names of the placeholders that stand for the slot's weight there."""
+        """(body, port) -> names of the placeholders that stand for the port's weight there."""
         found: dict[tuple[tuple[str, ...], int], list[str]] = {}
-        for slot in self.plan.slots:
+        for port in self.plan.ports:
             todo: list[tuple[tuple[str, ...], fx.GraphModule, fx.Node]]
-            todo = [((), gm, node) for node in placeholders(gm) if node.name == slot.weight]
+            todo = [((), gm, node) for node in placeholders(gm) if node.name == port.weight]
             while todo:
                 body, part, holder = todo.pop()
-                found.setdefault((body, slot.index), []).append(holder.name)
+                found.setdefault((body, port.index), []).append(holder.name)
                 for region in filter(None, (region_of(part, user) for user in holder.users)):
                     inside = (*body, region.name)
                     todo += [(inside, region.body, inner) for inner, outer in region.passed() if outer is holder]
@@ -123,15 +123,15 @@ class SubnetRewrite(GraphPass):
     def _products(self, gm: fx.GraphModule) -> dict[int, Product]:
         """The planned products that are in the graph, by the call of their site."""
         holders = self._holders(gm)
-        whole = {(site.body, site.slot, user) for site in self.plan.whole for user in site.users}
+        whole = {(site.body, site.port, user) for site in self.plan.whole for user in site.users}
         found: dict[int, Product] = {}
         for site in self.plan.sites:
-            names = holders.get((site.body, site.slot), [])
+            names = holders.get((site.body, site.port), [])
             for holder in _body(gm, site.body).graph.find_nodes(op="placeholder"):
                 if holder.name in names:
-                    products, _ = find_products(holder, self.plan.slots[site.slot].facts.dims)
+                    products, _ = find_products(holder, self.plan.ports[site.port].facts.dims)
                     # of a weight multiplied with itself there are two for one node
-                    mine = [p for p in products if (site.body, site.slot, p.branch.name) not in whole]
+                    mine = [p for p in products if (site.body, site.port, p.branch.name) not in whole]
                     found.update((site.call, product) for product in mine if product.node.name == site.node)
         return found
 

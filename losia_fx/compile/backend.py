@@ -74,9 +74,9 @@ class LosiaBackend:
         plan = plan_subnets(copy, {name: state.facts for name, state in states.items()})
         _note_uses(parameters, uses, plan)
         observe = self._rewrite(gm, copy, example_inputs, plan)
-        others = [names.index(name) for name in parameters if name not in {slot.weight for slot in plan.slots}]
+        others = [names.index(name) for name in parameters if name not in {port.weight for port in plan.ports}]
         state_inputs = StateInputs(
-            plan.slots, self.config.profiles, others, fresh, self.give_subnets, plan.packed_slots
+            plan.ports, self.config.profiles, others, fresh, self.give_subnets, plan.packed_ports
         )
         extra = state_inputs.of(example_inputs)
         assert extra is not None
@@ -110,13 +110,13 @@ def _note_uses(parameters: Mapping[str, nn.Parameter], uses: Mapping[str, Uses],
     for name, found in uses.items():
         GRAPH_USES.setdefault(parameters[name], GraphUses()).named |= found.names
     for whole in plan.whole:
-        slot = plan.slots[whole.slot]
-        GRAPH_USES[parameters[slot.weight]].whole.add(whole.use)
-        log.info("%s: used by %s: trained by its full gradient", slot.facts.fqn, whole.use)
+        port = plan.ports[whole.port]
+        GRAPH_USES[parameters[port.weight]].whole.add(whole.use)
+        log.info("%s: used by %s: trained by its full gradient", port.facts.fqn, whole.use)
     for site in plan.sites:
-        slot = plan.slots[site.slot]
-        if slot.facts.packed is not None and not site.packed:
-            GRAPH_USES[parameters[slot.weight]].unpacked.add(site.use)
+        port = plan.ports[site.port]
+        if port.facts.packed is not None and not site.packed:
+            GRAPH_USES[parameters[port.weight]].unpacked.add(site.use)
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

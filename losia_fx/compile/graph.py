@@ -1,7 +1,7 @@
-"""One compiled graph, for every weight that arrives in its slots; and the same graph uncompiled, for any other.
+"""One compiled graph, for every weight that arrives at its ports; and the same graph uncompiled, for any other.
 
 A compiled graph may serve many layers and many models, so nothing of a subnet is closed over: which S, rows, cols and
-handle go into a slot is decided by the weight that arrives with the call.
+handle go into a port is decided by the weight that arrives with the call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from losia_fx.errors import LosiaWarning
 from losia_fx.ops.first_order import only_once
 from losia_fx.passes import copy_graph_module, graph_modules, placeholders, region_of
-from losia_fx.plan import SubnetSlot
+from losia_fx.plan import SubnetPort
 from losia_fx.runtime.outside import compiled_region, eager_linear, eager_weight
 from losia_fx.runtime.state import SubnetState, find, resolve
 
@@ -29,11 +29,11 @@ GiveSubnets = Callable[[Sequence[nn.Parameter]], None]
 class StateInputs:
     """What a rewritten graph takes beside the inputs of the graph that it was."""
 
-    slots: Sequence[SubnetSlot]
+    ports: Sequence[SubnetPort]
     handles: bool
     """Whether the graph has localization nodes."""
     others: Sequence[int]
-    """Positions, among the inputs, of the parameters without a slot: none of them may have a subnet."""
+    """Positions, among the inputs, of the parameters without a port: none of them may have a subnet."""
     fresh: Sequence[int] = ()
     """Positions of the weights that get a subnet where they come without one."""
     give_subnets: GiveSubnets | None = None
@@ -41,8 +41,8 @@ class StateInputs:
     """Slots whose weights enter the graph in 8 bits too."""
 
     def of(self, inputs: Sequence[Any]) -> list[Tensor] | None:
-        """S, rows and cols of each slot's weight, then the handles, then what is packed; None where a weight does not
-        fit its slot."""
+        """S, rows and cols of each port's weight, then the handles, then what is packed; None where a weight does not
+        fit its port."""
         if self.give_subnets is not None:
             arrived = [inputs[position] for position in self.fresh]
             if any(find(weight) is None for weight in arrived):
@@ -50,22 +50,22 @@ class StateInputs:
         tensors: list[Tensor] = []
         handles: list[Tensor] = []
         packed: list[Tensor] = []
-        for slot in self.slots:
-            state = resolve(inputs[slot.position])
-            if state is None or not _fits(state, slot):
+        for port in self.ports:
+            state = resolve(inputs[port.position])
+            if state is None or not _fits(state, port):
                 return None
             state.ran = True
             tensors += state.inputs()
             handles.append(state.handle)
-            if slot.index in self.packed:
+            if port.index in self.packed:
                 packed += state.packed_inputs()
         if any(find(inputs[position]) is not None for position in self.others):
             return None
         return tensors + (handles if self.handles else []) + packed
 
 
-def _fits(state: SubnetState, slot: SubnetSlot) -> bool:
-    facts = slot.facts
+def _fits(state: SubnetState, port: SubnetPort) -> bool:
+    facts = port.facts
     same_size = state.size == (facts.rows, facts.cols) and state.whole_cols == facts.whole_cols
     return same_size and state.weight.dim() == facts.dims and state.products == facts.packed
 

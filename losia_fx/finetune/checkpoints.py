@@ -23,7 +23,7 @@ from losia_fx.storage.atomic import flush
 from losia_fx.storage.tensors import read_tensors, write_tensors
 
 from .reading import Say
-from .record import Evaluation, Move, RunRecord, Selection, StepRecord
+from .record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
 from .settings import CONFIG_FILE, FinetuneSettings, flag, read_config
 
 MARK = "losia_run.safetensors"
@@ -147,7 +147,7 @@ def _read_record(own: RunRecord, plain: Mapping[str, Any], tensors: Mapping[str,
         "moves": [Move(*row) for row in plain["moves"]],
         "selections": {
             name: [
-                Selection(step, *(tensors[f"selection.{number}.{part}.{name}"] for part in ("rows", "cols")))
+                SelectionRecord(step, *(tensors[f"selection.{number}.{part}.{name}"] for part in ("rows", "cols")))
                 for number, step in enumerate(steps)
             ]
             for name, steps in plain["selections"].items()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from losia_fx.method.subnet import scatter
 
-from .record import Names, RunRecord, Selection
+from .record import Names, RunRecord, SelectionRecord
 
 DPI = 140
 INK, GREY, NEW, OLD = "#1f2430", "#c3c7cf", "#0b6e99", "#c4572c"
@@ -159,7 +159,7 @@ def _weight_grid(record: RunRecord) -> tuple[list[str], dict[int, dict[str, str]
     return kinds, grid
 
 
-def _time_map(selections: Sequence[Selection], shape: tuple[int, ...], end: int) -> Tensor:
+def _time_map(selections: Sequence[SelectionRecord], shape: tuple[int, ...], end: int) -> Tensor:
     """(bins, bins) float32: the share of the run that the elements of each bin were in the subnet."""
     stops = [*(selection.step for selection in selections[1:]), end]
     pairs = zip(selections, stops, strict=True)
@@ -167,7 +167,7 @@ def _time_map(selections: Sequence[Selection], shape: tuple[int, ...], end: int)
     return torch.stack(maps).sum(0)
 
 
-def map_of(selection: Selection, shape: tuple[int, ...]) -> Tensor:
+def map_of(selection: SelectionRecord, shape: tuple[int, ...]) -> Tensor:
     """(bins, bins) float32: the share of each bin's elements that is in the subnet; of experts, the mean over them."""
     down, across = (min(size, BINS) for size in shape[-2:])
     rows, cols = (
@@ -195,7 +195,7 @@ def _coverage(record: RunRecord, group: int) -> tuple[list[int], list[float]]:
     return [*steps, _end(record)], [*whole, whole[-1]]
 
 
-def coverage_of(selections: Sequence[Selection], shape: tuple[int, ...]) -> list[float]:
+def coverage_of(selections: Sequence[SelectionRecord], shape: tuple[int, ...]) -> list[float]:
     """After each selection, the share of the weight's elements that had been in the subnet by then."""
     reached = torch.zeros(shape, dtype=torch.bool, device="cpu")
     shares = []

@@ -32,7 +32,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionRecord:
     """The subnet of one weight from ``step`` completed steps on; int64 indices on the CPU, copies.
 
     rows (r,) and cols (c,); of an expert weight rows (E, r) and cols (E, c).
@@ -72,7 +72,7 @@ class RunRecord:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
-    selections: dict[str, list[Selection]] = field(default_factory=dict)
+    selections: dict[str, list[SelectionRecord]] = field(default_factory=dict)
     interrupted: bool = False
 
     @property

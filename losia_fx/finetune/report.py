@@ -19,7 +19,7 @@ from rich.table import Table
 from losia_fx.console import say
 
 from .bitmaps import encode
-from .record import Evaluation, Names, RunRecord, Selection, StepRecord
+from .record import Evaluation, Names, RunRecord, SelectionRecord, StepRecord
 from .settings import CONFIG_FILE
 
 
@@ -78,7 +78,7 @@ def write_json(path: Path, record: RunRecord, names: Names, settings: Mapping[st
     path.write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _selection(selection: Selection, shape: tuple[int, ...]) -> dict[str, Any]:
+def _selection(selection: SelectionRecord, shape: tuple[int, ...]) -> dict[str, Any]:
     rows, cols = encode(selection.rows, shape[-2]), encode(selection.cols, shape[-1])
     return {"step": selection.step, "rows": rows, "cols": cols}
 

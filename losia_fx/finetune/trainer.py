@@ -26,7 +26,7 @@ from losia_fx.method.schedule import checked_steps
 from losia_fx.method.transfers import copies
 
 from .checkpoints import seal, take_up
-from .record import Evaluation, Move, RunRecord, Selection, StepRecord
+from .record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
 from .report import step_line
 
 LINES_WITHOUT_TERMINAL = 10
@@ -201,7 +201,7 @@ def record_subnets(model: nn.Module, record: RunRecord, groups: Iterable[int], s
     # copies: a re-selection overwrites rows and cols in place
     found = iter(copies([index for name in names for index in (subnets[name].rows, subnets[name].cols)]))
     for name in names:
-        record.selections.setdefault(name, []).append(Selection(step, next(found), next(found)))
+        record.selections.setdefault(name, []).append(SelectionRecord(step, next(found), next(found)))
 
 
 @contextmanager

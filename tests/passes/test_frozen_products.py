@@ -88,7 +88,7 @@ def test_what_is_no_plain_linear_stays(function: Callable[..., Any], options: di
     before = graphs.text(gm)
     assert not FrozenProducts(plan)(gm).modified
     assert graphs.text(gm) == before
-    assert plan.packed_slots == []
+    assert plan.packed_ports == []
 
 
 def test_a_weight_with_both_kinds_of_use() -> None:
@@ -106,7 +106,7 @@ def test_placeholders_come_last_and_only_where_they_are_used() -> None:
     for step in (SubnetRewrite, InsertLocalization, FrozenProducts):
         step(plan)(gm)
     names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    assert names[-4:] == [*(slot.handle_name for slot in plan.slots), *plan.slots[1].packed_names]
+    assert names[-4:] == [*(port.handle_name for port in plan.ports), *plan.ports[1].packed_names]
 
 
 def test_a_graph_that_is_not_rewritten_and_a_second_time_are_refused() -> None:
@@ -143,7 +143,7 @@ def test_value_and_gradients_are_those_of_the_op(kind: str, compiler: str) -> No
     for step in (SubnetRewrite, InsertLocalization, FrozenProducts):
         step(plan)(gm)
     state = graphs.State(inputs, plan)
-    state.by_name |= dict(zip(plan.slots[0].packed_names, pack(inputs["w"], kind), strict=True))
+    state.by_name |= dict(zip(plan.ports[0].packed_names, pack(inputs["w"], kind), strict=True))
     y = torch.compile(gm, backend=compiler, fullgraph=True)(*state.arguments(gm, inputs))
     y.square().sum().backward()
 

@@ -55,14 +55,14 @@ def test_each_linear_has_a_tap_of_its_own() -> None:
         assert linear.args[7] is ticket.args[1]
         assert linear.args[8] == ticket.args[2]
     assert len({ticket.args[2] for ticket in taps}) == 2
-    assert [str(n.target) for n in gm.graph.find_nodes(op="placeholder")][-1] == plan.slots[0].handle_name
+    assert [str(n.target) for n in gm.graph.find_nodes(op="placeholder")][-1] == plan.ports[0].handle_name
 
 
 def test_handles_come_behind_all_state_in_plan_order() -> None:
     gm, plan = rewritten(graphs.two_weights, "up", "down")
     InsertLocalization(plan)(gm)
     names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    assert names[4:] == [*(n for slot in plan.slots for n in slot.input_names), *(s.handle_name for s in plan.slots)]
+    assert names[4:] == [*(n for port in plan.ports for n in port.input_names), *(s.handle_name for s in plan.ports)]
 
 
 def test_meta_is_kept() -> None:

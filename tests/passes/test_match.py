@@ -94,26 +94,26 @@ def test_a_product_of_two_weights_is_rewritten_for_one_of_them() -> None:
         node.meta["example_value"] = torch.empty(8, 6)
     plan = graphs.plan_of(gm, {"w": graphs.facts("w"), "v": graphs.facts("v")})
     assert places(plan) == ([("matmul", "matmul")], [(("t",), "t")])
-    assert [plan.slots[site.slot].weight for site in plan.places] == ["w", "v"]
+    assert [plan.ports[site.port].weight for site in plan.places] == ["w", "v"]
 
 
 def test_weights_without_facts_are_not_planned() -> None:
     gm = graphs.trace(graphs.two_weights)
     plan = graphs.plan_of(gm, {"down": graphs.facts("down")})
-    assert [(site.node, site.slot) for site in plan.sites] == [("linear_1", 0)]
-    assert [(slot.weight, slot.position) for slot in plan.slots] == [("down", 2)]
+    assert [(site.node, site.port) for site in plan.sites] == [("linear_1", 0)]
+    assert [(port.weight, port.position) for port in plan.ports] == [("down", 2)]
     assert plan.whole == ()
 
 
-def test_a_weight_without_a_use_gets_no_slot() -> None:
+def test_a_weight_without_a_use_gets_no_port() -> None:
     plan = graphs.plan_of(graphs.trace(graphs.unused), {"w": graphs.facts("w")})
-    assert plan.slots == plan.sites == plan.whole == ()
+    assert plan.ports == plan.sites == plan.whole == ()
 
 
-def test_a_weight_used_twice_is_one_slot_with_two_calls() -> None:
+def test_a_weight_used_twice_is_one_port_with_two_calls() -> None:
     plan = graphs.plan_of(graphs.trace(graphs.used_twice), {"w": graphs.facts("w")})
-    assert len(plan.slots) == 1
-    assert [(site.slot, site.node) for site in plan.sites] == [(0, "linear"), (0, "linear_1")]
+    assert len(plan.ports) == 1
+    assert [(site.port, site.node) for site in plan.sites] == [(0, "linear"), (0, "linear_1")]
     assert len({site.call for site in plan.sites}) == 2
 
 
@@ -121,7 +121,7 @@ def test_names_of_placeholders_are_ours() -> None:
     plan = graphs.plan_of(
         graphs.trace(graphs.two_weights), {n: graphs.facts(n, head=n == "down") for n in ("up", "down")}
     )
-    up, down = plan.slots
+    up, down = plan.ports
     assert len(up.input_names) == 3
     assert len(down.input_names) == 2  # every column learns: no cols
     names = [*up.input_names, *down.input_names, up.handle_name, down.handle_name]

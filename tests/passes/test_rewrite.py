@@ -158,8 +158,8 @@ def test_placeholders_come_last_in_plan_order() -> None:
     plan = graphs.plan_of(gm, {k: graphs.facts(k, *inputs[k].shape) for k in ("down", "up")})
     SubnetRewrite(plan)(gm)
     names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    assert names == ["x", "up", "down", "b", *plan.slots[0].input_names, *plan.slots[1].input_names]
-    assert [slot.weight for slot in plan.slots] == ["down", "up"]
+    assert names == ["x", "up", "down", "b", *plan.ports[0].input_names, *plan.ports[1].input_names]
+    assert [port.weight for port in plan.ports] == ["down", "up"]
 
 
 def test_the_original_is_untouched() -> None:
@@ -192,7 +192,7 @@ def test_requires_a_linear(node: str) -> None:
         SubnetRewrite(wrong)(gm)
     assert repr(node) in str(caught.value)
     assert "subnet-rewrite" in str(caught.value)
-    assert plan.slots[0].facts.fqn in str(caught.value)
+    assert plan.ports[0].facts.fqn in str(caught.value)
     assert graphs.text(gm) == before
 
 

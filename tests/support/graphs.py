@@ -107,13 +107,13 @@ class State:
         self.values: dict[str, Tensor] = {}
         self.by_name: dict[str, Tensor] = {}
         rows = torch.tensor(ROWS)
-        for slot in plan.slots:
-            weight = weights[slot.weight].detach()
-            cols = torch.arange(weight.shape[1]) if slot.facts.whole_cols else torch.tensor(COLS)
+        for port in plan.ports:
+            weight = weights[port.weight].detach()
+            cols = torch.arange(weight.shape[1]) if port.facts.whole_cols else torch.tensor(COLS)
             values = weight[rows][:, cols].clone().requires_grad_()
-            self.values[slot.weight] = values
-            self.by_name |= dict(zip(slot.input_names, (values, rows, cols), strict=False))
-            self.by_name[slot.handle_name] = torch.tensor([handle])
+            self.values[port.weight] = values
+            self.by_name |= dict(zip(port.input_names, (values, rows, cols), strict=False))
+            self.by_name[port.handle_name] = torch.tensor([handle])
 
     def arguments(self, gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from losia_fx.finetune.record import Evaluation, Move, Names, RunRecord, Selection, StepRecord
+from losia_fx.finetune.record import Evaluation, Move, Names, RunRecord, SelectionRecord, StepRecord
 from losia_fx.finetune.report import write_json
 from losia_fx.method.subnet import draw
 
@@ -43,7 +43,7 @@ def _select(made: RunRecord, group: int, step: int, generator: torch.Generator) 
         shape = SHAPES[name]
         cols = shape[-1] if name == "lm_head.weight" else 3
         rows, picked = draw(shape, (2, cols), generator)
-        made.selections.setdefault(name, []).append(Selection(step, rows, picked))
+        made.selections.setdefault(name, []).append(SelectionRecord(step, rows, picked))
 
 
 def write_run(folder: Path) -> RunRecord:

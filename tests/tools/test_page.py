@@ -13,7 +13,7 @@ import torch
 
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode
-from losia_fx.finetune.record import Move, Names, RunRecord, Selection, StepRecord
+from losia_fx.finetune.record import Move, Names, RunRecord, SelectionRecord, StepRecord
 from losia_fx.finetune.report import write_json
 from losia_fx.method.subnet import draw
 from losia_fx.tools import page
@@ -49,7 +49,7 @@ def record() -> RunRecord:
             for name in groups[group]:
                 out, inner = shapes[name]
                 size = (out // 8, inner if group == 0 else inner // 8)
-                made.selections.setdefault(name, []).append(Selection(step, *draw((out, inner), size, generator)))
+                made.selections.setdefault(name, []).append(SelectionRecord(step, *draw((out, inner), size, generator)))
             if step:
                 made.moves.append(Move(step, group, 0.5, 0.4))
     return made

@@ -12,7 +12,7 @@ import torch
 from losia_fx.cli import main
 from losia_fx.finetune.bitmaps import decode, encode
 from losia_fx.finetune.plots import coverage_of, map_of
-from losia_fx.finetune.record import Selection
+from losia_fx.finetune.record import SelectionRecord
 from losia_fx.tools import plot
 from losia_fx.tools.plot.command import PICTURES
 from losia_fx.tools.plot.overlap import jaccard
@@ -54,7 +54,7 @@ def test_a_run_is_read_back_whole(tmp_path: Path) -> None:
 
 def test_jaccard_and_coverage_count_elements() -> None:
     shape = (3, 16, 20)
-    made = [Selection(0, *_draw(shape)), Selection(4, *_draw(shape)), Selection(8, *_draw(shape))]
+    made = [SelectionRecord(0, *_draw(shape)), SelectionRecord(4, *_draw(shape)), SelectionRecord(8, *_draw(shape))]
     masks = [_mask(selection, shape) for selection in made]
     assert jaccard(made[0], made[0]) == 1.0
     assert jaccard(made[0], made[1]) == pytest.approx(float((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()))
@@ -132,7 +132,7 @@ def _draw(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, cols
 
 
-def _mask(selection: Selection, shape: tuple[int, ...]) -> torch.Tensor:
+def _mask(selection: SelectionRecord, shape: tuple[int, ...]) -> torch.Tensor:
     mask = torch.zeros(shape, dtype=torch.bool)
     for expert in range(shape[0]):
         mask[expert][selection.rows[expert][:, None], selection.cols[expert]] = True

@@ -48,7 +48,7 @@ def _uses(graph: CapturedGraph) -> Iterator[WeightUse]:
         product, site = rewritten.product, rewritten.site
         if product is None:
             continue
-        facts = graph.plan.slots[site.slot].facts
+        facts = graph.plan.ports[site.port].facts
         # normal forms: (out, in) of a linear, (E, in, out) of the others; see losia_fx.passes.products
         outer, inner = facts.shape[-2:] if product.form == "linear" else facts.shape[:-3:-1]
         if product.transposed:
@@ -71,7 +71,7 @@ def kept_columns(graphs: tuple[CapturedGraph, ...]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for graph in graphs:
-        sizes = {slot.facts.fqn: (slot.facts.rows, slot.facts.cols) for slot in graph.plan.slots}
+        sizes = {port.facts.fqn: (port.facts.rows, port.facts.cols) for port in graph.plan.ports}
         pair = (graph.stages[FORWARD], graph.stages[BACKWARD]) if BACKWARD in graph.stages else None
         for node in {base_of(node) for node in saved_nodes(*pair)} if pair else ():
             name, value = weight_of(node), tensor_of(node)

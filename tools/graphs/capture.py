@@ -152,7 +152,7 @@ class _Recorder:
             else:
                 annotator.annotate_traced(kept, placeholders(graph.rewritten), before)
             graph.stages[stage] = kept
-            if stage == DYNAMO and plan.slots:
+            if stage == DYNAMO and plan.ports:
                 self._compile_dense(after, graph)
 
         return keep
@@ -161,15 +161,15 @@ class _Recorder:
         """The inner compiler. gm: what the last pass left of the graph that was watched last."""
         graph = self.graphs[-1]
         compiled = self._aot(gm, inputs, graph, graph.stages)
-        if not graph.plan.slots:
+        if not graph.plan.ports:
             graph.dense |= {stage: made for stage, made in graph.stages.items() if stage in (FORWARD, BACKWARD)}
         return compiled
 
     def _compile_dense(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
         """AOTAutograd of the graph itself, were its weights not frozen for their subnets' sake."""
         inputs = [holder.meta["example_value"] for holder in placeholders(gm)]
-        for slot in graph.plan.slots:
-            inputs[slot.position] = inputs[slot.position].detach().requires_grad_()
+        for port in graph.plan.ports:
+            inputs[port.position] = inputs[port.position].detach().requires_grad_()
         plain = copy_graph_module(gm)
         for body in graph_modules(plain):
             if body is not plain:

@@ -123,7 +123,7 @@ def _layers(captured: Captured) -> Iterable[Layer]:
     uses: dict[str, dict[str, None]] = {}
     for graph in captured.graphs:
         for place in graph.plan.places:
-            facts = graph.plan.slots[place.slot].facts
+            facts = graph.plan.ports[place.port].facts
             shapes[facts.fqn] = (facts.shape, (*facts.shape[:-2], facts.rows, facts.cols))
             uses.setdefault(facts.fqn, {})[place.use] = None
     for name, group in groups.items():
@@ -132,7 +132,7 @@ def _layers(captured: Captured) -> Iterable[Layer]:
 
 
 def _notes(captured: Captured) -> tuple[str, ...]:
-    seen = {slot.facts.fqn for graph in captured.graphs for slot in graph.plan.slots}
+    seen = {port.facts.fqn for graph in captured.graphs for port in graph.plan.ports}
     missing = [name for names in captured.groups for name in names if name not in seen]
     if not missing:
         return ()

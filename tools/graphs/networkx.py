@@ -147,7 +147,7 @@ def held_activations(graph: CapturedGraph) -> list[Held]:
         return []
     before, after = (held_by_weight(made[FORWARD], made[BACKWARD]) for made in (graph.dense, graph.stages))
     groups = {node.weight: node.group for node in records(graph.stages[DYNAMO]) if node.group >= 0}
-    names = dict.fromkeys(slot.facts.fqn for slot in graph.plan.slots)
+    names = dict.fromkeys(port.facts.fqn for port in graph.plan.ports)
     return [Held(name, groups.get(name, -1), before.get(name, {}), after.get(name, {})) for name in names]
 
 

@@ -18,7 +18,7 @@ from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError, LosiaWarning
 from losia_fx.ops.experts import subnet_batched, subnet_grouped
 from losia_fx.passes import Observer, Product, Rewritten, copy_graph_module, placeholders, rewritten_from
-from losia_fx.plan import SubnetPlan, SubnetSlot
+from losia_fx.plan import SubnetPlan, SubnetPort
 from losia_fx.runtime.controller import find_controller
 
 from ..load_model import Example
@@ -78,7 +78,7 @@ def rewritten_graphs(model: nn.Module, example: Example, config: LosiaConfig) ->
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise LosiaError(f"{type(model).__name__} cannot run: {type(error).__name__}: {first}") from error
-    return [graph for graph in taken.graphs if graph.plan.slots]
+    return [graph for graph in taken.graphs if graph.plan.ports]
 
 
 class _Taken:
@@ -103,11 +103,11 @@ class _Taken:
             else:
                 graph.batch[holder.name] = value
                 graph.names[holder.name] = self._called.get(id(value), holder.name)
-        for slot in plan.slots:
-            subnet = self._states[slot.facts.fqn]
-            for holder_name, part in zip(slot.input_names, ("values", "rows", "cols"), strict=False):
+        for port in plan.ports:
+            subnet = self._states[port.facts.fqn]
+            for holder_name, part in zip(port.input_names, ("values", "rows", "cols"), strict=False):
                 graph.tensors[holder_name] = getattr(subnet, part).detach()
-                graph.names[holder_name] = f"{slot.facts.fqn}_subnet" + ("" if part == "values" else f"_{part}")
+                graph.names[holder_name] = f"{port.facts.fqn}_subnet" + ("" if part == "values" else f"_{part}")
 
         def keep(stage: str, after: fx.GraphModule) -> None:
             graph.gm = copy_graph_module(after)
@@ -176,8 +176,8 @@ class _Exporter(fx.Interpreter):
         return self._symbol(n, self.map_nodes_to_values(n.args, n), rewritten)
 
     def _symbol(self, node: fx.Node, args: Any, rewritten: Rewritten) -> Tensor:
-        slot, product = self._graph.plan.slots[rewritten.site.slot], rewritten.product
-        facts = slot.facts
+        port, product = self._graph.plan.ports[rewritten.site.port], rewritten.product
+        facts = port.facts
         if product is None:
             whole: Tensor = args[0]
             return whole
@@ -193,21 +193,21 @@ class _Exporter(fx.Interpreter):
             cols = torch.arange(weight.shape[1], device=weight.device)
         if node.target is subnet_batched:
             return _symbolic(BATCHED, (x, weight, values, rows, cols), attributes, (*x.shape[:-1], weight.shape[2]))
-        self._note(product, slot, attributes, x, weight)
+        self._note(product, port, attributes, x, weight)
         y = _symbolic(LINEAR, (x, weight, values, rows, cols), attributes, (*x.shape[:-1], weight.shape[0]))
         return y if args[5] is None else y + args[5]
 
     def _note(
-        self, product: Product, slot: SubnetSlot, attributes: Mapping[str, Any], x: Tensor, weight: Tensor
+        self, product: Product, port: SubnetPort, attributes: Mapping[str, Any], x: Tensor, weight: Tensor
     ) -> None:
         if product.view.expert is not None:  # which expert it is, only the graph knows
             return
-        state = [self._graph.tensors[name] for name in slot.input_names]
+        state = [self._graph.tensors[name] for name in port.input_names]
         rows, cols = state[1], state[2] if len(state) > 2 else None
         if product.transposed and cols is not None:
             rows, cols = cols, rows
         shapes = tuple(x.shape), tuple(weight.shape)
-        self._graph.uses.append(LinearUse(slot.facts.fqn, attributes, *shapes, x.dtype, rows, cols))
+        self._graph.uses.append(LinearUse(port.facts.fqn, attributes, *shapes, x.dtype, rows, cols))
 
 
 def _symbolic(name: str, inputs: Sequence[Tensor], attributes: Mapping[str, Any], shape: Sequence[int]) -> Tensor:

@@ -109,7 +109,7 @@ class Annotator:
     ) -> None:
         """A graph of Dynamo's. fqns: placeholder -> name; before: of one that passes have edited, the graph as it
         was."""
-        state = {name: slot.facts.fqn for slot in self.plan.slots for name in slot.state_names}
+        state = {name: port.facts.fqn for port in self.plan.ports for name in port.state_names}
         for holder in placeholders(gm):
             weight = state.get(holder.name, fqns.get(holder.name))
             if weight is not None:
@@ -156,7 +156,7 @@ class Annotator:
 
     def _fill(self, part: fx.GraphModule, call_of: Callable[[fx.Node], int | None]) -> None:
         """Places the nodes that have none yet. call_of: the number of the site that a node is, or is made of."""
-        weights = {site.call: self.plan.slots[site.slot].facts.fqn for site in self.plan.places}
+        weights = {site.call: self.plan.ports[site.port].facts.fqn for site in self.plan.places}
         for node in reversed(part.graph.nodes):
             region = region_of(part, node)
             if region is not None:
@@ -213,15 +213,15 @@ def _copy_place(source: fx.Node, target: fx.Node) -> None:
 def _describe_state(part: fx.GraphModule, plan: SubnetPlan) -> None:
     """Shape and dtype of the subnets' placeholders, which the passes have no tensor for."""
     described: dict[str, torch.Tensor] = {}
-    for slot in plan.slots:
-        facts = slot.facts
+    for port in plan.ports:
+        facts = port.facts
         values, rows, cols = (facts.rows, facts.cols), (facts.rows,), (facts.cols,)
         experts = facts.shape[:-2]
-        described[slot.handle_name] = torch.empty(1, dtype=torch.int64, device="meta")
-        packed, scales = slot.packed_names
+        described[port.handle_name] = torch.empty(1, dtype=torch.int64, device="meta")
+        packed, scales = port.packed_names
         described[packed] = torch.empty(facts.shape, dtype=DTYPES[facts.packed or "int8"], device="meta")
         described[scales] = torch.empty(facts.shape[0], 1, device="meta")
-        for name, shape in zip(slot.input_names, (values, rows, cols), strict=False):
+        for name, shape in zip(port.input_names, (values, rows, cols), strict=False):
             dtype = getattr(torch, facts.dtype) if shape == values else torch.int64
             described[name] = torch.empty((*experts, *shape), dtype=dtype, device="meta")
     for holder in placeholders(part):

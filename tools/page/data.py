@@ -12,7 +12,7 @@ from torch import nn
 from losia_fx.api.report import WeightReport
 from losia_fx.finetune.bitmaps import encode
 from losia_fx.finetune.plots import coverage_of
-from losia_fx.finetune.record import Move, Selection
+from losia_fx.finetune.record import Move, SelectionRecord
 from losia_fx.model.blocks import block_of, find_blocks
 
 from ..forecast.estimate import PARTS, MethodCost, RoundFit, StepFacts, full_fine_tuning, lora, losia
@@ -26,7 +26,7 @@ RANK_FACTORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 PERIODS = (10, 20, 50, 100, 200)
 RANKS = (8, 16, 64)
 
-Selections = Mapping[str, Sequence[Selection]]
+Selections = Mapping[str, Sequence[SelectionRecord]]
 
 
 def page_data(
@@ -136,7 +136,7 @@ def _columns(use: WeightUse, weight: WeightReport) -> int:
     return weight.subnet[-1] if use.inner == weight.shape[-1] else weight.subnet[-2]
 
 
-def _selections(weight: WeightReport, some: Sequence[Selection], moves: Sequence[Move]) -> list[dict[str, Any]]:
+def _selections(weight: WeightReport, some: Sequence[SelectionRecord], moves: Sequence[Move]) -> list[dict[str, Any]]:
     by_step = {move.step: move for move in moves if move.group == weight.group}
     shares = coverage_of(some, weight.shape)
     made = []

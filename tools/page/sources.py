@@ -12,7 +12,7 @@ from torch import nn
 import losia_fx
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError, LosiaWarning
-from losia_fx.finetune.record import Selection
+from losia_fx.finetune.record import SelectionRecord
 
 from ..forecast.explanation import explain
 from ..forecast.resize import resize
@@ -54,13 +54,13 @@ def of_run(folder: Path, config: LosiaConfig, step: StepSize, steps: int | None)
     return page_data(folder.name, loaded.model, captured, found, run.record.selections, run.record.moves)
 
 
-def first_selections(model: nn.Module, config: LosiaConfig) -> dict[str, list[Selection]]:
+def first_selections(model: nn.Module, config: LosiaConfig) -> dict[str, list[SelectionRecord]]:
     """The subnets that transform() draws. The model is left as it was."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)
         losia_fx.transform(model, config)
     found = {
-        name: [Selection(0, subnet.rows.clone(), subnet.cols.clone())]
+        name: [SelectionRecord(0, subnet.rows.clone(), subnet.cols.clone())]
         for name, subnet in losia_fx.subnets(model).items()
     }
     losia_fx.restore(model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losia_fx.finetune.record import Selection
+from losia_fx.finetune.record import SelectionRecord
 
 
-def jaccard(first: Selection, second: Selection) -> float:
+def jaccard(first: SelectionRecord, second: SelectionRecord) -> float:
     """Elements in both subnets over elements in either, 0 to 1; of an expert weight over all experts together."""
     shared = _common(first.rows, second.rows) * _common(first.cols, second.cols)
     sizes = [_experts(s.rows).shape[0] * s.rows.shape[-1] * s.cols.shape[-1] for s in (first, second)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.bitmaps import decode
-from losia_fx.finetune.record import Evaluation, Move, RunRecord, Selection, StepRecord
+from losia_fx.finetune.record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
 
 RUN_FILE = "run.json"
 
@@ -68,7 +68,7 @@ def _record(content: dict[str, Any]) -> RunRecord:
     )
 
 
-def _selection(stored: dict[str, Any], shape: tuple[int, ...]) -> Selection:
+def _selection(stored: dict[str, Any], shape: tuple[int, ...]) -> SelectionRecord:
     experts = shape[0] if len(shape) == 3 else None
     rows, cols = decode(stored["rows"], shape[-2], experts), decode(stored["cols"], shape[-1], experts)
-    return Selection(int(stored["step"]), rows, cols)
+    return SelectionRecord(int(stored["step"]), rows, cols)

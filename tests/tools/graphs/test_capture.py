@@ -126,7 +126,7 @@ def test_transformed_model_is_shown_as_it_is() -> None:
     captured = capture(model, batch())
     assert captured.config.rank_factor == 0.5
     assert captured.stages == (DYNAMO, "subnet-rewrite", *JOINT_STAGES, FORWARD, BACKWARD)
-    assert captured.graphs[0].plan.slots[0].facts.rows == losia_fx.subnets(model)["layers.0.mix.weight"].rows.numel()
+    assert captured.graphs[0].plan.ports[0].facts.rows == losia_fx.subnets(model)["layers.0.mix.weight"].rows.numel()
     assert losia_fx.controller(model).config.rank_factor == 0.5
 
 
