@@ -26,10 +26,21 @@ LIKE_OTHERS = frozenset(
         *("roberta", "distilbert", "electra"),
         *("pegasus", "deit", "dinov2", "whisper", "siglip", "qwen3_moe"),
         *("bart", "gemma2", "segformer", "falcon_h1", "clip"),
+        *(
+            "rwkv",
+            "lfm2",
+            "gpt_oss",
+            "xlnet",
+            "deberta-v2",
+            "audio-spectrogram-transformer",
+            "bloom",
+            "falcon",
+            "albert",
+        ),
         "mamba",  # in test_traced
     )
 )
-"""Use their weights as another of the table does."""
+"""Use their weights as another of the table does, or as a form of tests/support/forms.py."""
 
 TRACED = ("mamba", pytest.param("jamba", marks=pytest.mark.slow))
 """Where what AOTAutograd traces has strides of its own: weights on the left, state spaces."""

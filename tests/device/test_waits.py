@@ -25,8 +25,16 @@ BASE = Counter({"cpu": 2})
 
 
 @pytest.mark.filterwarnings("ignore:losia_fx.*outside the repeated blocks")
-@pytest.mark.parametrize("tracked", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mixtral", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "tracked"),
+    [
+        ("llama", True),
+        ("mixtral", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("mixtral", True, marks=pytest.mark.slow),
+        pytest.param("vit", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_round(name: str, tracked: bool, waits: Waits) -> None:
     """Every group in turn, the head and the blocks: what it costs does not depend on how many weights they have."""
     run = DryRun(*CASES[name], period=3, profile_steps=2, track_delta=tracked)

@@ -157,7 +157,9 @@ def test_exact_where_the_graph_breaks(form: Form) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+    "dtype",
+    [torch.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16))],
+    ids=str,
 )
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_all_in_one_graph(compiler: str, dtype: torch.dtype) -> None:

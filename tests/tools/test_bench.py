@@ -499,6 +499,7 @@ def test_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(name in printed.out for name in methods)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_import")
 def test_each_method_in_a_process_of_its_own(tmp_path: Path) -> None:
     options = ["--apart", "--methods", "losia-pro*", "--modes", "eager", "--out", str(tmp_path)]
