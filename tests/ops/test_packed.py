@@ -11,10 +11,10 @@ from losia_fx import GradientError
 from losia_fx.method.packing import pack, quantise
 from losia_fx.ops.linear import subnet_linear
 from losia_fx.ops.packed import packed_linear, quantised
+from tests.support.eight_bits import KINDS
 
 INTO, OUT = 32, 16
 SHAPES = {"1d": (INTO,), "2d": (5, INTO), "3d": (2, 3, INTO), "empty": (0, INTO)}
-KINDS = ["int8", "float8"]
 TOLERANCE = {"int8": 3e-7, "float8": 1e-6}
 """Of sums in float32 against float64's."""
 

@@ -18,6 +18,7 @@ from losia_fx.ops.packed import packed_linear, quantised
 from losia_fx.passes import FrozenProducts, InsertLocalization, SubnetRewrite, copy_graph_module, forward_pipeline
 from losia_fx.plan import SubnetFacts, SubnetPlan
 from tests.support import graphs
+from tests.support.eight_bits import KINDS
 from tests.support.graphs import INTO
 
 
@@ -126,14 +127,14 @@ def test_it_says_so_where_a_product_is_left_out(monkeypatch: pytest.MonkeyPatch)
         FrozenProducts(plan)(gm)
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "float8"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
 def test_the_pipeline_runs_it_where_the_option_asks(kind: str | None) -> None:
     config = LosiaConfig(frozen_products=kind)
     names = [step.name for step in forward_pipeline(made(graphs.plain, "w")[1], config).passes]
     assert names == ["subnet-rewrite", "insert-localization", *(["frozen-products"] if kind else [])]
 
 
-@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_value_and_gradients_are_those_of_the_op(kind: str, compiler: str) -> None:
     """With a tap in it, and a weight that is used twice."""

@@ -19,11 +19,11 @@ from losia_fx.method.packing import pack
 from losia_fx.runtime import expected
 from losia_fx.runtime.packed import PackedWeight
 from losia_fx.runtime.state import SubnetState
+from tests.support.eight_bits import KINDS
 from tests.support.toy_runs import adamw, learning, train
 from tests.support.toys import Toy, batch, by_string, loss_of
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2}
-KINDS = ["int8", "float8"]
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +330,7 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(expected.SIZES, "cpu", (4, 16))
     expected.share_of_dense.cache_clear()
     for _ in range(2):
-        assert expected.share_of_dense("float8", torch.float32, torch.device("cpu")) > 0
+        assert expected.share_of_dense("int8", torch.float32, torch.device("cpu")) > 0
     assert expected.share_of_dense.cache_info().misses == 1
     expected.share_of_dense.cache_clear()
 
