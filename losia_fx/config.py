@@ -29,6 +29,8 @@ CHOICES = {
     "frozen_products": FROZEN_PRODUCTS,
 }
 """Of the options that are one word of several; frozen_products may be None, too."""
+BELONGS_TO = {"rewarm_steps": "rewarm", "count_steps": "head_rows"}
+"""An option that is said of one value of another."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,9 @@ class LosiaConfig:
         if base is not None and not isinstance(base, LosiaConfig):
             raise ConfigError(f"config={base!r}: give a LosiaConfig, or its fields as keywords")
         start = {} if base is None else {field.name: getattr(base, field.name) for field in fields(base)}
+        for option, of in BELONGS_TO.items():  # what the base says of a choice that is replaced goes with it
+            if options.get(of, start.get(of)) != start.get(of):
+                start[option] = None
         return cls(**{**start, **options})
 
     @classmethod

@@ -101,6 +101,16 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
                 self._update(full, self._full_roots(full, steps, group["beta2"]), steps, group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises StateError, with nothing loaded, for the state of another kind of optimizer."""
+        lacking = {name for group in state_dict["param_groups"] for name in _ALLOWED if name not in group}
+        if lacking:
+            raise StateError(
+                f"the state is of another optimizer than SubnetRMS: its groups have no {', '.join(sorted(lacking))}. "
+                "Start SubnetRMS anew, or go on with the optimizer that the state is of"
+            )
+        super().load_state_dict(state_dict)
+
     def after_subnet_move(self, values: nn.Parameter) -> None:
         """Momentum starts anew; what is known of the rows and columns stays."""
         kept = self.state.get(values, {})

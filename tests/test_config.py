@@ -90,6 +90,15 @@ def test_options_that_say_nothing_together_are_refused() -> None:
         LosiaConfig(count_steps=3)
 
 
+@pytest.mark.parametrize("how", ["importance", "random", "fixed"])
+def test_roaming_takes_another_head_without_the_counting_that_nobody_asked_for(how: str) -> None:
+    assert LosiaConfig.roaming(head_rows=how).count_steps is None
+    assert LosiaConfig.roaming(head_rows="frequent").count_steps == 50
+    with pytest.raises(ConfigError, match="count_steps=20: only"):
+        LosiaConfig.roaming(head_rows=how, count_steps=20)
+    assert LosiaConfig.of(LosiaConfig(rewarm_steps=5), {"rewarm": False}).rewarm_steps is None
+
+
 def test_roaming_is_one_word_for_several_options() -> None:
     config = LosiaConfig.roaming(rank_factor=0.25)
     own = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "frequent", "count_steps": 50}

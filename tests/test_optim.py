@@ -269,6 +269,15 @@ def test_a_state_of_another_model_is_refused_by_name() -> None:
         again.step()
 
 
+def test_a_state_of_another_optimizer_is_refused_and_nothing_loaded() -> None:
+    model = toy()
+    optimizer = SubnetRMS(model, 1e-2)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with pytest.raises(StateError, match="another optimizer than SubnetRMS: its groups have no beta2, momentum"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
 def test_a_sparse_gradient_is_refused() -> None:
     model = Toy(layers=1)
     model.embed.sparse = True

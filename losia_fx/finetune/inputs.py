@@ -200,7 +200,8 @@ def settle(
     training, losia = kept, dict(settings.losia)
     parameters = sum(p.numel() for p in model.parameters())
     training.setdefault("learning_rate", SMALL_RATE if settings.model is None else default_rate(parameters))
-    losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * groups))))
+    turns = 1 if losia.get("schedule") == "all" else groups
+    losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * turns))))
     training.setdefault("eval_steps", max(1, steps // EVALUATIONS))
     best = training["eval_steps"] if training.get("load_best_model_at_end") else max(1, steps // CHECKPOINTS_OF_A_RUN)
     training.setdefault("save_steps", best)  # what is to be the best one has to be judged and saved at once

@@ -25,6 +25,7 @@ import losia_fx
 from losia_fx.config import LosiaConfig
 from losia_fx.console import progress, say
 from losia_fx.errors import ConfigError, LosiaError
+from losia_fx.method.schedule import round_length
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
 from .checkpoints import check_finished, check_identity, folders, newest_whole
@@ -217,12 +218,14 @@ def announce(job: Job) -> None:
 
 def _warnings(job: Job) -> Iterator[str]:
     args, steps, example = job.trainer.args, job.steps, job.trainer.train_dataset[0]["input_ids"]
-    groups, period = len(job.record.groups), job.settings.losia["period"]
-    if groups * period > steps and job.settings.losia.get("schedule") != "static":
+    config = losia_fx.controller(job.trainer.model).config
+    period, groups = config.period, round_length(config, len(job.record.groups)) // config.period  # that take turns
+    if groups * period > steps and config.schedule != "static":
         fits = steps // groups
         advice = f"--period {fits} would fit" if fits else f"give at least {groups} steps"
         yield (
-            f"{steps} steps are less than one round ({groups} groups x period {period} = {groups * period}), "
+            f"{steps} steps are less than one round ({groups} group{'s' * (groups > 1)} x period {period} = "
+            f"{groups * period}), "
             f"so some subnets never move: {advice}"
         )
     if args.warmup_steps >= max(1, steps):

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 import losia_fx
 from losia_fx.console import say
-from losia_fx.method.schedule import checked_steps
+from losia_fx.method.schedule import checked_steps, reselecting_groups
 from losia_fx.method.transfers import copies
 
 from .checkpoints import seal, take_up
@@ -187,12 +187,18 @@ def follow_subnets(model: nn.Module, record: RunRecord, step: int) -> None:
         return
     last = record.moves[-1].step if record.moves else -1
     events = list(itertools.takewhile(lambda event: event.step > last, reversed(controller.history)))[::-1]
-    moves = [
-        Move(event.step, group, event.moved, event.captured)
-        for event in (events[-1:] if at_once else events)
-        for group in (range(len(controller.groups)) if event.group is None else (event.group,))
-    ]
-    record.moves += moves
+    head = next((state.group for state in controller.states if state.whole_cols), None)
+    last_of = {
+        group: event
+        for event in events
+        for group in (
+            reselecting_groups(controller.config, len(controller.groups), event.step - 1, head)
+            if event.group is None
+            else (event.group,)
+        )
+    }
+    moves = [Move(event.step, group, event.moved, event.captured) for group, event in last_of.items()]
+    record.moves += (moves := sorted(moves, key=lambda move: (move.step, move.group)))
     record_subnets(model, record, [move.group for move in moves], step)
 
 

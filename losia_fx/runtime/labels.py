@@ -2,6 +2,7 @@
 
 The labels are what the model's forward is called with while gradients are on, micro-batches and all. Those of a step
 count once it has been made, over all ranks, so that every rank has, and a checkpoint of any one holds, the same counts.
+Those of a step that a GradScaler leaves out count with the next one: nothing here hears of it.
 """
 
 from __future__ import annotations

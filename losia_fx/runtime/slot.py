@@ -43,7 +43,8 @@ def select_due(train: TrainState) -> None:
     selecting = train.progress.selecting
     while selecting:
         groups = tuple(selecting) if train.config.schedule == "all" else (selecting[0],)
-        label = None if train.config.schedule == "all" else groups[0]
+        alone = train.config.schedule != "all" or groups == (train.head,)  # the head has counted amid a slot
+        label = groups[0] if alone else None
         if reselect(train, groups, label) is None:
             notices.warn_kept(label)
             _record(train, Event(train.progress.step, label, 0.0, None))

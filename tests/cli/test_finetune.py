@@ -159,6 +159,8 @@ def test_runs_of_one_seed_are_alike(tmp_path: Path, tiny: Path, data: Path) -> N
         (["--steps", "5", "--period", "3"], "--period 2 would fit"),
         (["--steps", "1"], "give at least 2 steps"),
         (["--steps", "4", "--period", "2"], ""),
+        (["--steps", "3", "--period", "3", "--schedule", "all"], ""),
+        (["--steps", "2", "--period", "3", "--schedule", "all"], "(1 group x period 3 = 3)"),
     ],
 )
 def test_a_run_shorter_than_a_round_says_which_period_fits(
@@ -168,6 +170,17 @@ def test_a_run_shorter_than_a_round_says_which_period_fits(
     text = capsys.readouterr().out
     assert said in text
     assert ("warning" in text) == bool(said)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_groups_that_move_with_every_step_are_counted_and_recorded_now_and_then(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roaming = ["--schedule", "all", "--importance", "random", "--head-rows", "frequent", "--count-steps", "3"]
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "20", "--period", "1", *roaming) == 0
+    assert re.search(r"re-selections +│ 20, all groups at once, in slots of 1 steps", capsys.readouterr().out)
+    moves = [(move["step"], move["group"]) for move in run_json(tmp_path / "out")["history"]]
+    assert moves == [(3, 0), (16, 1)]  # the head once, when it had counted
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:

@@ -49,7 +49,13 @@ class Pair:
         self.controller, self.subnets = losia_fx.controller(self.model), losia_fx.subnets(self.model)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learning, options.lr, options.betas, options.eps)
-        self.rules = Rules(plain, {n: self.place(n) for n in self.subnets}, self.controller.groups, options, self.place)
+        places = {name: self.place(name) for name in self.subnets}
+        generator = torch.Generator().manual_seed(0)
+        generator.set_state(self.controller.state_dict()["generator"])
+        self.rules = Rules(
+            plain, places, self.controller.groups, options, self.place,
+            lambda count: torch.rand(count, generator=generator, dtype=torch.float64),
+        )  # fmt: skip
         self.micro = micro
 
     def place(self, name: str) -> tuple[Tensor, Tensor]:
@@ -85,6 +91,8 @@ CASES: dict[str, tuple[Options, dict[str, Any]]] = {
     "all, random, rewarmed": (Options(PERIOD, "all", rewarm_steps=2), {"rewarm_steps": 2}),
     "all, visits": (Options(PERIOD, "all", "visits"), {}),
     "async, visits": (Options(PERIOD, "async", "visits", rewarm_steps=PERIOD), {}),
+    "all, sample": (Options(PERIOD, "all", "sample"), {}),
+    "async, sample": (Options(PERIOD, "async", "sample", rewarm_steps=PERIOD), {}),
     "async, random, a rewarm of its own": (Options(PERIOD, rewarm_steps=5), {"rewarm_steps": 5}),
     "all, head by labels": (Options(PERIOD, "all", head="head.weight"), {"head_rows": "frequent"}),
     "async, head by labels": (
@@ -106,6 +114,16 @@ def test_rows_cols_and_weights_are_those_of_the_rules(name: str) -> None:
     pair = Pair(options, micro=2, **config)
     pair.run(2 * 3 * PERIOD + 1)  # two rounds of three groups, and one more
     assert pair.controller.history
+
+
+def test_a_head_that_has_counted_amid_a_slot_is_an_event_of_its_own() -> None:
+    pair = Pair(Options(PERIOD, "all"), head_rows="frequent", count_steps=PERIOD - 1)
+    for _ in range(PERIOD):
+        ids, labels = labelled_batch()
+        pair.model(ids, labels=labels).backward()
+        pair.optimizer.step()
+        pair.optimizer.zero_grad()
+    assert [(event.step, event.group) for event in pair.controller.history] == [(PERIOD - 1, 0), (PERIOD, None)]
 
 
 def test_a_round_of_all_groups_is_one_event_with_what_has_moved() -> None:
@@ -205,6 +223,23 @@ def test_a_forward_without_labels_is_refused_by_name() -> None:
         loss_of_ids(model, batch())
     with torch.no_grad():
         model(batch())
+
+
+def test_labels_of_a_step_that_a_scaler_leaves_out_count_with_the_next() -> None:
+    model = losia_fx.transform(tiny_llama(layers=1), **SIZES, head_rows="frequent", count_steps=2)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for number in range(3):
+        ids = torch.full((2, 6), number)
+        loss = model(input_ids=ids, labels=ids).loss * (float("inf") if number == 0 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(adam)
+        scaler.update()
+        adam.zero_grad()
+    head = next(state for state in losia_fx.controller(model).states if state.whole_cols)
+    assert losia_fx.controller(model).step == 2
+    assert head.label_counts is not None
+    assert head.label_counts[:4].tolist() == [12, 12, 12, 0]
 
 
 def test_labels_that_the_string_way_does_not_see_are_refused() -> None:

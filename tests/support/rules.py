@@ -1,10 +1,12 @@
 """An eager LoSiA with the rules beside the paper's, written from their description: plain autograd, loops, no hooks.
 
-It shares nothing with losia_fx. Where a rule draws, the draw is given; everything else it works out by itself.
+It shares nothing with losia_fx. Where a rule draws, the draw is given, or the uniform numbers that it is made of;
+everything else it works out by itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,7 +64,7 @@ class Subnet:
 
 class Rules:
     """places: first rows and cols by weight name. groups: names, the head's first. draw: the place of a weight that is
-    drawn, asked when it re-selects."""
+    drawn, asked when it re-selects. uniform: so many numbers in (0, 1), for importance "sample"."""
 
     def __init__(
         self,
@@ -71,8 +73,10 @@ class Rules:
         groups: Sequence[Sequence[str]],
         options: Options,
         draw: Callable[[str], Place],
+        uniform: Callable[[int], Tensor],
     ) -> None:
-        self.model, self.groups, self.options, self.draw = model.requires_grad_(True), groups, options, draw
+        self.model, self.groups, self.options = model.requires_grad_(True), groups, options
+        self.draw, self.uniform = draw, uniform
         self.subnets = {n: Subnet(*place, tuple(model.get_parameter(n).shape)) for n, place in places.items()}  # type: ignore[arg-type]
         for subnet in self.subnets.values():
             subnet.arrive()
@@ -133,13 +137,19 @@ class Rules:
 
     def reselect(self, name: str) -> None:
         subnet = self.subnets[name]
+        if self.options.importance == "random":
+            self.move(name, *self.draw(name))
+            return
+        assert subnet.row_ema is not None
+        assert subnet.col_ema is not None
         if self.options.importance == "visits":
-            assert subnet.row_ema is not None
-            assert subnet.col_ema is not None
             rows = best(subnet.row_ema, subnet.row_stays, len(subnet.rows))
             cols = best(subnet.col_ema, subnet.col_stays, len(subnet.cols))
         else:
-            rows, cols = self.draw(name)
+            rows, cols = (
+                first_to_arrive(sums, self.uniform(len(sums)), len(present))
+                for sums, present in ((subnet.row_ema, subnet.rows), (subnet.col_ema, subnet.cols))
+            )
         self.move(name, rows, cols)
 
     def move(self, name: str, rows: Tensor, cols: Tensor) -> None:
@@ -176,6 +186,14 @@ def best(sums: Tensor, stays: Mapping[int, int], count: int) -> Tensor:
     scores = [float(value) / (1 + stays.get(index, 0)) for index, value in enumerate(sums)]
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
     return torch.tensor(sorted(order[:count]))
+
+
+def first_to_arrive(sums: Tensor, uniform: Tensor, count: int) -> Tensor:
+    """A draw in proportion to ``sums``, without replacement: of Poisson processes with these rates, the ``count`` whose
+    first event comes soonest. A time is exponential, made of its uniform number; one of rate 0 never comes."""
+    rates = zip(uniform.tolist(), sums.tolist(), strict=True)
+    times = [-math.log(u) / rate if rate else math.inf for u, rate in rates]
+    return torch.tensor(sorted(sorted(range(len(times)), key=lambda index: times[index])[:count]))
 
 
 def mean(known: Mapping[int, object]) -> float:

@@ -100,9 +100,41 @@ def test_a_wrong_call_is_named(few: list[str], capsys: pytest.CaptureFixture[str
     assert "--rates names 'full'" in capsys.readouterr().err
     assert main([*few, "--text", "/nowhere/at/all"]) == 2
     assert "/nowhere/at/all: no such folder" in capsys.readouterr().err
-    for wrong in (["--part", "3/2"], ["--rates", "full"], ["--methods", "magic"], ["--steps", "0"]):
+    for wrong in (
+        ["--part", "3/2"],
+        ["--rates", "full"],
+        ["--rates", "full=inf"],
+        ["--rates", "full=1e-3,1e-3"],
+        ["--methods", "magic"],
+        ["--steps", "0"],
+        ["--steps", "ten"],
+    ):
         with pytest.raises(SystemExit):
             main([*few, *wrong])
+
+
+def test_two_of_one_name_are_refused_before_a_run(
+    few: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("perl", "a/docs", "b/docs"):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(24):
+            (tmp_path / place / f"{number}.txt").write_text("some words")
+    docs = [str(tmp_path / "a/docs"), str(tmp_path / "b/docs")]
+    for wrong, twice in (
+        (["--text", *docs], "'docs' twice"),
+        (["--text", str(tmp_path / "perl")], "'perl' twice"),  # it would stand for the Perl manual
+        (["--methods", "static", "static"], "'static' twice"),
+        (["--rates", "full=1e-3", "full=1e-4"], "'full' twice"),
+    ):
+        assert main([*few, *wrong]) == 2
+        assert twice in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_so_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "nowhere"), "--report-only"]) == 2
+    assert "holds no run of these bases and methods" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 # -- the figures, by hand ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shlex
 import sys
 import time
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     shown = {run: record.outcomes[run] for run in _ordered(record, args)}
+    if args.report_only and not shown:
+        print(f"quality: {args.out} holds no run of these bases and methods", file=sys.stderr)
+        return 2
     if shown:
         words = [] if argv is None and not sys.argv[1:] else list(argv if argv is not None else sys.argv[1:])
         command = shlex.join(["python", "-m", "losia_fx.tools.quality", *words])
@@ -91,6 +95,10 @@ class _Work:
         if unknown := [name for name, _ in self.args.rates if name not in self.args.methods]:
             raise LosiaError(f"--rates names {unknown[0]!r}, which is not among the methods of this call")
         self._texts = [text.folder(path) for path in self.args.text]
+        _refuse_twice("--methods", self.args.methods)
+        _refuse_twice("--bases", self.args.bases)
+        _refuse_twice("--rates", [name for name, _ in self.args.rates])
+        _refuse_twice("the folders of --text, with the texts of the bases,", [*BASES, *(t.name for t in self._texts)])
         tasks = [(base, learnt) for base in self.args.bases for learnt in self._learnt_by(base)]
         return [
             Run(base, learnt, method, lr, seed)
@@ -140,6 +148,12 @@ class _Work:
         return found if found is not None else own[name]()
 
 
+def _refuse_twice(what: str, names: Sequence[str]) -> None:
+    """A run is known by these names alone: two of one name would be counted as one."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise LosiaError(f"{what} name {twice!r} twice: give each a name of its own, once")
+
+
 def _part(given: str) -> tuple[int, int]:
     try:
         part, parts = map(int, given.split("/"))
@@ -156,13 +170,16 @@ def _rates(given: str) -> tuple[str, tuple[float, ...]]:
         rates = tuple(float(number) for number in numbers.split(","))
     except ValueError:
         rates = ()
-    if method not in METHODS or not rates or not all(rate > 0 for rate in rates):
-        raise argparse.ArgumentTypeError(f"{given}: give a method and its learning rates, as in full=1e-4,3e-4")
+    fit = rates and len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
+    if method not in METHODS or not fit:
+        raise argparse.ArgumentTypeError(
+            f"{given}: give a method and its learning rates, each once, as in full=1e-4,3e-4"
+        )
     return method, rates
 
 
 def _positive(given: str) -> int:
-    value = int(given)
+    value = int(given) if given.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{given}: give a whole number of at least 1")
     return value

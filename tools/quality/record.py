@@ -44,8 +44,9 @@ class Record:
         self._setting, self._file = setting, folder / name
         self.outcomes: dict[Run, Outcome] = {}
         self.dates: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(self._file)
+        if setting is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_cut_line(self._file)
         for file in sorted(folder.glob("runs*.jsonl")):
             self._load(file)
 

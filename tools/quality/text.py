@@ -61,7 +61,7 @@ def folder(path: Path) -> Corpus:
     """Every text file in a folder; one that is gzipped, not UTF-8, hidden or has a zero byte is passed over."""
     if not path.is_dir():
         raise LosiaError(f"{path}: no such folder")
-    return _by_file(path.name, path, (file for file in path.rglob("*") if file.is_file()))
+    return _by_file(path.resolve().name, path, (file for file in path.rglob("*") if file.is_file()))
 
 
 def installed_documentation() -> Path | None:
