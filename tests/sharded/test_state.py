@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from losia_fx.config import LosiaConfig
+from losia_fx.delta.read import DeltaFile
 from losia_fx.tools.forecast.ranks import RanksForecast
-from tests.sharded.state_worker import TRIED
+from tests.sharded.state_worker import DELTAS, TRIED
 from tests.sharded.test_training import ROOT, assert_close
 from tests.support.toys import Toy
 
-CASES = ["mixed losia", "mixed weights", "visits weights"]
-"""The importance that was being gathered, and what is loaded first."""
+CASES = ["mixed losia", "mixed weights", "visits weights", "mixed parts", "visits parts"]
+"""The importance that was being gathered, and what is loaded first, or that each rank reads its own part."""
 
 
 def run(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     saved = ["saved mixed", "saved visits"]
-    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "traffic", "memory", "selections"])
+    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "deltas", "traffic", "memory", "selections"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,6 +92,28 @@ def test_the_traffic_is_what_explain_forecasts(two: list[dict[str, Any]]) -> Non
         assert sum(found[name].values()) == step
     assert sent["reduced"] == found["profiled"]["_reduce_scatter_base_"]
     assert sum(found["moved"].values()) == step + sent["selected"]
+
+
+def test_a_delta_is_that_of_one_process(two: list[dict[str, Any]], folder: Path) -> None:
+    (alone,) = run(folder, 1, ["deltas"])
+    for name in DELTAS:
+        for kind in (name, f"{name}, another base"):
+            files = [folder / f"delta of {ranks}" / kind for ranks in (2, 1)]
+            assert_same(*(load_file(file) for file in files))
+            with DeltaFile(files[0]) as found_file, DeltaFile(files[1]) as expected_file:
+                assert found_file.model == expected_file.model
+                assert found_file.records == expected_file.records
+        for rank in two:
+            found, expected = rank["deltas"][name], alone["deltas"][name]
+            assert_same(found["tuned"], expected["tuned"])
+            assert_same(found["again"], expected["tuned"])
+            assert_same(found["undone"], expected["base"])
+            assert_same(found["values"], expected["values"])
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
 def test_memory_falls_with_the_ranks(two: list[dict[str, Any]], folder: Path) -> None:
