@@ -110,7 +110,8 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         kept = [self._means(parameter, subnet) for parameter, subnet in zip(parameters, subnets, strict=True)]
         places = [Place(subnet.rows, subnet.cols) for subnet in subnets]
         take_in(kept, places, seen_by(subnets, _grads(parameters)), beta2)
-        return [root(*each, subnet.portion) for *each, subnet in zip(kept, places, subnets, strict=True)]
+        each = zip(kept, places, subnets, strict=True)
+        return [root(means, place, subnet.portion) for means, place, subnet in each]
 
     def _means(self, parameter: Tensor, subnet: SubnetState) -> Means:
         state = self.state[parameter]

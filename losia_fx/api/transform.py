@@ -287,7 +287,7 @@ def compile_blocks(train: TrainState, backend: LosiaBackend) -> None:
     """
     for module in train.root.modules():
         if is_block_of_shards(module):
-            inside = [state for state in train.states if state.shards is not None and state.shards.module is module]
+            inside = [state for state in train.states if state.shards is not None and state.shards.are_of(module)]
             compile_forward(module, backend, RECOMPILE_LIMIT, functools.partial(asking_where_learning, inside))
 
 

@@ -42,8 +42,8 @@ def state_dict(model: nn.Module, *, sharded: bool = False, like: Metadata | None
     """
     followed = controller(model)
     if like is not None:
-        return followed.state_dict_cut(_names(like))
-    return followed.state_dict_cut() if sharded else followed.state_dict()
+        return followed.sharded_state_dict(_names(like))
+    return followed.sharded_state_dict() if sharded else followed.state_dict()
 
 
 def _names(metadata: Metadata) -> set[str]:

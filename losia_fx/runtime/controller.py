@@ -231,7 +231,7 @@ class Controller:
         self.look(shown=True)
         return snapshot.collect(self.train)
 
-    def state_dict_cut(self, names: Collection[str] | None = None) -> dict[str, Any]:
+    def sharded_state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
         """As losia_fx.state_dict(model, sharded=True); with ``names`` of entries, what takes in those."""
         if names is not None:
             look.take_in(self.train)

@@ -98,6 +98,10 @@ class Shards:
         """Whether the module has the whole tensors now, which do not see what is written to the sharded ones."""
         return self._state.owner._parameters.get(self._state.parameter) is not cast(Any, self.weight)
 
+    def are_of(self, module: nn.Module) -> bool:
+        """Whether it is ``module`` that unshards and reshards W and S."""
+        return module is cast(Any, self.module)
+
     # -- W[rows, cols] ------------------------------------------------------------------------------------------------
 
     @property

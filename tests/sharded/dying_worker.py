@@ -1,12 +1,13 @@
-"""Two processes under torchrun, of which the second dies after some steps of a sharded model."""
+"""Two processes under torchrun, of which the second dies after some steps of a sharded model and a checkpoint."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch.distributed as dist
 
-from tests.sharded.state_worker import CUT, SCENARIO, adamw, batches, go_on, sharded
+from tests.sharded.state_worker import CUT, SCENARIO, adamw, batches, go_on, save_in_parts, sharded
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     model = sharded(SCENARIO)
     optimizer, steps = adamw(model), batches(SCENARIO)
     go_on(model, optimizer, steps[:CUT], rank, ranks)
+    save_in_parts(model, optimizer, sys.argv[1])
     print("trained", flush=True)
     if rank == 1:
         os._exit(3)

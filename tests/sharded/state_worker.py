@@ -88,7 +88,7 @@ def trained_and_saved(importance: str) -> dict[str, Any]:
     )
     if dist.get_rank() == 0:
         torch.save((weights, moments), folder / "rest.pt")
-    dcp.save(in_parts(model, optimizer, losia_fx.state_dict(model, sharded=True)), checkpoint_id=folder / PARTS)
+    save_in_parts(model, optimizer, folder / PARTS)
     go_on(model, optimizer, steps[CUT:], dist.get_rank(), dist.get_world_size())
     return outcome(model)
 
@@ -100,6 +100,10 @@ def in_parts(model: nn.Module, optimizer: optim.Optimizer, losia: dict[str, Any]
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "run": {"losia": losia},
     }
+
+
+def save_in_parts(model: nn.Module, optimizer: optim.Optimizer, folder: str | Path) -> None:
+    dcp.save(in_parts(model, optimizer, losia_fx.state_dict(model, sharded=True)), checkpoint_id=folder)
 
 
 def resumed_in_parts(importance: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from losia_fx.config import LosiaConfig
 from losia_fx.delta.read import DeltaFile
 from losia_fx.tools.forecast.ranks import RanksForecast
-from tests.sharded.state_worker import DELTAS, TRIED
+from tests.sharded.state_worker import DELTAS, PARTS, TRIED
 from tests.sharded.test_training import ROOT, assert_close
 from tests.support.toys import Toy
 
@@ -64,12 +64,24 @@ def test_resumed_on_another_number_of_ranks(two: list[dict[str, Any]], folder: P
     """One is a plain process, whose model nobody has sharded."""
     for rank in run(folder, ranks, [f"resumed {case}" for case in CASES]):
         for case in CASES:
-            found, expected = rank[f"resumed {case}"], two[0][f"saved {case.split()[0]}"]
-            assert_close(found, expected, 1e-12)
-            for name, (rows, cols) in expected["places"].items():
-                assert torch.equal(found["places"][name][0], rows)
-                assert torch.equal(found["places"][name][1], cols)
-            assert [event[:2] for event in found["history"]] == [event[:2] for event in expected["history"]]
+            assert_goes_on(rank[f"resumed {case}"], two[0][f"saved {case.split()[0]}"])
+
+
+@pytest.mark.slow
+def test_resumed_on_half_the_ranks(tmp_path: Path) -> None:
+    saved = run(tmp_path, 4, ["saved mixed", "saved visits"])
+    for rank in run(tmp_path, 2, [f"resumed {case}" for case in CASES]):
+        for case in CASES:
+            assert_goes_on(rank[f"resumed {case}"], saved[0][f"saved {case.split()[0]}"])
+
+
+def assert_goes_on(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """As the run would have gone on that was saved."""
+    assert_close(found, expected, 1e-12)
+    for name, (rows, cols) in expected["places"].items():
+        assert torch.equal(found["places"][name][0], rows)
+        assert torch.equal(found["places"][name][1], cols)
+    assert [event[:2] for event in found["history"]] == [event[:2] for event in expected["history"]]
 
 
 def test_the_gradients_that_are_reduced_are_a_64th_of_the_full_ones(two: list[dict[str, Any]]) -> None:
@@ -128,11 +140,14 @@ def test_the_ranks_choose_as_one_process_does(two: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job() -> None:
+def test_a_rank_that_dies_ends_the_job_which_goes_on_from_its_checkpoint(
+    two: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """Within a minute of its death, whatever the others are waiting for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = str(Path(__file__).with_name("dying_worker.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    command.append(str(tmp_path / "mixed" / PARTS))
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         lines = [job.stdout.readline(), job.stdout.readline()]
@@ -140,3 +155,5 @@ def test_a_rank_that_dies_ends_the_job() -> None:
         assert lines == ["trained\n", "trained\n"]
         assert ended != 0
         assert "never" not in job.stdout.read()
+    for resumed in run(tmp_path, 2, [f"resumed mixed {PARTS}"]):
+        assert_close(resumed[f"resumed mixed {PARTS}"], two[0]["saved mixed"], 0.0)

@@ -261,11 +261,11 @@ def joined_only(scenario: Scenario) -> Scenario:
     return replace(scenario, compiler=compiler, **{name: getattr(plain, name) for name in names})
 
 
-def policy() -> dict[str, Any]:
+def policy(compiler: str) -> dict[str, Any]:
     """float32 weights that are used and differentiated in bfloat16, beside dense bfloat16 gradients made by hand."""
     scenario = Scenario(dtype=torch.float32)
     plain = MODELS[scenario.model]()
-    model = model_of(scenario, "eager")
+    model = model_of(scenario, compiler)
     plain.load_state_dict(model.state_dict())
     subnets, groups = losia_fx.subnets(model), losia_fx.controller(model).groups
     places = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
@@ -290,8 +290,8 @@ def policy() -> dict[str, Any]:
 
 
 def run(name: str) -> dict[str, Any]:
-    if name == POLICY:
-        return policy()
+    if name in POLICIES:
+        return policy(POLICIES[name])
     scenario = SCENARIOS[name]
     if scenario.model == "weights by hand":
         warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
@@ -306,7 +306,7 @@ def run(name: str) -> dict[str, Any]:
     return {"found": found, "expected": expected}
 
 
-POLICY = "bfloat16 policy"
+POLICIES = {"bfloat16 policy": "eager", "bfloat16 policy, aot_eager": "aot_eager"}
 Run = Callable[[str], dict[str, Any]]
 
 
