@@ -17,6 +17,7 @@ if __name__ == "__main__":
     go_on(model, optimizer, steps[:CUT], rank, ranks)
     save_in_parts(model, optimizer, sys.argv[1])
     print("trained", flush=True)
+    dist.barrier()  # or the job would end before the other has said so
     if rank == 1:
         os._exit(3)
     go_on(model, optimizer, steps[CUT:], rank, ranks)

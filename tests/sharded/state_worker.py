@@ -50,6 +50,12 @@ class Traffic(TorchDispatchMode):
 
 
 SCENARIO = Scenario(clip=0.3, dtype=torch.float64)
+STATES = {
+    "mixed": Scenario(),
+    "visits": Scenario(options=of(importance="visits", carry_moments=True)),
+    "replicas": Scenario(replicas=2),
+}
+"""What is saved and resumed."""
 CUT = 8
 """Steps before the checkpoint: two slots and, of period 3, two steps of the third."""
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -75,9 +81,9 @@ def sharded(scenario: Scenario, seed: int = 0) -> nn.Module:
     return model
 
 
-def trained_and_saved(importance: str) -> dict[str, Any]:
+def trained_and_saved(name: str) -> dict[str, Any]:
     """Cut within a slot, written by one rank and by each its own part, and gone on with."""
-    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+    scenario, folder = STATES[name], folder_of(name)
     model = sharded(scenario)
     optimizer, steps = adamw(model), batches(scenario)
     go_on(model, optimizer, steps[:CUT], dist.get_rank(), dist.get_world_size())
@@ -106,8 +112,8 @@ def save_in_parts(model: nn.Module, optimizer: optim.Optimizer, folder: str | Pa
     dcp.save(in_parts(model, optimizer, losia_fx.state_dict(model, sharded=True)), checkpoint_id=folder)
 
 
-def resumed_in_parts(importance: str) -> dict[str, Any]:
-    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance) / PARTS
+def resumed_in_parts(name: str) -> dict[str, Any]:
+    scenario, folder = STATES[name], folder_of(name) / PARTS
     model = sharded(scenario, seed=1)
     optimizer = adamw(model)
     state = in_parts(model, optimizer, losia_fx.state_dict(model, like=dcp.FileSystemReader(folder).read_metadata()))
@@ -122,11 +128,11 @@ def resumed_in_parts(importance: str) -> dict[str, Any]:
 PARTS = "parts"
 
 
-def resumed(importance: str, first: str) -> dict[str, Any]:
+def resumed(name: str, first: str) -> dict[str, Any]:
     """Into a model of another seed, on as many ranks as there are. first: what is loaded before the rest."""
     if first == PARTS:
-        return resumed_in_parts(importance)
-    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+        return resumed_in_parts(name)
+    scenario, folder = STATES[name], folder_of(name)
     model = sharded(scenario, seed=1)
     optimizer = adamw(model)
     weights, moments = torch.load(folder / "rest.pt", weights_only=True)
@@ -140,31 +146,29 @@ def resumed(importance: str, first: str) -> dict[str, Any]:
     return outcome(model)
 
 
-def deltas() -> dict[str, Any]:
+def delta(kind: str) -> dict[str, Any]:
     """What training changed, saved and loaded by all ranks; every step moves every element by the same, so that one
     process comes to the very same bits. Own checkpoints keep the base, other weights are one of their own."""
-    folder, found = folder_of(f"delta of {dist.get_world_size()}"), {}
-    for name, options in DELTAS.items():
-        scenario = Scenario(**{"model": "uneven", "dtype": torch.float32, **options})
-        model, steps = sharded(scenario), batches(scenario)
-        base = weights_of(model)
-        optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2**-6)
-        march(model, optimizer, steps[:4])
-        own = weights_of(model)
-        march(model, optimizer, steps[4:8])
-        set_model_state_dict(model, own, options=EVERYWHERE)
-        march(model, optimizer, steps[8:13])
-        losia_fx.save_delta(model, folder / name)
-        tuned = weights_of(model)
-        losia_fx.load_delta(model, folder / name, undo=True)
-        undone = weights_of(model)
-        losia_fx.load_delta(model, folder / name)
-        values = {name: whole(subnet.values) for name, subnet in losia_fx.subnets(model).items()}
-        found[name] = {"base": base, "tuned": tuned, "undone": undone, "values": values}
-        found[name]["again"] = weights_of(model)
-        set_model_state_dict(model, {key: value + 1 for key, value in tuned.items()}, options=EVERYWHERE)
-        march(model, optimizer, steps[13:14])
-        losia_fx.save_delta(model, folder / f"{name}, another base")
+    folder = folder_of(f"delta of {dist.get_world_size()}")
+    scenario = Scenario(**{"model": "uneven", "dtype": torch.float32, **DELTAS[kind]})
+    model, steps = sharded(scenario), batches(scenario)
+    found = {"base": weights_of(model)}
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2**-6)
+    march(model, optimizer, steps[:4])
+    own = weights_of(model)
+    march(model, optimizer, steps[4:8])
+    set_model_state_dict(model, own, options=EVERYWHERE)
+    march(model, optimizer, steps[8:13])
+    losia_fx.save_delta(model, folder / kind)
+    found["tuned"] = weights_of(model)
+    losia_fx.load_delta(model, folder / kind, undo=True)
+    found["undone"] = weights_of(model)
+    losia_fx.load_delta(model, folder / kind)
+    found["values"] = {name: whole(subnet.values) for name, subnet in losia_fx.subnets(model).items()}
+    found["again"] = weights_of(model)
+    set_model_state_dict(model, {key: value + 1 for key, value in own.items()}, options=EVERYWHERE)
+    march(model, optimizer, steps[13:14])
+    losia_fx.save_delta(model, folder / f"{kind}, another base")
     return found
 
 
@@ -193,8 +197,8 @@ def march(model: Any, optimizer: optim.Optimizer, steps: list[list[Tensor]]) -> 
         optimizer.zero_grad()
 
 
-def folder_of(importance: str) -> Path:
-    folder = Path(sys.argv[1]).parent / importance
+def folder_of(name: str) -> Path:
+    folder = Path(sys.argv[1]).parent / name
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -277,7 +281,9 @@ def run(name: str) -> dict[str, Any]:
         return trained_and_saved(rest)
     if kind == "resumed":
         return resumed(*rest.split())
-    return {"deltas": deltas, "traffic": traffic, "memory": memory, "selections": selections}[kind]()
+    if kind == "delta":
+        return delta(rest)
+    return {"traffic": traffic, "memory": memory, "selections": selections}[kind]()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from tests.sharded.state_worker import DELTAS, PARTS, TRIED
 from tests.sharded.test_training import ROOT, assert_close
 from tests.support.toys import Toy
 
-CASES = ["mixed losia", "mixed weights", "visits weights", "mixed parts", "visits parts"]
-"""The importance that was being gathered, and what is loaded first, or that each rank reads its own part."""
+CASES = ["mixed losia", "mixed weights", "visits weights", f"mixed {PARTS}", f"visits {PARTS}"]
+"""What was trained, and what is loaded first, or that each rank reads its own part."""
+DELTA, *SLOW_DELTAS = DELTAS
 
 
 def run(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
@@ -44,7 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     saved = ["saved mixed", "saved visits"]
-    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "deltas", "traffic", "memory", "selections"])
+    return run(
+        folder, 2, [*saved, *(f"resumed {case}" for case in CASES), f"delta {DELTA}", "traffic", "memory", "selections"]
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,6 +68,15 @@ def test_resumed_on_another_number_of_ranks(two: list[dict[str, Any]], folder: P
     for rank in run(folder, ranks, [f"resumed {case}" for case in CASES]):
         for case in CASES:
             assert_goes_on(rank[f"resumed {case}"], two[0][f"saved {case.split()[0]}"])
+
+
+@pytest.mark.slow
+def test_resumed_on_replicas_to_the_bit(tmp_path: Path) -> None:
+    """Two replicas of two shards."""
+    cases = [f"resumed replicas {first}" for first in ("losia", PARTS)]
+    for rank in run(tmp_path, 4, ["saved replicas", *cases]):
+        for case in cases:
+            assert_close(rank[case], rank["saved replicas"], 0.0)
 
 
 @pytest.mark.slow
@@ -107,20 +119,33 @@ def test_the_traffic_is_what_explain_forecasts(two: list[dict[str, Any]]) -> Non
 
 
 def test_a_delta_is_that_of_one_process(two: list[dict[str, Any]], folder: Path) -> None:
-    (alone,) = run(folder, 1, ["deltas"])
-    for name in DELTAS:
-        for kind in (name, f"{name}, another base"):
-            files = [folder / f"delta of {ranks}" / kind for ranks in (2, 1)]
-            assert_same(*(load_file(file) for file in files))
-            with DeltaFile(files[0]) as found_file, DeltaFile(files[1]) as expected_file:
-                assert found_file.model == expected_file.model
-                assert found_file.records == expected_file.records
-        for rank in two:
-            found, expected = rank["deltas"][name], alone["deltas"][name]
-            assert_same(found["tuned"], expected["tuned"])
-            assert_same(found["again"], expected["tuned"])
-            assert_same(found["undone"], expected["base"])
-            assert_same(found["values"], expected["values"])
+    assert_deltas(two, run(folder, 1, [f"delta {DELTA}"]), folder, DELTA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_more_deltas_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
+    names = [f"delta {kind}" for kind in SLOW_DELTAS]
+    found, alone = run(tmp_path, ranks, names), run(tmp_path, 1, names)
+    for kind in SLOW_DELTAS:
+        assert_deltas(found, alone, tmp_path, kind)
+
+
+def assert_deltas(ranks: list[dict[str, Any]], alone: list[dict[str, Any]], folder: Path, kind: str) -> None:
+    """To the bit. (safetensors writes what a header holds in any order, so the files' bytes say nothing.)"""
+    for name in (kind, f"{kind}, another base"):
+        files = [folder / f"delta of {number}" / name for number in (len(ranks), 1)]
+        assert_same(*(load_file(file) for file in files))
+        with DeltaFile(files[0]) as found_file, DeltaFile(files[1]) as expected_file:
+            assert found_file.model == expected_file.model
+            assert found_file.records == expected_file.records
+            assert found_file.records
+    expected = alone[0][f"delta {kind}"]
+    for found in (rank[f"delta {kind}"] for rank in ranks):
+        assert_same(found["tuned"], expected["tuned"])
+        assert_same(found["again"], expected["tuned"])
+        assert_same(found["undone"], expected["base"])
+        assert_same(found["values"], expected["values"])
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
