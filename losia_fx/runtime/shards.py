@@ -176,25 +176,26 @@ class Shards:
         ranks have portions, and plain where each has the whole. ``tensor`` itself, no copy."""
         if part == "values":
             return self.values.detach()
-        if part not in CUT or (part == "col_sums" and not self.coincides):
-            return self.whole(part, tensor)
-        return placed(tensor, self.weight)
+        return placed(tensor, self.weight) if self._in_portions(part) else self.whole(part, tensor)
+
+    def _in_portions(self, part: str) -> bool:
+        """Whether the ranks have portions of it as they have of W; in the sums over all rows each has a share."""
+        return part in CUT and (part != "col_sums" or self.coincides)
 
     def empty(self, part: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """For a part of the state, ``shape`` of which is whole: as ``cut`` gives it, to be filled."""
         if part == "values":
             return torch.empty_like(self.values.detach())
-        device = local(self.weight).device
-        if part not in CUT or (part == "col_sums" and not self.coincides):
-            return torch.empty(shape, dtype=dtype, device=device)
-        return self.cut(part, torch.empty(self.portion.count, *shape[1:], dtype=dtype, device=device))
+        first = self.portion.count if self._in_portions(part) else shape[0]
+        made = torch.empty(first, *shape[1:], dtype=dtype, device=local(self.weight).device)
+        return placed(made, self.weight) if self._in_portions(part) else made
 
     def takes(self, part: str, tensor: Tensor) -> bool:
         """Whether ``here`` can tell what this rank has of ``tensor``."""
         if not isinstance(tensor, DTensor):
             return True
         like = self.values if part == "values" else self.weight
-        cut = part in ("values", *CUT)
+        cut = part == "values" or self._in_portions(part)
         return cut and tensor.device_mesh == like.device_mesh and tensor.placements == like.placements
 
     def here(self, part: str, tensor: Tensor) -> Tensor:

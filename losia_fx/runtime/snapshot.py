@@ -81,7 +81,7 @@ def unpacked(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or PACKED not in state:
         return state
     try:
-        plain = json.loads(state[PACKED])
+        plain = dict(json.loads(state[PACKED]))
     except (TypeError, ValueError):
         raise StateError(f"{PACKED} holds no state: {state[PACKED]!r:.80}") from None
     return {**plain, **{name: entry for name, entry in state.items() if name != PACKED}}

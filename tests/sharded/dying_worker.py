@@ -16,7 +16,7 @@ if __name__ == "__main__":
     optimizer, steps = adamw(model), batches(SCENARIO)
     go_on(model, optimizer, steps[:CUT], rank, ranks)
     save_in_parts(model, optimizer, sys.argv[1])
-    print("trained", flush=True)
+    os.write(1, b"trained\n")  # at once: both write to one pipe
     dist.barrier()  # or the job would end before the other has said so
     if rank == 1:
         os._exit(3)
