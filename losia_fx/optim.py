@@ -16,6 +16,8 @@ from losia_fx.errors import ConfigError, OptimizerError, StateError
 from losia_fx.method.factored import Means, Place, root, take_in
 from losia_fx.runtime.moves import KeepsOverMoves
 from losia_fx.runtime.owners import owned
+from losia_fx.runtime.sharding import seen_by
+from losia_fx.runtime.shards import local
 from losia_fx.runtime.state import SubnetState
 
 MEANS = ("row_means", "col_means", "row_visits", "col_visits")
@@ -84,11 +86,6 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
             with torch.enable_grad():
                 loss = closure()
         subnets = {id(state.values): state for states in owned(self).mine.values() for state in states}
-        if any(state.shards is not None for state in subnets.values()):
-            raise OptimizerError(
-                "SubnetRMS keeps means of whole rows and columns, and fully_shard has cut them over processes: take "
-                "AdamW, or spread the model with DistributedDataParallel"
-            )
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in learning):
@@ -122,8 +119,9 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
     def _factored_roots(self, parameters: list[Tensor], subnets: Sequence[SubnetState], beta2: float) -> list[Tensor]:
         kept = [self._means(parameter, subnet) for parameter, subnet in zip(parameters, subnets, strict=True)]
         places = [Place(subnet.rows, subnet.cols) for subnet in subnets]
-        take_in(kept, places, _grads(parameters), beta2)
-        return [root(*each) for each in zip(kept, places, strict=True)]
+        take_in(kept, places, seen_by(subnets, _grads(parameters)), beta2)
+        each = zip(kept, places, subnets, strict=True)
+        return [root(means, place, subnet.portion) for means, place, subnet in each]
 
     def _means(self, parameter: Tensor, subnet: SubnetState) -> Means:
         state = self.state[parameter]
@@ -154,13 +152,14 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
     ) -> None:
         """steps: of each parameter since its momentum began, the present one included; not asked for without any."""
         lr = float(group["lr"])
+        here = [local(parameter) for parameter in parameters]
         if group["weight_decay"]:
-            foreach.foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            foreach.foreach_mul_(here, 1 - lr * group["weight_decay"])
         directions, corrections = _grads(parameters), [1.0] * len(parameters)
         if group["momentum"]:
             directions, corrections = self._momenta(parameters, steps, group["momentum"])
         foreach.foreach_add_(roots, group["eps"])
-        foreach.foreach_addcdiv_(parameters, directions, roots, [-lr / correction for correction in corrections])
+        foreach.foreach_addcdiv_(here, directions, roots, [-lr / correction for correction in corrections])
 
     def _momenta(
         self, parameters: list[Tensor], steps: Sequence[float], momentum: float
@@ -177,14 +176,16 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         return [float(self.state[parameter]["step"]) for parameter in parameters]
 
     def _buffers(self, parameters: Sequence[Tensor], name: str) -> list[Tensor]:
+        """As far as this process has them."""
         for parameter in parameters:
             if name not in self.state[parameter]:
                 self.state[parameter][name] = torch.zeros_like(parameter)
-        return [self.state[parameter][name] for parameter in parameters]
+        return [local(self.state[parameter][name]) for parameter in parameters]
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """As far as this process has them."""
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -565,7 +566,7 @@ def test_compile_forward_leaves_hooks_outside_and_shares_graphs() -> None:
     layers = [nn.Sequential(nn.Linear(2, 2)) for _ in range(12)]
     for layer in layers:
         layer.register_forward_pre_hook(hook)
-        _compat.compile_forward(layer, backend, 64)
+        _compat.compile_forward(layer, backend, 64, nullcontext)
     x = torch.ones(2)
     for layer in layers:
         expected = layer[0].weight @ x + layer[0].bias

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -50,11 +51,24 @@ def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit
 
 
 @runs_uncompiled
-def compile_forward(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> None:
-    """Puts the module's forward, compiled, in the place of its own: hooks stay outside, and modules that are alike
-    share their graphs."""
+def compile_forward(
+    module: nn.Module,
+    backend: Callable[..., Any],
+    recompile_limit: int,
+    around: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Puts the module's forward, compiled and within ``around()``, in the place of its own: hooks stay outside, and
+    modules that are alike share their graphs."""
     limits: dict[str, Any] = {"recompile_limit": recompile_limit} if ISOLATES_RECOMPILES else {}
-    module.forward = torch.compile(module.forward, backend=backend, **limits)
+    compiled = torch.compile(module.forward, backend=backend, **limits)
+
+    @torch.compiler.disable(recursive=False)
+    @wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return compiled(*args, **kwargs)
+
+    module.forward = forward
 
 
 @runs_uncompiled

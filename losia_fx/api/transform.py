@@ -41,10 +41,11 @@ from losia_fx.runtime.controller import Controller, Role, controller_of, find_co
 from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.functional import call_with_others
 from losia_fx.runtime.look import look
-from losia_fx.runtime.outside import asking_for_gradients
+from losia_fx.runtime.outside import asking_for_gradients, asking_where_learning
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
+from losia_fx.runtime.train_state import TrainState
 from losia_fx.runtime.watch import plain_forward
 from losia_fx.runtime.wrappers import refuse_wrappers
 
@@ -263,7 +264,7 @@ class CompiledCall:
             self._compiled = compile_call(self.root, self._backend, RECOMPILE_LIMIT)
         if train.sharded and not self._by_block:
             self._by_block = True
-            compile_blocks(self.root, self._backend)
+            compile_blocks(train, self._backend)
         under_ddp = train.ranks.notice(train.states, train.progress.generator)
         labels.note(train, args, kwargs)
         _free_input_gradients(self.root)
@@ -280,12 +281,14 @@ class CompiledCall:
         return result
 
 
-def compile_blocks(root: nn.Module, backend: LosiaBackend) -> None:
-    """Has the blocks that fully_shard was called on compiled each by itself: its hooks break graphs, and what breaks
-    under gradient checkpointing runs uncompiled."""
-    for module in root.modules():
-        if module is not root and is_block_of_shards(module):
-            compile_forward(module, backend, RECOMPILE_LIMIT)
+def compile_blocks(train: TrainState, backend: LosiaBackend) -> None:
+    """Has each module that fully_shard was called on compiled by itself: its hooks break graphs, and what breaks under
+    gradient checkpointing runs uncompiled. Within those hooks the weights are whole, and may ask for their gradients.
+    """
+    for module in train.root.modules():
+        if is_block_of_shards(module):
+            inside = [state for state in train.states if state.shards is not None and state.shards.are_of(module)]
+            compile_forward(module, backend, RECOMPILE_LIMIT, functools.partial(asking_where_learning, inside))
 
 
 def _free_input_gradients(root: nn.Module) -> None:

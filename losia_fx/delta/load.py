@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from losia_fx.errors import DeltaError
+from losia_fx.method.shards import Portion, own_block, write_block
 from losia_fx.method.visits import Place, as_integers, walk
 from losia_fx.model.blocks import plain_name
+from losia_fx.model.kinds import is_sharded
 from losia_fx.runtime.controller import find_controller
+from losia_fx.runtime.shards import local, portion_of, reshard_all, whole
+from losia_fx.runtime.take_in_shards import loaded_shards
 
 from .format import WeightRecord, check_plain, digest, fingerprint
 from .read import DeltaFile
@@ -23,8 +27,9 @@ Target = tuple[WeightRecord, nn.Parameter]
 def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = False) -> None:
     """Turns ``model`` from the base into the tuned one in place, exact to the bit; with ``undo``, back.
 
-    A plain model, a transformed one (its subnets are gathered anew), or what torch.compile or DistributedDataParallel
-    made of either. Nothing recompiles. Raises DeltaError, naming file and weight, with nothing changed: where the file
+    A plain model, a transformed one (its subnets are gathered anew), or what torch.compile, DistributedDataParallel or
+    fully_shard (on all ranks) made of either. Nothing recompiles.
+    Raises DeltaError, naming file and weight, with nothing changed: where the file
     is damaged, where a weight is missing or of another shape or dtype, where the weights are not those of the base
     (with undo: of the tuned model), or are there already.
 
@@ -34,6 +39,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = Fals
     controller = find_controller(model)
     if controller is not None:
         controller.look()
+    reshard_all(model)
     with DeltaFile(path) as delta:
         targets = find_targets(model, delta)
         check_weights(delta, targets, undo)
@@ -42,7 +48,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = Fals
     changed = {id(parameter) for _, parameter in targets}
     for state in controller.states if controller is not None else ():
         if id(state.weight) in changed:
-            state.reload()
+            state.reload() if state.shards is None else loaded_shards(state)
 
 
 def find_targets(model: nn.Module, delta: DeltaFile) -> list[Target]:
@@ -65,8 +71,9 @@ def find_targets(model: nn.Module, delta: DeltaFile) -> list[Target]:
                     f"load the base in the {what} that the delta was made with"
                 )
         check_plain(delta.path, record.name, parameter)
-        place = (parameter.device, parameter.data_ptr())
-        if place in places:
+        here = local(parameter)
+        place = (here.device, here.data_ptr())
+        if here.numel() and place in places:  # of a sharded weight a rank may have nothing
             raise DeltaError(f"{delta.path}: {record.name}: shares its memory with another weight of the delta")
         places.add(place)
         targets.append((record, parameter))
@@ -87,7 +94,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_weights(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> None:
     """The weights are those that the delta starts from."""
-    digests = [digest(parameter) for _, parameter in targets]
+    digests = [digest(whole(parameter)) for _, parameter in targets]
     start = [record.tuned if undo else record.base for record, _ in targets]
     end = [record.base if undo else record.tuned for record, _ in targets]
     if digests == start:
@@ -104,7 +111,7 @@ def check_weights(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> No
 def _check_outcome(delta: DeltaFile, targets: Sequence[Target], undo: bool) -> None:
     """The delta leads where it says: to be known before the first weight is touched."""
     for record, parameter in targets:
-        outcome = parameter.detach().cpu().clone()
+        outcome = whole(parameter).detach().cpu().clone()
         for piece, place in walk(delta.pieces(record)):
             flip(outcome, place, piece.values)
         if digest(outcome) != (record.base if undo else record.tuned):
@@ -132,5 +139,19 @@ def _flips(delta: DeltaFile, targets: Sequence[Target]) -> Iterator[tuple[Tensor
 
 @torch.no_grad()
 def flip(weight: Tensor, place: Place, bits: Tensor) -> None:
-    whole = as_integers(weight)
-    place.write(whole, place.read(whole) ^ bits)
+    """Of a sharded weight this rank's portion: nothing travels."""
+    here = as_integers(local(weight))
+    if is_sharded(weight):
+        _flip_portion(here, portion_of(weight), place, bits)
+    else:
+        place.write(here, place.read(here) ^ bits)
+
+
+def _flip_portion(here: Tensor, portion: Portion, place: Place, bits: Tensor) -> None:
+    if place.rows is None or place.cols is None:
+        here.bitwise_xor_(bits.view(portion.length, *here.shape[1:])[portion.inside].to(here.device))
+        return
+    rows, cols = place.rows.to(here.device), place.cols.to(here.device)
+    own = portion.own(rows) if rows.dim() == 1 else (rows, rows)
+    flipped = own_block(here, portion, own, rows, cols) ^ place.block_of(bits).to(here.device)
+    write_block(here, portion, own, rows, cols, flipped if rows.dim() == 1 else flipped[portion.inside])

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from losia_fx.errors import DeltaError
 from losia_fx.method.visits import BaseHistory, Piece, as_integers, walk
 from losia_fx.runtime.controller import find_controller
+from losia_fx.runtime.sharding import once
+from losia_fx.runtime.shards import plain_kind
 
 from .format import WeightRecord, check_plain, digest, write_delta
 
@@ -23,10 +25,11 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
     at most one copy of each weight that learns: p*p of it a visit of its subnet, all of it where it is named in
     ``trainable``. The file holds one number an element that was reached.
 
-    Accepts what torch.compile, DistributedDataParallel and the like made of the model. Raises DeltaError for a model
-    without subnets (restore() drops the base) or whose base is not tracked, for weights that are sharded, and for
-    weights that something else than training has changed since (averaging, or a hand): their base is not known. OSError
-    where writing fails.
+    Accepts what torch.compile, DistributedDataParallel and the like made of the model. Under FSDP2 all ranks have to
+    call it, and the first writes the file that one process would have written; each keeps on the CPU the base of its
+    part of every weight that learns. Raises DeltaError for a model without subnets (restore() drops the base) or whose
+    base is not tracked, and for weights that something else than training has changed since (averaging, or a hand):
+    their base is not known. OSError where writing fails.
     """
     path = Path(path)
     controller = find_controller(model)
@@ -45,21 +48,21 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for state in controller.states:
         check_plain(path, state.name, state.weight)
     controller.look(shown=True)
-    histories = controller.bases.histories(controller.root, controller.states)
-    if not histories:
-        raise DeltaError(
-            f"{path}: no optimizer has stepped the subnets of this {type(controller.root).__name__} since it got them "
-            "(or since weights were loaded into it): there is no change to save"
-        )
-    records, pieces = [], {}
-    for name, (weight, history) in histories.items():
+    records, pieces, begun = [], {}, False
+    for name, weight, history in controller.bases.histories(controller.root, controller.states):
         check_plain(path, name, weight)
+        begun = True
         base = history.base_of(weight)
         if changed := _changes(path, name, weight, base, history):
             visits = 0 if changed[0].rows is None else len(changed)
             records.append(WeightRecord(name, tuple(weight.shape), weight.dtype, visits, digest(base), digest(weight)))
             pieces[name] = changed
-    write_delta(path, type(controller.root).__name__, records, pieces)
+    if not begun:
+        raise DeltaError(
+            f"{path}: no optimizer has stepped the subnets of this {type(controller.root).__name__} since it got them "
+            "(or since weights were loaded into it): there is no change to save"
+        )
+    once(controller.states, lambda: write_delta(path, plain_kind(controller.root), records, pieces))
 
 
 def _changes(path: Path, name: str, weight: Tensor, base: Tensor, history: BaseHistory) -> list[Piece]:

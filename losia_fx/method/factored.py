@@ -45,14 +45,25 @@ class Place(NamedTuple):
     cols: Tensor
 
 
-def take_in(kept: Sequence[Means], places: Sequence[Place], grads: Sequence[Tensor], beta2: float) -> None:
-    """Takes S.grad (r, c) or (E, r, c) of each subnet into its means, in place; beta2 in [0, 1).
+class Seen(NamedTuple):
+    """The mean of S.grad^2 over the subnet's columns, (r,) or (E, r), and over its rows, (c,) or (E, c)."""
+
+    rows: Tensor
+    cols: Tensor
+
+
+def seen_in(grads: Sequence[Tensor]) -> list[Seen]:
+    """Of each S.grad, (r, c) or (E, r, c)."""
+    return [Seen(square.mean(-1), square.mean(-2)) for square in foreach.foreach_mul(list(grads), list(grads))]
+
+
+def take_in(kept: Sequence[Means], places: Sequence[Place], found: Sequence[Seen], beta2: float) -> None:
+    """Takes what a visit has seen of each subnet into its means, in place; beta2 in [0, 1).
 
     After n visits a mean is the sum of (1 - beta2) beta2^(n - k) g_k over 1 - beta2^n, where g_k is what the k-th visit
-    saw: the mean of S.grad^2 over the subnet's columns for a row, over its rows for a column.
+    saw.
     """
-    squares = foreach.foreach_mul(list(grads), list(grads))
-    seen = [square.mean(dim) for dim in (-1, -2) for square in squares]
+    seen = [each.rows for each in found] + [each.cols for each in found]
     means = [each.rows for each in kept] + [each.cols for each in kept]
     visits = [each.row_visits for each in kept] + [each.col_visits for each in kept]
     indices = [place.rows for place in places] + [place.cols for place in places]
@@ -81,12 +92,17 @@ def _filled(means: Tensor, visits: Tensor) -> Tensor:
     return torch.where(seen, means, mean)
 
 
-def factors(kept: Means, place: Place) -> tuple[Tensor, Tensor]:
+ALL = slice(None)
+
+
+def factors(kept: Means, place: Place, part: slice = ALL) -> tuple[Tensor, Tensor]:
     """a (r,) and b (c,), or (E, r) and (E, c), with v_ij = a_i b_j = r_i c_j / sqrt(mean r mean c).
 
-    The means are those over the subnet's present rows and columns (of each expert by itself).
+    The means are those over the subnet's present rows and columns (of each expert by itself). part: what S[part] needs
+    of them.
     """
-    return _share(kept.rows.gather(-1, place.rows)), _share(kept.cols.gather(-1, place.cols))
+    rows, cols = _share(kept.rows.gather(-1, place.rows)), _share(kept.cols.gather(-1, place.cols))
+    return rows[part], cols if cols.dim() == 1 else cols[part]
 
 
 def _share(means: Tensor) -> Tensor:
@@ -94,13 +110,16 @@ def _share(means: Tensor) -> Tensor:
     return means / means.mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(means.dtype).tiny)
 
 
-def second_moment(kept: Means, place: Place) -> Tensor:
-    """v of every element of S, (r, c) or (E, r, c): what an Adam-like optimizer calls exp_avg_sq, bias-corrected."""
-    rows, cols = factors(kept, place)
+def second_moment(kept: Means, place: Place, part: slice = ALL) -> Tensor:
+    """v of every element of S, (r, c) or (E, r, c): what an Adam-like optimizer calls exp_avg_sq, bias-corrected.
+
+    part: of S[part] alone, along its first dimension.
+    """
+    rows, cols = factors(kept, place, part)
     return rows.unsqueeze(-1) * cols.unsqueeze(-2)
 
 
-def root(kept: Means, place: Place) -> Tensor:
+def root(kept: Means, place: Place, part: slice = ALL) -> Tensor:
     """The root of ``second_moment``, made without rooting as many elements as S has; a tensor of its own."""
-    rows, cols = factors(kept, place)
+    rows, cols = factors(kept, place, part)
     return rows.sqrt().unsqueeze(-1) * cols.sqrt().unsqueeze(-2)

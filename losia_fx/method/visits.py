@@ -66,6 +66,14 @@ class Place:
         """The values (n,) of a whole block on the CPU that belong here."""
         return block.reshape(-1) if self.new is None else block[self.new]
 
+    def block_of(self, values: Tensor) -> Tensor:
+        """The whole block on the CPU, rows x cols: values (n,) where they belong, and zeros elsewhere."""
+        assert self.rows is not None
+        assert self.cols is not None
+        block = values.new_zeros(*self.rows.shape, self.cols.shape[-1])
+        block[torch.ones_like(block, dtype=torch.bool) if self.new is None else self.new] = values
+        return block
+
     def write(self, weight: Tensor, values: Tensor) -> None:
         """Puts values (n,) here, in place."""
         block, values = self._block(weight), values.to(weight.device)

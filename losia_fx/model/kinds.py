@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 LINEAR = "linear"
@@ -47,7 +47,7 @@ def is_embedding(owner: nn.Module) -> bool:
     return isinstance(owner, _EMBEDDINGS)
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether the process holds a part of it only, as a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # whoever has made one has imported it
     return module is not None and isinstance(parameter, module.DTensor)

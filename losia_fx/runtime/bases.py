@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,8 +70,12 @@ class Bases:
         for parameter in fresh:
             self._seen[parameter] = True
             name = names.get(id(parameter))
-            if name is not None and name not in self.full and is_plain(parameter):
-                self.full[name] = BaseHistory.of_whole(parameter)
+            if name is not None:
+                self._keep(name, parameter)
+
+    def _keep(self, name: str, parameter: Tensor) -> None:
+        if name not in self.full and is_plain(parameter):
+            self.full[name] = BaseHistory.of_whole(parameter)
 
     def _forget(self) -> None:
         self.full.clear()
@@ -97,14 +101,14 @@ class Bases:
             assert state.base is not None
             state.base.visit(state.weight, rows, cols, block)
 
-    def histories(self, root: nn.Module, states: Iterable[SubnetState]) -> dict[str, tuple[nn.Parameter, BaseHistory]]:
-        """Every weight of ``root`` that training may have changed, by name, with its base. states: all its subnets."""
+    def histories(self, root: nn.Module, states: Iterable[SubnetState]) -> Iterator[tuple[str, Tensor, BaseHistory]]:
+        """Every weight of ``root`` that training may have changed, whole, with its name and base. states: all its
+        subnets."""
         states = list(states)
-        found = {s.name: (s.weight, s.base) for s in states if s.base is not None and s.base.pieces}
+        yield from ((s.name, s.weight, s.base) for s in states if s.base is not None and s.base.pieces)
         if not restarted(states):
             parameters = {plain_name(name): parameter for name, parameter in root.named_parameters()}
-            found |= {name: (parameters[name], history) for name, history in self.full.items()}
-        return found
+            yield from ((name, parameters[name], history) for name, history in self.full.items())
 
 
 def restarted(states: Iterable[SubnetState]) -> bool:

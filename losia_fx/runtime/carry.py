@@ -13,6 +13,8 @@ from losia_fx.method.factored import Means, Place, filled, second_moment, take_i
 
 from . import notices
 from .optimizers import found_inf, grad_scale
+from .sharding import seen_by
+from .shards import local
 from .state import SubnetState
 from .train_state import TrainState
 
@@ -30,12 +32,14 @@ def take_in_gradients(train: TrainState, states: Sequence[SubnetState], optimize
     scale = math.prod(grad_scale(each) for each in optimizers)
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[SubnetState, Tensor]]] = {}
     for state in states:
-        if (grad := state.values.grad) is not None:
+        if (whole := state.values.grad) is not None:
+            grad = local(whole)
             alike.setdefault((grad.device, grad.dtype), []).append((state, grad))
     for found in alike.values():
         places = [Place(state.rows, state.cols) for state, _ in found]
         grads = [grad if scale == 1.0 else grad / scale for _, grad in found]
-        take_in([_means(state) for state, _ in found], places, grads, BETA2)
+        seen = seen_by([state for state, _ in found], grads)
+        take_in([_means(state) for state, _ in found], places, seen, BETA2)
 
 
 def _means(state: SubnetState) -> Means:
@@ -63,9 +67,9 @@ def carry_over(train: TrainState, optimizer: Optimizer, state: SubnetState) -> b
         return False
     beta2 = float(group["betas"][1])
     correction = 1 - beta2 ** torch.as_tensor(old["step"], dtype=torch.float64, device=second.device)
-    v = second_moment(filled(means), Place(state.rows, state.cols)) * correction.to(means.rows)
+    v = second_moment(filled(means), Place(state.rows, state.cols), state.portion) * correction.to(means.rows)
     fresh = {key: torch.zeros_like(value) if _is_of_size(value, state) else value for key, value in old.items()}
-    fresh["exp_avg_sq"] = v.to(second)
+    local(fresh["exp_avg_sq"]).copy_(v)
     if "max_exp_avg_sq" in fresh:  # amsgrad steps by the largest so far
         fresh["max_exp_avg_sq"] = fresh["exp_avg_sq"].clone()
     optimizer.state[state.values] = fresh

@@ -8,7 +8,7 @@ through step.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,9 +231,18 @@ class Controller:
         self.look(shown=True)
         return snapshot.collect(self.train)
 
+    def sharded_state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """As losia_fx.state_dict(model, sharded=True); with ``names`` of entries, what takes in those."""
+        if names is not None:
+            look.take_in(self.train)
+            return snapshot.empty(self.train, names)
+        self.look(shown=True)
+        return snapshot.collect_cut(self.train)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As losia_fx.load_state_dict(model, state)."""
         look.take_in(self.train)
+        state = snapshot.unpacked(state)
         snapshot.check(self.train, state)
         snapshot.apply(self.train, state)
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -212,12 +212,17 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
         stop_asking(asked)
 
 
+def asking_where_learning(states: Sequence[SubnetState]) -> AbstractContextManager[None]:
+    """``asking_for_gradients`` where gradients are on."""
+    return asking_for_gradients(states) if torch.is_grad_enabled() else nullcontext()
+
+
 def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) -> None:
     """Has the weights of ``states`` require grad; those that did not go into ``asked`` first, whatever cuts in."""
     for state in states:
-        if state.shards is not None:  # FSDP2 would reduce such a gradient, and hand it to optimizers
+        weight = _whole_now(state)
+        if weight is None:
             continue
-        weight = state.weight
         if not weight.requires_grad:
             asked.append(weight)
             weight.requires_grad_(True)
@@ -227,6 +232,13 @@ def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) 
                 )
         elif weight not in registry.GRADIENT_HOOKS:
             registry.GRADIENT_HOOKS[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
+
+
+def _whole_now(state: SubnetState) -> nn.Parameter | None:
+    """W as whatever uses it finds it; None while FSDP2 has it sharded, where nothing can use it."""
+    if state.shards is None:
+        return state.weight
+    return state.owner._parameters[state.parameter] if state.shards.is_unsharded else None
 
 
 def stop_asking(weights: Iterable[nn.Parameter]) -> None:

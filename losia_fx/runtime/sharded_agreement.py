@@ -34,6 +34,8 @@ class ShardedAgreement:
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self.fresh: set[SubnetState] = set(states)
         """W is new, or nobody has compared yet: S is taken from it at the next forward or step, on all ranks."""
+        self.loaded: set[SubnetState] = set()
+        """Weights were loaded into these since that was last asked: of this run or not, a base of their own or not."""
         self._marks: dict[SubnetState, tuple[Mark, Mark]] = {}
         for state in states:
             state.agreement = self

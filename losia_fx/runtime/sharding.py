@@ -7,12 +7,13 @@ order here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from losia_fx.method.factored import Seen, seen_in
 from losia_fx.method.fit import LARGEST
 from losia_fx.method.shards import Portion, joined, summed
 
@@ -96,6 +97,24 @@ def blocks(states: Sequence[SubnetState]) -> list[Tensor]:
     return [found[state] for state in states]
 
 
+def once(states: Sequence[SubnetState], write: Callable[[], None]) -> None:
+    """Under FSDP2 the first rank does it, and the others wait for it, and raise what it raises."""
+    if not states or states[0].shards is None:
+        write()
+        return
+    mesh = states[0].shards.mesh
+    failure: list[Exception | None] = [None]
+    if not any(mesh.get_coordinate() or ()):
+        try:
+            write()
+        except Exception as error:
+            failure = [error]
+    for dim in range(mesh.ndim):
+        dist.broadcast_object_list(failure, group=mesh.get_group(dim), group_src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
 @torch.no_grad()
 def gather_anew(states: Iterable[SubnetState]) -> None:
     for state in in_order(states):
@@ -120,6 +139,22 @@ def seen_gradients(states: Sequence[SubnetState]) -> dict[SubnetState, tuple[Ten
     (broken,) = summed([torch.stack([(~torch.isfinite(grad)).any().float() for grad in grads])], group)
     finite = (broken == 0).unbind()
     return {state: (s, b, f) for state, s, b, f in zip(states, seen, blocks, finite, strict=True)}
+
+
+@torch.no_grad()
+def seen_by(states: Sequence[SubnetState], grads: Sequence[Tensor]) -> list[Seen]:
+    """What method.factored keeps of S.grad, of which this process has ``grads``, all of one dtype and device; the same
+    on every rank. Sends r + c numbers a subnet."""
+    if not states or states[0].shards is None:
+        return seen_in(grads)
+    squares, portions = [grad.square() for grad in grads], _portions(states)
+    rows = joined([square.mean(-1) for square in squares], portions)
+    experts = [n for n, state in enumerate(states) if shards_of(state).coincides]  # each of which some rank has whole
+    matrices = [n for n in range(len(states)) if n not in experts]
+    means, sums = [squares[n].mean(-2) for n in experts], [squares[n].sum(-2) / portions[n].length for n in matrices]
+    cols = dict(zip(experts, joined(means, [portions[n] for n in experts]), strict=True))
+    cols |= dict(zip(matrices, summed(sums, portions[0].group), strict=True))
+    return [Seen(row, cols[n]) for n, row in enumerate(rows)]
 
 
 def _grad_of(state: SubnetState) -> Tensor:

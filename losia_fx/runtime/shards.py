@@ -26,6 +26,7 @@ from losia_fx.method.shards import (
     summed,
     write_block,
 )
+from losia_fx.model.kinds import is_sharded
 
 from .profile import Profile
 
@@ -63,12 +64,10 @@ class Shards:
         self._held: dict[str, DTensor] = {}
         self._own: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.refresh()
-        mesh = self.weight.device_mesh
-        self.mesh = mesh
-        dim = next(d for d, placement in enumerate(self.weight.placements) if isinstance(placement, Shard))
-        self.portion = Portion.of(self.weight.shape[0], mesh.get_group(dim))
+        self.mesh = self.weight.device_mesh
+        self.portion = portion_of(self.weight)
         """Of W that this rank has."""
-        self.values_portion = Portion.of(self.values.shape[0], mesh.get_group(dim))
+        self.values_portion = portion_of(self.values)
         """Of S."""
 
     def refresh(self) -> None:
@@ -98,6 +97,10 @@ class Shards:
     def is_unsharded(self) -> bool:
         """Whether the module has the whole tensors now, which do not see what is written to the sharded ones."""
         return self._state.owner._parameters.get(self._state.parameter) is not cast(Any, self.weight)
+
+    def are_of(self, module: nn.Module) -> bool:
+        """Whether it is ``module`` that unshards and reshards W and S."""
+        return module is cast(Any, self.module)
 
     # -- W[rows, cols] ------------------------------------------------------------------------------------------------
 
@@ -168,8 +171,40 @@ class Shards:
             return summed([tensor], self.portion.group)[0]
         return joined([tensor], [self.portion])[0] if part in CUT else tensor
 
+    def cut(self, part: str, tensor: Tensor) -> Tensor:
+        """The same for a checkpoint that every rank writes its own part of: a DTensor that lies as W or S does where
+        ranks have portions, and plain where each has the whole. ``tensor`` itself, no copy."""
+        if part == "values":
+            return self.values.detach()
+        return placed(tensor, self.weight) if self._in_portions(part) else self.whole(part, tensor)
+
+    def _in_portions(self, part: str) -> bool:
+        """Whether the ranks have portions of it as they have of W; in the sums over all rows each has a share."""
+        return part in CUT and (part != "col_sums" or self.coincides)
+
+    def empty(self, part: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """For a part of the state, ``shape`` of which is whole: as ``cut`` gives it, to be filled."""
+        if part == "values":
+            return torch.empty_like(self.values.detach())
+        first = self.portion.count if self._in_portions(part) else shape[0]
+        made = torch.empty(first, *shape[1:], dtype=dtype, device=local(self.weight).device)
+        return placed(made, self.weight) if self._in_portions(part) else made
+
+    def takes(self, part: str, tensor: Tensor) -> bool:
+        """Whether ``here`` can tell what this rank has of ``tensor``."""
+        if not isinstance(tensor, DTensor):
+            return True
+        like = self.values if part == "values" else self.weight
+        cut = part == "values" or self._in_portions(part)
+        return cut and tensor.device_mesh == like.device_mesh and tensor.placements == like.placements
+
     def here(self, part: str, tensor: Tensor) -> Tensor:
-        """What this rank has of a part of the state that is whole; of sums over all rows, the first rank has all."""
+        """What this rank has of a part of the state, as ``whole`` or ``cut`` gave it; of sums over all rows, the first
+        rank has all."""
+        if isinstance(tensor, DTensor):
+            return local(tensor)
+        if part == "values":
+            return tensor[self.values_portion.inside]
         if part == "col_sums" and not self.coincides:
             return tensor if self.portion.first == 0 else torch.zeros_like(tensor)
         return tensor[self.portion.inside] if part in CUT else tensor
@@ -185,9 +220,51 @@ def is_block_of_shards(module: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor: the very memory."""
+    """This rank's part of a DTensor, the very memory; anything else as it is."""
     with torch.no_grad():
-        return cast("DTensor", tensor).to_local()
+        return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All of it: of a DTensor put together from all ranks, anything else as it is."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def portion_of(tensor: Tensor) -> Portion:
+    """What this rank has of a DTensor that is cut along its first dimension."""
+    cut = cast("DTensor", tensor)
+    dim = next(d for d, placement in enumerate(cut.placements) if isinstance(placement, Shard))
+    return Portion.of(cut.shape[0], cut.device_mesh.get_group(dim))
+
+
+def is_cut_by_rows(tensor: Tensor) -> bool:
+    """Whether it is a DTensor as FSDP2 makes them: its first dimension in parts, over one dimension of the mesh."""
+    if not is_sharded(tensor):
+        return False
+    return [each for each in cast("DTensor", tensor).placements if not each.is_replicate()] == [Shard(0)]
+
+
+def placed(part: Tensor, like: Tensor) -> DTensor:
+    """The DTensor of the ranks' ``part``s, which lie along their first dimension as those of ``like`` do."""
+    known = cast("DTensor", like)
+    form = torch.empty(known.shape[0], *part.shape[1:], device="meta")
+    return DTensor.from_local(
+        part, known.device_mesh, known.placements, run_check=False, shape=form.shape, stride=form.stride()
+    )
+
+
+def plain_kind(module: nn.Module) -> str:
+    """Its class by name; fully_shard has put one of its own in front of that."""
+    sharding = FSDPModule if dist.is_available() else ()
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, sharding))
+
+
+def reshard_all(root: nn.Module) -> None:
+    """What is unsharded still (the root's parameters after an evaluation) is given back."""
+    for module in root.modules() if dist.is_available() else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, TypeGuard
 
@@ -14,9 +15,11 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.factored import Means
 from losia_fx.method.schedule import profiled_groups
 from losia_fx.method.sums import sums_shapes
+from losia_fx.model.kinds import is_sharded
 
 from .agreement import strays
 from .profile import Profile
+from .shards import Shards
 from .state import SubnetState
 from .train_state import Event, TrainState
 
@@ -33,6 +36,9 @@ BINDING = (
     "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
     "rewarm", "rewarm_steps", "head_rows", "count_steps", "carry_moments",
 )  # fmt: skip
+PACKED = "losia_fx"
+"""Of a state for torch.distributed.checkpoint: the values in PLAIN as one entry, JSON. That of a list or a table would
+be taken apart there, and what has other entries than the file cannot be loaded."""
 DEFAULTS = {name: getattr(LosiaConfig(), name) for name in BINDING}
 """Of a state that was written before an option came to be."""
 
@@ -42,8 +48,48 @@ def collect(train: TrainState) -> dict[str, Any]:
 
     Of a sharded model they are whole, put together from all ranks, each of which has to be here.
     """
+    state: dict[str, Any] = {**_plain(train), GENERATOR: train.progress.generator.get_state()}
+    for name, tensor in _tensors(train, Shards.whole):
+        state[name] = tensor.detach().to("cpu", copy=True)
+    return state
+
+
+def collect_cut(train: TrainState) -> dict[str, Any]:
+    """As ``collect``, of a sharded model each rank's own part: what is cut over the ranks as DTensors, nothing copied.
+    The plain values are one entry."""
+    state: dict[str, Any] = {PACKED: json.dumps(_plain(train)), GENERATOR: train.progress.generator.get_state()}
+    return {**state, **{name: tensor.detach() for name, tensor in _tensors(train, Shards.cut)}}
+
+
+def empty(train: TrainState, names: Collection[str]) -> dict[str, Any]:
+    """What a checkpoint of ``collect_cut``, which has entries of these ``names``, is read into."""
+    state: dict[str, Any] = {PACKED: "", GENERATOR: train.progress.generator.get_state()}
+    for subnet in train.states:
+        for part in (*SUBNET, *PROFILE, *KEPT):
+            if (name := f"{subnet.name}:{part}") in names:
+                shape, dtype = _form(subnet, part)
+                state[name] = (
+                    torch.empty(shape, dtype=dtype, device=subnet.weight.device)
+                    if subnet.shards is None
+                    else subnet.shards.empty(part, shape, dtype)
+                )
+    return state
+
+
+def unpacked(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with the plain values of ``collect``."""
+    if not isinstance(state, Mapping) or PACKED not in state:
+        return state
+    try:
+        plain = dict(json.loads(state[PACKED]))
+    except (TypeError, ValueError):
+        raise StateError(f"{PACKED} holds no state: {state[PACKED]!r:.80}") from None
+    return {**plain, **{name: entry for name, entry in state.items() if name != PACKED}}
+
+
+def _plain(train: TrainState) -> dict[str, Any]:
     progress = train.progress
-    state: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "config": _plain_config(train.config),
         "groups": [list(names) for names in train.groups],
@@ -52,13 +98,18 @@ def collect(train: TrainState) -> dict[str, Any]:
         "history": [list(asdict(event).values()) for event in progress.history],
         "rewarm_from": {s.name: s.rewarm_from for s in train.states if s.rewarm_from is not None},
         "stepped": sorted(s.name for s in progress.stepped),
-        GENERATOR: progress.generator.get_state(),
     }
-    profiled = _profiled(train, progress.step)
+
+
+Put = Callable[[Shards, str, Tensor], Tensor]
+"""Makes of a part of a sharded subnet's state, as far as this rank has it, what a checkpoint is to hold."""
+
+
+def _tensors(train: TrainState, put: Put) -> Iterator[tuple[str, Tensor]]:
+    profiled = _profiled(train, train.progress.step)
     for subnet in train.states:
         for part, tensor in _parts(subnet, subnet.group in profiled):
-            state[f"{subnet.name}:{part}"] = tensor.detach().to("cpu", copy=True)
-    return state
+            yield f"{subnet.name}:{part}", tensor if subnet.shards is None else put(subnet.shards, part, tensor)
 
 
 def _plain_config(config: LosiaConfig) -> dict[str, Any]:
@@ -85,7 +136,7 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     for subnet, profile in profiles.items():  # what could fail for want of memory is done
         subnet.rows.copy_(state[f"{subnet.name}:rows"])
         subnet.cols.copy_(state[f"{subnet.name}:cols"])
-        subnet.values_here.copy_(subnet.here(state[f"{subnet.name}:values"]))
+        subnet.values_here.copy_(_here(subnet, "values", state[f"{subnet.name}:values"]))
         subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
         subnet.profile = profile
         _take_kept(subnet, state)
@@ -105,22 +156,18 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
 
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
     """profiled: not so where a slot has ended, and its selection was cut short."""
-    whole = _as_it_is if subnet.shards is None else subnet.shards.whole
-    yield from ((part, whole(part, tensor)) for part, tensor in zip(SUBNET, _of_subnet(subnet), strict=True))
+    yield from zip(SUBNET, (subnet.values_here, subnet.rows, subnet.cols), strict=True)
     for part in PROFILE if profiled and subnet.profile is not None else ():
         tensor = getattr(subnet.profile, part)
         if tensor is not None:
-            yield part, whole(part, tensor)
+            yield part, tensor
     found = (subnet.label_counts, *(subnet.visits or (None, None)), *(subnet.means or [None] * 4))
     yield from ((part, tensor) for part, tensor in zip(KEPT, found, strict=True) if tensor is not None)
 
 
-def _of_subnet(subnet: SubnetState) -> tuple[Tensor, ...]:
-    return subnet.values_here, subnet.rows, subnet.cols
-
-
-def _as_it_is(part: str, tensor: Tensor) -> Tensor:
-    return tensor
+def _here(subnet: SubnetState, part: str, entry: Tensor) -> Tensor:
+    """What this process has of it."""
+    return entry if subnet.shards is None else subnet.shards.here(part, entry)
 
 
 def _take_kept(subnet: SubnetState, state: Mapping[str, Any]) -> None:
@@ -139,11 +186,10 @@ def _profiled(train: TrainState, step: int) -> tuple[int, ...]:
 
 def _profile(subnet: SubnetState, state: Mapping[str, Any]) -> Profile:
     device = subnet.weight.device
-    here = _as_it_is if subnet.shards is None else subnet.shards.here
     entries = {part: state.get(f"{subnet.name}:{part}") for part in PROFILE}
     profile = Profile()
     for part, entry in entries.items():
-        setattr(profile, part, None if entry is None else here(part, entry).to(device, copy=True))
+        setattr(profile, part, None if entry is None else _here(subnet, part, entry).to(device, copy=True))
     return profile
 
 
@@ -221,6 +267,8 @@ def _misfit(subnet: SubnetState, part: str, entry: Any) -> str | None:
     shape, dtype = _form(subnet, part)
     if entry.shape != shape or entry.dtype != dtype:
         return f"is {tuple(entry.shape)} {entry.dtype}, not {tuple(shape)} {dtype}"
+    if is_sharded(entry) if subnet.shards is None else not subnet.shards.takes(part, entry):
+        return "is sharded in another way than the model"
     if part not in ("rows", "cols"):
         return None
     size = weight.shape[-2 if part == "rows" else -1]  # of W (out, in), or of experts' (E, out, in)

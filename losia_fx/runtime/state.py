@@ -136,9 +136,14 @@ class SubnetState:
         """S as far as this process has it."""
         return self.values if self.shards is None else local(self.values)
 
+    @property
+    def portion(self) -> slice:
+        """Of S's first dimension, what this process has."""
+        return slice(None) if self.shards is None else self.shards.values_portion.inside
+
     def here(self, block: Tensor) -> Tensor:
         """Of a tensor of S's shape what lies where S does."""
-        return block if self.shards is None else block[self.shards.values_portion.inside]
+        return block if self.shards is None else block[self.portion]
 
     @property
     def registered(self) -> bool:
@@ -266,12 +271,13 @@ class SubnetState:
     def take_gradient(self, grad: Tensor) -> None:
         """Adds a gradient of all of W: its block to S.grad, and the whole to G while the subnet is being profiled.
         A subnet that was told not to learn takes none."""
-        if not self.values.requires_grad:
+        values = self.values_in_use
+        if not values.requires_grad:
             return
         if self.profiling:
             self.begin_use()
             self.accumulate(grad, None, owned=False)
-        block, values = self.block_of(grad).to(self.values.dtype), self.values
+        block = self.block_of(grad).to(values.dtype)
         values.grad = block if values.grad is None else values.grad.add_(block)
 
     # -- the subnet moves -----------------------------------------------------------------------------------------

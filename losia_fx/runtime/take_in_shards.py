@@ -14,14 +14,15 @@ from losia_fx.model.kinds import is_sharded
 
 from .owners import holders_of
 from .sharded_agreement import ShardedAgreement
-from .shards import Shards, local
+from .sharded_bases import ShardedBases
+from .shards import Shards, is_cut_by_rows, local
 from .state import SubnetState
 from .train_state import TrainState
 
 if dist.is_available():  # not in every build of torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
 WAY = (
     "shard the whole transformed model with fully_shard (each block, then the model itself), and make the optimizer "
@@ -47,6 +48,8 @@ def take_in_shards(train: TrainState) -> None:
         state.shards = Shards(state, modules[state.owner])
     mesh = _mesh(train.states[0])
     train.follow_shards(ShardedAgreement(train.states), [mesh.get_group(dim) for dim in range(mesh.ndim)])
+    if train.bases is not None:
+        train.bases = ShardedBases()
 
 
 @torch.no_grad()
@@ -66,6 +69,7 @@ def loaded_shards(state: SubnetState) -> None:
     if isinstance(state.agreement, ShardedAgreement):
         state.agreement.waiting.discard(state)
         state.agreement.fresh.add(state)
+        state.agreement.loaded.add(state)
 
 
 def _sharding_modules(root: nn.Module) -> dict[nn.Module, FSDPModule]:
@@ -86,7 +90,7 @@ def _refuse_ways(train: TrainState, modules: dict[nn.Module, FSDPModule]) -> Non
     full = [plain_name(name) for name, p in train.root.named_parameters() if p.requires_grad and not is_sharded(p)]
     _refuse(full, "trains in full and is whole on every rank, while the subnets are sharded")
     _refuse(
-        [state.name for state in states if not _is_cut_by_rows(state)],
+        [s.name for s in states if not (is_cut_by_rows(s.weight) and is_cut_by_rows(s.values))],
         "sharded in more than one dimension or not by its first (tensor parallel together with fully_shard, or a "
         "shard_placement_fn)",
     )
@@ -95,12 +99,6 @@ def _refuse_ways(train: TrainState, modules: dict[nn.Module, FSDPModule]) -> Non
     _refuse(others, f"sharded over another device mesh than {states[0].name}")
     away = [state.name for state in states if local(state.weight).device.type != first.device_type and not _meta(state)]
     _refuse(away, "on the CPU, while its ranks are joined by another device (CPUOffloadPolicy)")
-
-
-def _is_cut_by_rows(state: SubnetState) -> bool:
-    places = [tensor.placements for tensor in (state.weight, state.values) if isinstance(tensor, DTensor)]
-    cuts = [[placement for placement in each if not placement.is_replicate()] for each in places]
-    return all(each == [Shard(0)] for each in cuts)
 
 
 def _mesh(state: SubnetState) -> DeviceMesh:
@@ -119,12 +117,16 @@ def _refuse_options(train: TrainState) -> None:
             "backend='losia' by itself is for one process: call losia_fx.transform(model) before fully_shard, and drop "
             "the backend string"
         )
-    for option in ("track_delta", "carry_moments", "frozen_products"):
-        if value := getattr(train.config, option):
-            raise StateError(
-                f"{option}={value!r} and a model that fully_shard has sharded: what it keeps is of whole weights. Turn "
-                "it off, or spread the model with DistributedDataParallel"
-            )
+    if train.bases is not None and (train.bases.full or any(state.base is not None for state in train.states)):
+        raise StateError(
+            "track_delta=True: the model was trained before fully_shard, and its base is of whole weights: call "
+            "fully_shard before the first step"
+        )
+    if kind := train.config.frozen_products:
+        raise StateError(
+            f"frozen_products={kind!r} and a model that fully_shard has sharded: what it keeps is of whole weights. "
+            "Turn it off, or spread the model with DistributedDataParallel"
+        )
 
 
 def _refuse_old_optimizers(train: TrainState) -> None:

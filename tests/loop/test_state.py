@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
@@ -168,6 +170,45 @@ def test_the_state_is_plain_and_a_copy() -> None:
     }  # fmt: skip
     train(model, optimizer, batches(PERIOD))
     assert same(state, before)
+
+
+def test_a_checkpoint_of_many_files_by_one_process(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint without processes: to the bit, and cut within a slot of another group."""
+    steps, model = batches(2 * PERIOD + 2), toy()
+    train(model, adamw(learning(model)), steps)
+    save_in_parts({"run": {"losia": losia_fx.state_dict(model, sharded=True)}, "weights": model.state_dict()}, tmp_path)
+    resumed = toy(seed=2)
+    state = {"run": {"losia": losia_fx.state_dict(resumed, like=metadata(tmp_path))}, "weights": resumed.state_dict()}
+    load_in_parts(state, tmp_path)
+    losia_fx.load_state_dict(resumed, state["run"]["losia"])
+    assert same(losia_fx.state_dict(resumed), losia_fx.state_dict(model))
+    assert_same(resumed, model)
+
+
+def test_a_checkpoint_of_many_files_that_is_another(tmp_path: Path) -> None:
+    model, other = toy(), toy(rank_factor=1 / 8)
+    one = losia_fx.state_dict(model, sharded=True)
+    for name, state in {"none": {"x": torch.zeros(2)}, "two": {"a": one, "b": one}, "losia": {"a": one}}.items():
+        save_in_parts(state, tmp_path / name)
+    for name, count in {"none": 0, "two": 2}.items():
+        with pytest.raises(StateError, match=f"holds {count} states"):
+            losia_fx.state_dict(model, like=metadata(tmp_path / name))
+    with pytest.raises(CheckpointException, match="Size mismatch"):
+        load_in_parts({"a": losia_fx.state_dict(other, like=metadata(tmp_path / "losia"))}, tmp_path / "losia")
+    with pytest.raises(StateError, match="losia_fx holds no state: ''"):
+        losia_fx.load_state_dict(model, losia_fx.state_dict(model, like=metadata(tmp_path / "losia")))
+
+
+def save_in_parts(state: dict[str, Any], folder: Path) -> None:
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+
+def load_in_parts(state: dict[str, Any], folder: Path) -> None:
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+
+
+def metadata(folder: Path) -> Any:
+    return dcp.FileSystemReader(folder).read_metadata()
 
 
 def test_the_float32_subnet_of_a_bfloat16_weight_keeps_its_bits() -> None:

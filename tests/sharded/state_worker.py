@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,7 +27,7 @@ from losia_fx.checkpoint.state import load_state, save_state
 from losia_fx.method.selection import select_experts, select_rows, select_subnet
 from losia_fx.method.shards import Portion, select_own_experts, select_portion
 from losia_fx.runtime.living import living
-from tests.sharded.worker import Scenario, batches, main, model_of, of, outcome, shard
+from tests.sharded.worker import Scenario, batches, main, model_of, of, outcome, shard, whole
 from tests.support.toys import loss_of
 
 
@@ -49,9 +50,16 @@ class Traffic(TorchDispatchMode):
 
 
 SCENARIO = Scenario(clip=0.3, dtype=torch.float64)
+STATES = {
+    "mixed": Scenario(),
+    "visits": Scenario(options=of(importance="visits", carry_moments=True)),
+    "replicas": Scenario(replicas=2),
+}
+"""What is saved and resumed."""
 CUT = 8
 """Steps before the checkpoint: two slots and, of period 3, two steps of the third."""
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+EVERYWHERE = StateDictOptions(full_state_dict=True)
 
 
 def adamw(model: nn.Module) -> optim.Optimizer:
@@ -73,9 +81,9 @@ def sharded(scenario: Scenario, seed: int = 0) -> nn.Module:
     return model
 
 
-def trained_and_saved(importance: str) -> dict[str, Any]:
-    """Cut within a slot, written by one rank, and gone on with."""
-    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+def trained_and_saved(name: str) -> dict[str, Any]:
+    """Cut within a slot, written by one rank and by each its own part, and gone on with."""
+    scenario, folder = STATES[name], folder_of(name)
     model = sharded(scenario)
     optimizer, steps = adamw(model), batches(scenario)
     go_on(model, optimizer, steps[:CUT], dist.get_rank(), dist.get_world_size())
@@ -86,13 +94,45 @@ def trained_and_saved(importance: str) -> dict[str, Any]:
     )
     if dist.get_rank() == 0:
         torch.save((weights, moments), folder / "rest.pt")
+    save_in_parts(model, optimizer, folder / PARTS)
     go_on(model, optimizer, steps[CUT:], dist.get_rank(), dist.get_world_size())
     return outcome(model)
 
 
-def resumed(importance: str, first: str) -> dict[str, Any]:
+def in_parts(model: nn.Module, optimizer: optim.Optimizer, losia: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of which each rank has its own part."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "run": {"losia": losia},
+    }
+
+
+def save_in_parts(model: nn.Module, optimizer: optim.Optimizer, folder: str | Path) -> None:
+    dcp.save(in_parts(model, optimizer, losia_fx.state_dict(model, sharded=True)), checkpoint_id=folder)
+
+
+def resumed_in_parts(name: str) -> dict[str, Any]:
+    scenario, folder = STATES[name], folder_of(name) / PARTS
+    model = sharded(scenario, seed=1)
+    optimizer = adamw(model)
+    state = in_parts(model, optimizer, losia_fx.state_dict(model, like=dcp.FileSystemReader(folder).read_metadata()))
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    losia_fx.load_state_dict(model, state["run"]["losia"])
+    go_on(model, optimizer, batches(scenario)[CUT:], dist.get_rank(), dist.get_world_size())
+    return outcome(model)
+
+
+PARTS = "parts"
+
+
+def resumed(name: str, first: str) -> dict[str, Any]:
     """Into a model of another seed, on as many ranks as there are. first: what is loaded before the rest."""
-    scenario, folder = Scenario(options=of(importance=importance)), folder_of(importance)
+    if first == PARTS:
+        return resumed_in_parts(name)
+    scenario, folder = STATES[name], folder_of(name)
     model = sharded(scenario, seed=1)
     optimizer = adamw(model)
     weights, moments = torch.load(folder / "rest.pt", weights_only=True)
@@ -106,8 +146,59 @@ def resumed(importance: str, first: str) -> dict[str, Any]:
     return outcome(model)
 
 
-def folder_of(importance: str) -> Path:
-    folder = Path(sys.argv[1]).parent / importance
+def delta(kind: str) -> dict[str, Any]:
+    """What training changed, saved and loaded by all ranks; every step moves every element by the same, so that one
+    process comes to the very same bits. Own checkpoints keep the base, other weights are one of their own."""
+    folder = folder_of(f"delta of {dist.get_world_size()}")
+    scenario = Scenario(**{"model": "uneven", "dtype": torch.float32, **DELTAS[kind]})
+    model, steps = sharded(scenario), batches(scenario)
+    found = {"base": weights_of(model)}
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2**-6)
+    march(model, optimizer, steps[:4])
+    own = weights_of(model)
+    march(model, optimizer, steps[4:8])
+    set_model_state_dict(model, own, options=EVERYWHERE)
+    march(model, optimizer, steps[8:13])
+    losia_fx.save_delta(model, folder / kind)
+    found["tuned"] = weights_of(model)
+    losia_fx.load_delta(model, folder / kind, undo=True)
+    found["undone"] = weights_of(model)
+    losia_fx.load_delta(model, folder / kind)
+    found["values"] = {name: whole(subnet.values) for name, subnet in losia_fx.subnets(model).items()}
+    found["again"] = weights_of(model)
+    set_model_state_dict(model, {key: value + 1 for key, value in own.items()}, options=EVERYWHERE)
+    march(model, optimizer, steps[13:14])
+    losia_fx.save_delta(model, folder / f"{kind}, another base")
+    return found
+
+
+DELTAS: dict[str, dict[str, Any]] = {
+    "by visits": {"options": of(importance="random", rewarm=False, track_delta=True, trainable=("norm",))},
+    "experts": {"model": "three experts", "options": of(importance="random", rewarm=False, track_delta=True)},
+    "everywhere": {
+        "options": of(importance="random", rewarm=False, track_delta=True, schedule="all", head_rows="random")
+    },
+}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole, on every rank; copies."""
+    found = get_model_state_dict(model, options=EVERYWHERE)
+    return {name: weight.clone() for name, weight in found.items()}
+
+
+def march(model: Any, optimizer: optim.Optimizer, steps: list[list[Tensor]]) -> None:
+    for (ids,) in steps:
+        loss_of(model, ids.chunk(dist.get_world_size())[dist.get_rank()]).backward()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def folder_of(name: str) -> Path:
+    folder = Path(sys.argv[1]).parent / name
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -190,6 +281,8 @@ def run(name: str) -> dict[str, Any]:
         return trained_and_saved(rest)
     if kind == "resumed":
         return resumed(*rest.split())
+    if kind == "delta":
+        return delta(rest)
     return {"traffic": traffic, "memory": memory, "selections": selections}[kind]()
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from losia_fx.config import LosiaConfig
+from losia_fx.delta.read import DeltaFile
 from losia_fx.tools.forecast.ranks import RanksForecast
-from tests.sharded.state_worker import TRIED
+from tests.sharded.state_worker import DELTAS, PARTS, TRIED
 from tests.sharded.test_training import ROOT, assert_close
 from tests.support.toys import Toy
 
-CASES = ["mixed losia", "mixed weights", "visits weights"]
-"""The importance that was being gathered, and what is loaded first."""
+CASES = ["mixed losia", "mixed weights", "visits weights", f"mixed {PARTS}", f"visits {PARTS}"]
+"""What was trained, and what is loaded first, or that each rank reads its own part."""
+DELTA, *SLOW_DELTAS = DELTAS
 
 
 def run(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
@@ -42,7 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     saved = ["saved mixed", "saved visits"]
-    return run(folder, 2, [*saved, *(f"resumed {case}" for case in CASES), "traffic", "memory", "selections"])
+    return run(
+        folder, 2, [*saved, *(f"resumed {case}" for case in CASES), f"delta {DELTA}", "traffic", "memory", "selections"]
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,12 +67,33 @@ def test_resumed_on_another_number_of_ranks(two: list[dict[str, Any]], folder: P
     """One is a plain process, whose model nobody has sharded."""
     for rank in run(folder, ranks, [f"resumed {case}" for case in CASES]):
         for case in CASES:
-            found, expected = rank[f"resumed {case}"], two[0][f"saved {case.split()[0]}"]
-            assert_close(found, expected, 1e-12)
-            for name, (rows, cols) in expected["places"].items():
-                assert torch.equal(found["places"][name][0], rows)
-                assert torch.equal(found["places"][name][1], cols)
-            assert [event[:2] for event in found["history"]] == [event[:2] for event in expected["history"]]
+            assert_goes_on(rank[f"resumed {case}"], two[0][f"saved {case.split()[0]}"])
+
+
+@pytest.mark.slow
+def test_resumed_on_replicas_to_the_bit(tmp_path: Path) -> None:
+    """Two replicas of two shards."""
+    cases = [f"resumed replicas {first}" for first in ("losia", PARTS)]
+    for rank in run(tmp_path, 4, ["saved replicas", *cases]):
+        for case in cases:
+            assert_close(rank[case], rank["saved replicas"], 0.0)
+
+
+@pytest.mark.slow
+def test_resumed_on_half_the_ranks(tmp_path: Path) -> None:
+    saved = run(tmp_path, 4, ["saved mixed", "saved visits"])
+    for rank in run(tmp_path, 2, [f"resumed {case}" for case in CASES]):
+        for case in CASES:
+            assert_goes_on(rank[f"resumed {case}"], saved[0][f"saved {case.split()[0]}"])
+
+
+def assert_goes_on(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """As the run would have gone on that was saved."""
+    assert_close(found, expected, 1e-12)
+    for name, (rows, cols) in expected["places"].items():
+        assert torch.equal(found["places"][name][0], rows)
+        assert torch.equal(found["places"][name][1], cols)
+    assert [event[:2] for event in found["history"]] == [event[:2] for event in expected["history"]]
 
 
 def test_the_gradients_that_are_reduced_are_a_64th_of_the_full_ones(two: list[dict[str, Any]]) -> None:
@@ -92,6 +118,41 @@ def test_the_traffic_is_what_explain_forecasts(two: list[dict[str, Any]]) -> Non
     assert sum(found["moved"].values()) == step + sent["selected"]
 
 
+def test_a_delta_is_that_of_one_process(two: list[dict[str, Any]], folder: Path) -> None:
+    assert_deltas(two, run(folder, 1, [f"delta {DELTA}"]), folder, DELTA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_more_deltas_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
+    names = [f"delta {kind}" for kind in SLOW_DELTAS]
+    found, alone = run(tmp_path, ranks, names), run(tmp_path, 1, names)
+    for kind in SLOW_DELTAS:
+        assert_deltas(found, alone, tmp_path, kind)
+
+
+def assert_deltas(ranks: list[dict[str, Any]], alone: list[dict[str, Any]], folder: Path, kind: str) -> None:
+    """To the bit. (safetensors writes what a header holds in any order, so the files' bytes say nothing.)"""
+    for name in (kind, f"{kind}, another base"):
+        files = [folder / f"delta of {number}" / name for number in (len(ranks), 1)]
+        assert_same(*(load_file(file) for file in files))
+        with DeltaFile(files[0]) as found_file, DeltaFile(files[1]) as expected_file:
+            assert found_file.model == expected_file.model
+            assert found_file.records == expected_file.records
+            assert found_file.records
+    expected = alone[0][f"delta {kind}"]
+    for found in (rank[f"delta {kind}"] for rank in ranks):
+        assert_same(found["tuned"], expected["tuned"])
+        assert_same(found["again"], expected["tuned"])
+        assert_same(found["undone"], expected["base"])
+        assert_same(found["values"], expected["values"])
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
 def test_memory_falls_with_the_ranks(two: list[dict[str, Any]], folder: Path) -> None:
     """Weights, subnets, moments, importance and uncertainty: half of them on each of two; indices aside."""
     (alone,) = run(folder, 1, ["memory"])
@@ -104,11 +165,14 @@ def test_the_ranks_choose_as_one_process_does(two: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job() -> None:
+def test_a_rank_that_dies_ends_the_job_which_goes_on_from_its_checkpoint(
+    two: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """Within a minute of its death, whatever the others are waiting for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = str(Path(__file__).with_name("dying_worker.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    command.append(str(tmp_path / "mixed" / PARTS))
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         lines = [job.stdout.readline(), job.stdout.readline()]
@@ -116,3 +180,5 @@ def test_a_rank_that_dies_ends_the_job() -> None:
         assert lines == ["trained\n", "trained\n"]
         assert ended != 0
         assert "never" not in job.stdout.read()
+    for resumed in run(tmp_path, 2, [f"resumed mixed {PARTS}"]):
+        assert_close(resumed[f"resumed mixed {PARTS}"], two[0]["saved mixed"], 0.0)

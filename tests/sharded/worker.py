@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,9 +26,10 @@ from torch.distributed.tensor import DTensor
 
 import losia_fx
 from losia_fx._compat import graph_counts
+from tests.sharded.models import MODELS
 from tests.support.pair import OPTIONS
 from tests.support.reference import MakeOptimizer, Reference
-from tests.support.toys import Block, Toy, batch, loss_of, tiny_llama
+from tests.support.toys import batch, loss_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Scenario:
     steps: int = 19
     """Of period 3 over 3 groups: two rounds, and a slot that ends within."""
 
+    last: int = 8
+    """Samples in the last batch of an epoch of three."""
+
     root_only: bool = False
     reshard: bool | None = None
     sync_last: bool = False
@@ -58,64 +61,25 @@ class Scenario:
     replicas: int = 1
     compiler: str = "eager"
     kept_after_backward: bool = False
+    outer: bool = False
+    """Called through a torch.compile of the user's own."""
     evaluated: bool = False
     """An evaluation between the backward and the step, after which the root's parameters stay unsharded."""
 
 
-class Mixture(nn.Module):
-    """Experts (E, in, out), each with a share of every token."""
-
-    def __init__(self, experts: int, width: int, inner: int) -> None:
-        super().__init__()
-        self.num_experts = experts
-        self.up = nn.Parameter(torch.randn(experts, width, inner) / 4)
-        self.down = nn.Parameter(torch.randn(experts, inner, width) / 4)
-        self.router = nn.Linear(width, experts, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)
-        each = torch.bmm(F.gelu(torch.bmm(tokens.expand(self.num_experts, *tokens.shape), self.up)), self.down)
-        return torch.einsum("etw,te->tw", each, self.router(tokens).softmax(-1)).view_as(x)
-
-
-class MixtureBlock(nn.Module):
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.mixture = Mixture(experts, 16, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mixture(self.norm(x))
-
-
-class SkippingBlock(Block):
-    """Leaves its MLP out where it is told to."""
-
-    skips = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mix(x.cumsum(1) / 4)
-        return x if self.skips else x + self.mlp(self.norm(x))
-
-
-def skipping() -> nn.Module:
-    model = Toy(layers=1)
-    model.layers.append(SkippingBlock(16, 24, False, False))
-    return model
-
-
-def mixture(experts: int) -> nn.Module:
-    model = Toy()
-    model.layers = nn.ModuleList(MixtureBlock(experts) for _ in range(2))
-    return model
-
-
-OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-    "adamw": lambda parameters: optim.AdamW(parameters, lr=5e-3),
-    "adagrad": lambda parameters: optim.Adagrad(parameters, lr=0.05),
-    "sgd": lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9),
-    "by hand": lambda parameters: ByHand(parameters),
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "adamw": lambda model: optim.AdamW(learning(model), lr=5e-3),
+    "amsgrad": lambda model: optim.AdamW(learning(model), lr=5e-3, amsgrad=True),
+    "adagrad": lambda model: optim.Adagrad(learning(model), lr=0.05),
+    "sgd": lambda model: optim.SGD(learning(model), lr=0.1, momentum=0.9),
+    "by hand": lambda model: ByHand(learning(model)),
+    "rms": lambda model: losia_fx.optim.SubnetRMS(model, lr=5e-3, weight_decay=0.1),
+    "rms, momentum": lambda model: losia_fx.optim.SubnetRMS(model, lr=5e-3, momentum=0.9),
 }
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class ByHand:
@@ -133,21 +97,6 @@ class ByHand:
     def zero_grad(self, set_to_none: bool) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-
-
-MODELS = {
-    "skipping": skipping,
-    "experts": lambda: mixture(4),
-    "three experts": lambda: mixture(3),
-    "toy": lambda: Toy(),
-    "three layers": lambda: Toy(layers=3),
-    "eighths": lambda: Toy(inner=32),
-    "large": lambda: Toy(width=128, inner=256),
-    "uneven": lambda: Toy(width=18, inner=21, bias=True),
-    "checkpointed": lambda: Toy(checkpointed=True),
-    "tied": lambda: Toy(tied=True),
-    "llama": tiny_llama,
-}
 
 
 def of(**options: Any) -> tuple[tuple[str, Any], ...]:
@@ -177,6 +126,10 @@ SLOW: dict[str, Scenario] = {
     "two micro-batches": Scenario(parts=2),
     "evaluated before the step": Scenario(evaluated=True),
     "three experts, aot_eager": Scenario(model="three experts", compiler="aot_eager", clip=0.3),
+    "SubnetRMS": Scenario(optimizer="rms", model="uneven", clip=0.3, options=of(trainable=("norm",))),
+    "SubnetRMS, experts, momentum": Scenario(optimizer="rms, momentum", model="three experts"),
+    "moments carried": Scenario(options=of(carry_moments=True), model="uneven", optimizer="amsgrad"),
+    "moments carried, experts": Scenario(options=of(carry_moments=True), model="three experts"),
     "experts, visits": Scenario(model="three experts", options=of(importance="visits")),
     "all at once": Scenario(options=of(schedule="all")),
     "a weight that one rank has no use for": Scenario(model="skipping", halves=True),
@@ -196,6 +149,19 @@ SLOW: dict[str, Scenario] = {
     "random": Scenario(options=of(importance="random")),
     "fixed head": Scenario(options=of(head_rows="fixed")),
     "roaming": Scenario(options=of(schedule="all", importance="random", period=1, head_rows="random"), steps=6),
+    "checkpointed, reentrant": Scenario(model="reentrant", options=of(trainable=("embed",))),
+    "checkpointed, reentrant, aot_eager": Scenario(
+        model="reentrant", options=of(trainable=("embed",)), compiler="aot_eager", clip=0.3
+    ),
+    "checkpointed in part": Scenario(model="selective", compiler="aot_eager"),
+    "checkpoint_wrapper": Scenario(model="checkpoint_wrapper", compiler="aot_eager"),
+    "llama, checkpointed, reentrant": Scenario(model="reentrant llama", compiler="aot_eager"),
+    "weights used by hand": Scenario(model="weights by hand"),
+    "weights used by hand, aot_eager": Scenario(model="weights by hand", compiler="aot_eager"),
+    "an uneven last batch": Scenario(last=5, halves=True),
+    "within torch.compile": Scenario(outer=True, compiler="aot_eager"),
+    "inductor": Scenario(compiler="inductor", dtype=torch.float32),
+    "root only, inductor": Scenario(root_only=True, compiler="inductor", dtype=torch.float32),
     "bfloat16": Scenario(dtype=torch.bfloat16, halves=True),
     "llama": Scenario(model="llama", compiler="aot_eager"),
     "llama, inductor": Scenario(model="llama", compiler="inductor", dtype=torch.float32, clip=0.3),
@@ -234,21 +200,23 @@ def shard(model: nn.Module, scenario: Scenario) -> None:
 
 def batches(scenario: Scenario) -> list[list[Tensor]]:
     torch.manual_seed(7)
-    steps = [[batch(8) for _ in range(scenario.parts)] for _ in range(scenario.steps)]
+    sizes = [scenario.last if step % 3 == 2 else 8 for step in range(scenario.steps)]
+    steps = [[batch(size) for _ in range(scenario.parts)] for size in sizes]
     if scenario.halves:
         return [[half for ids in micro for half in ids.chunk(2)] for micro in steps]
     return steps
 
 
 def train(model: Any, scenario: Scenario, rank: int, ranks: int) -> dict[str, Any]:
-    optimizer = OPTIMIZERS[scenario.optimizer]([p for p in model.parameters() if p.requires_grad])
+    optimizer = OPTIMIZERS[scenario.optimizer](model)
+    call = torch.compile(model, backend="aot_eager") if scenario.outer else model
     for micro in batches(scenario):
         for number, ids in enumerate(micro):
             if scenario.model == "skipping":
                 model.layers[1].skips = (rank if ranks > 1 else number) == 1
             if scenario.sync_last and ranks > 1:
                 model.set_requires_gradient_sync(number == len(micro) - 1)
-            (loss_of(model, ids.chunk(ranks)[rank]) / len(micro)).backward()
+            (loss_of(call, ids.chunk(ranks)[rank]) / len(micro)).backward()
         if scenario.clip:
             nn.utils.clip_grad_norm_(model.parameters(), scenario.clip)
         if scenario.clip_value:
@@ -288,16 +256,16 @@ def alone(scenario: Scenario) -> dict[str, Any]:
 def joined_only(scenario: Scenario) -> Scenario:
     """The same of what decides the outcome of one process."""
     plain = Scenario()
-    names = ("root_only", "reshard", "sync_last", "replicas", "kept_after_backward", "evaluated")
+    names = ("root_only", "reshard", "sync_last", "replicas", "kept_after_backward", "evaluated", "outer")
     compiler = "inductor" if scenario.compiler == "inductor" else "eager"  # which rounds in a way of its own
     return replace(scenario, compiler=compiler, **{name: getattr(plain, name) for name in names})
 
 
-def policy() -> dict[str, Any]:
+def policy(compiler: str) -> dict[str, Any]:
     """float32 weights that are used and differentiated in bfloat16, beside dense bfloat16 gradients made by hand."""
     scenario = Scenario(dtype=torch.float32)
     plain = MODELS[scenario.model]()
-    model = model_of(scenario, "eager")
+    model = model_of(scenario, compiler)
     plain.load_state_dict(model.state_dict())
     subnets, groups = losia_fx.subnets(model), losia_fx.controller(model).groups
     places = {name: (subnet.rows.clone(), subnet.cols.clone()) for name, subnet in subnets.items()}
@@ -322,9 +290,11 @@ def policy() -> dict[str, Any]:
 
 
 def run(name: str) -> dict[str, Any]:
-    if name == POLICY:
-        return policy()
+    if name in POLICIES:
+        return policy(POLICIES[name])
     scenario = SCENARIOS[name]
+    if scenario.model == "weights by hand":
+        warnings.filterwarnings("ignore", message=".*ran outside a rewritten graph")
     expected = alone(joined_only(scenario))
     scenario = replace(scenario, halves=False)
     torch._dynamo.reset()
@@ -336,7 +306,7 @@ def run(name: str) -> dict[str, Any]:
     return {"found": found, "expected": expected}
 
 
-POLICY = "bfloat16 policy"
+POLICIES = {"bfloat16 policy": "eager", "bfloat16 policy, aot_eager": "aot_eager"}
 Run = Callable[[str], dict[str, Any]]
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import losia_fx
-from losia_fx import DeltaError, LosiaError, OptimizerError, StateError, TransformError
-from losia_fx.optim import SubnetRMS
+from losia_fx import DeltaError, LosiaError, StateError, TransformError
 from tests.support.toys import Toy, batch, loss_of
 from tests.support.twin import STILL, snapshot
 from tests.truth.test_refused import trained, transformed
@@ -151,12 +150,32 @@ def test_the_road_that_the_messages_name_works() -> None:
     assert losia_fx.subnets(model).keys() <= moved
 
 
-@pytest.mark.parametrize("option", [("track_delta", True), ("carry_moments", True), ("frozen_products", "int8")])
-def test_options_that_keep_something_of_whole_weights(option: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("losia_fx.runtime.expected.share_of_dense", lambda *_: 0.5)  # whatever this machine has
-    model = in_pieces(**dict([option]))
-    with pytest.raises(StateError, match=f"{option[0]}={option[1]!r} and a model that fully_shard has sharded"):
+    model = in_pieces(frozen_products="int8")
+    with pytest.raises(StateError, match="frozen_products='int8' and a model that fully_shard has sharded"):
         loss_of(model, batch())
+
+
+def test_a_base_from_before() -> None:
+    model = losia_fx.transform(Toy(), **STILL, track_delta=True)
+    step(model, optim.SGD(model.parameters(), lr=0.1))
+    WHOLE(model)
+    with pytest.raises(StateError, match="track_delta=True: the model was trained before fully_shard"):
+        loss_of(model, batch())
+
+
+def test_a_state_that_is_sharded_otherwise() -> None:
+    """Of one mesh into a model on another, or into one that is whole: by name, and nothing is loaded."""
+    state = losia_fx.state_dict(in_pieces(), sharded=True)
+    named = state["head.weight:values"]
+    other = DTensor.from_local(named.to_local(), init_device_mesh("cpu", (1,)), [Replicate()])
+    for model, given in ((in_pieces(), {**state, "head.weight:values": other}), (transformed(), state)):
+        before = losia_fx.state_dict(model)
+        with pytest.raises(StateError, match=r"weight:values is sharded in another way than the model"):
+            losia_fx.load_state_dict(model, given)
+        after = losia_fx.state_dict(model)
+        assert all(torch.equal(after[key], value) for key, value in before.items() if isinstance(value, Tensor))
 
 
 def test_parameters_in_full_that_are_whole_on_every_rank() -> None:
@@ -188,15 +207,6 @@ def test_what_takes_whole_weights(tmp_path: Any) -> None:
         pickle.dumps(next(iter(losia_fx.controller(model).states)))
     step(model, optim.SGD(model.parameters(), lr=0.1))
     assert losia_fx.controller(model).step == 2
-
-
-def test_subnet_rms() -> None:
-    model = in_pieces()
-    loss_of(model, batch()).backward()
-    before = local(model)
-    with pytest.raises(OptimizerError, match="SubnetRMS keeps means of whole rows and columns"):
-        SubnetRMS(model, 1e-2).step()
-    assert all(torch.equal(value, before[name]) for name, value in local(model).items())
 
 
 def test_both_written() -> None:
