@@ -18,6 +18,7 @@ from . import notices, slot, steps
 from .agreement import strays
 from .owners import modes_of
 from .sharded_agreement import AnyAgreement
+from .shards import reshard_all
 from .state import SubnetState
 from .take_in_shards import take_in_shards, was_sharded
 from .train_state import TrainState
@@ -64,6 +65,8 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
 
 def take_in(train: TrainState) -> bool:
     """Follows a model that has been sharded since the last look; whether it was. All ranks have to be here."""
+    if not train.sharded:
+        reshard_all(train.root)  # what somebody has unsharded would pass for whole
     if not was_sharded(train.states):
         return False
     take_in_shards(train)

@@ -24,6 +24,7 @@ from .measure import add_importance, fit_gradients
 from .optimizers import found_inf
 from .state import SubnetState
 from .steps import Followed
+from .take_in_shards import was_sharded
 from .train_state import TrainState
 from .write_back import rewarm, rewarm_share, undo_write_back, write_back
 
@@ -50,6 +51,8 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
             look.check_weights(train)
             look.look(train, learns=True)
         look.mend(train)
+        if was_sharded(train.states):  # around the model: it had whole weights in its forward, whose memory is gone
+            look.take_in(train)
         # At the end of a slot the host waits for the device anyhow; of many short slots, once in a while.
         checked = (train.progress.step + 1) % checked_steps(train.config) == 0
         values = checked or train.agreement.vigilant or train.agreement.shows_a_write()

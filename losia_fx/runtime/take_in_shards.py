@@ -24,6 +24,10 @@ if dist.is_available():  # not in every build of torch
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+WHOLE = (
+    "whole on every rank, while other weights of the model are sharded, so that ranks would train apart (or the shards "
+    "of fully_shard of a module around the model alone)"
+)
 WAY = (
     "shard the whole transformed model with fully_shard (each block, then the model itself), and make the optimizer "
     "afterwards; or spread it with DistributedDataParallel"
@@ -84,9 +88,13 @@ def _sharding_modules(root: nn.Module) -> dict[nn.Module, FSDPModule]:
 def _refuse_ways(train: TrainState, modules: dict[nn.Module, FSDPModule]) -> None:
     states = train.states
     whole = [state.name for state in states if not (is_sharded(state.weight) and is_sharded(state.values))]
-    _refuse(whole, "whole on every rank, while other weights of the model are sharded, so that ranks would train apart")
+    _refuse(whole, WHOLE)
     apart = [state.name for state in states if state.owner not in modules]
-    _refuse(apart, "sharded over processes, but not by fully_shard (tensor parallel does that)")
+    _refuse(
+        apart,
+        "sharded over processes, but not by fully_shard of the transformed model or of a part of it (tensor parallel "
+        "does that, and so does fully_shard of a module around the model alone)",
+    )
     full = [plain_name(name) for name, p in train.root.named_parameters() if p.requires_grad and not is_sharded(p)]
     _refuse(full, "trains in full and is whole on every rank, while the subnets are sharded")
     _refuse(

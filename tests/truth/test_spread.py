@@ -39,6 +39,7 @@ def sharded(*names: str, **options: Any) -> Spread:
 
 
 WHOLE = sharded("layers.0", "layers.1", "")
+WHOLE_ALONE = sharded("")
 
 
 def distributed(*placements: Any) -> Spread:
@@ -148,6 +149,47 @@ def test_the_road_that_the_messages_name_works() -> None:
     assert losia_fx.controller(model).step == 1
     moved = {name for name, value in local(model).items() if not torch.equal(before[name], value)}
     assert losia_fx.subnets(model).keys() <= moved
+
+
+def test_unsharded_before_it_was_ever_used() -> None:
+    """In part, as an evaluation leaves it, or everywhere: followed as shards all the same."""
+    outcomes = []
+    for unsharded in ([], [""], ["layers.0", "layers.1", ""]):
+        torch.manual_seed(0)
+        model: Any = in_pieces()
+        optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for name in unsharded:
+            model.get_submodule(name).unshard()
+        step(model, optimizer)
+        assert losia_fx.controller(model).sharded
+        outcomes.append(local(model))
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(value, outcomes[0][key]) for key, value in outcome.items())
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("blocks", [(), ("layers.0", "layers.1")])
+def test_sharded_by_a_module_around_the_model(blocks: tuple[str, ...]) -> None:
+    """It unshards before the model itself is called, which finds whole weights, whose memory is gone at the step."""
+    model = transformed()
+    sharded(*blocks)(model)
+    around = Around(model)
+    WHOLE_ALONE(around)
+    optimizer = optim.SGD([p for p in around.parameters() if p.requires_grad], lr=0.1)
+    before = local(around)
+    with pytest.raises(StateError, match="fully_shard of a module around the model alone"):
+        step(around, optimizer)
+    around.reshard()  # type: ignore[operator]
+    for key, value in local(around).items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
