@@ -15,6 +15,7 @@ from losia_fx.method.visits import Place, as_integers, walk
 from losia_fx.model.blocks import plain_name
 from losia_fx.model.kinds import is_sharded
 from losia_fx.runtime.controller import find_controller
+from losia_fx.runtime.sharding import of_all_ranks
 from losia_fx.runtime.shards import local, portion_of, reshard_all, whole
 from losia_fx.runtime.take_in_shards import loaded_shards
 
@@ -40,7 +41,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = Fals
     if controller is not None:
         controller.look()
     reshard_all(model)
-    with DeltaFile(path) as delta:
+    with _opened_alike(model, path) as delta:
         targets = find_targets(model, delta)
         check_weights(delta, targets, undo)
         _check_outcome(delta, targets, undo)
@@ -49,6 +50,28 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str], undo: bool = Fals
     for state in controller.states if controller is not None else ():
         if id(state.weight) in changed:
             state.reload() if state.shards is None else loaded_shards(state)
+
+
+def _opened_alike(model: nn.Module, path: str | os.PathLike[str]) -> DeltaFile:
+    """Of a sharded model a file that one rank cannot use, or has in another form, is refused by all of them, which have
+    to go on together."""
+    delta: DeltaFile | None = None
+    failure: str | None = None
+    try:
+        delta = DeltaFile(path)
+    except (DeltaError, OSError) as error:
+        if not any(map(is_sharded, model.parameters())):
+            raise
+        failure = str(error)
+    records = () if delta is None else delta.records
+    own = (failure, [(record.name, record.base, record.tuned) for record in records])
+    ranks = of_all_ranks(model.parameters(), own)
+    if failed := [other for other, _ in ranks if other is not None]:
+        raise DeltaError(failed[0])
+    if any(other != own for other in ranks):
+        raise DeltaError(f"{path}: is not the same file on all ranks")
+    assert delta is not None
+    return delta
 
 
 def find_targets(model: nn.Module, delta: DeltaFile) -> list[Target]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,16 @@ from torch import Tensor
 from losia_fx.method.factored import Seen, seen_in
 from losia_fx.method.fit import LARGEST
 from losia_fx.method.shards import Portion, joined, summed
+from losia_fx.model.kinds import is_sharded
 
 from .profile import Profile
 from .shards import Shards, local
 from .state import SubnetState
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+T = TypeVar("T")
 
 
 def in_order(states: Iterable[SubnetState]) -> list[SubnetState]:
@@ -113,6 +120,19 @@ def once(states: Sequence[SubnetState], write: Callable[[], None]) -> None:
         dist.broadcast_object_list(failure, group=mesh.get_group(dim), group_src=0)
     if failure[0] is not None:
         raise failure[0]
+
+
+def of_all_ranks(parameters: Iterable[Tensor], own: T) -> list[T]:
+    """What each rank has, in one order on all of them, where some of these are sharded; else ``own`` alone."""
+    mesh = next((cast("DTensor", each).device_mesh for each in parameters if is_sharded(each)), None)
+    found = [own]
+    if mesh is None:
+        return found
+    for dim in range(mesh.ndim):
+        each: list[list[T]] = [[] for _ in range(mesh.size(dim))]
+        dist.all_gather_object(each, found, group=mesh.get_group(dim))
+        found = [other for some in each for other in some]
+    return found
 
 
 @torch.no_grad()

@@ -169,7 +169,22 @@ def delta(kind: str) -> dict[str, Any]:
     set_model_state_dict(model, {key: value + 1 for key, value in own.items()}, options=EVERYWHERE)
     march(model, optimizer, steps[13:14])
     losia_fx.save_delta(model, folder / f"{kind}, another base")
+    found["refused"] = [
+        refusal(model, folder / (others if dist.get_rank() else f"{kind}, another base"))
+        for others in ("no such file", kind)
+    ]
     return found
+
+
+def refusal(model: nn.Module, path: Path) -> str:
+    """Of a delta that the first rank could undo."""
+    before = weights_of(model)
+    try:
+        losia_fx.load_delta(model, path, undo=True)
+    except losia_fx.DeltaError as error:
+        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+        return str(error)
+    return ""
 
 
 DELTAS: dict[str, dict[str, Any]] = {

@@ -146,6 +146,9 @@ def assert_deltas(ranks: list[dict[str, Any]], alone: list[dict[str, Any]], fold
         assert_same(found["again"], expected["tuned"])
         assert_same(found["undone"], expected["base"])
         assert_same(found["values"], expected["values"])
+        missing, other = found["refused"]
+        assert "no such file: there is no such file" in missing
+        assert "is not the same file on all ranks" in other
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
