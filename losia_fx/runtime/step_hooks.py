@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from losia_fx import registry
 from losia_fx.errors import OptimizerError, listed
 
 from . import notices, step, steps
 from .optimizer_state import adopt_subnets
-from .optimizers import follow_optimizers
+from .optimizers import follow_optimizers, parameters_of
 from .owners import Owned, owned
 from .state import SubnetState
+from .take_in_shards import refuse_unsharded
 from .train_state import TrainState
 
 
@@ -37,6 +39,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "no controller follows the copy: its subnet would train without ever reaching the weight. Copy the whole "
             "model, or restore it first"
         )
+    _refuse_unsharded(optimizer, theirs)
     for train in list(theirs.full):
         train.remember_base(optimizer, [])
     if not theirs.mine:
@@ -56,6 +59,12 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             running.made[train] = followed
         if fresh:
             _begin(train, followed, fresh)
+
+
+def _refuse_unsharded(optimizer: Optimizer, theirs: Owned) -> None:
+    trained: list[TrainState] = list(registry.TRAINED)
+    for train in trained:
+        refuse_unsharded(train, theirs.mine.get(train, ()), parameters_of(optimizer))
 
 
 def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from losia_fx.errors import StateError, listed
+from losia_fx.errors import OptimizerError, StateError, listed
 from losia_fx.model.blocks import plain_name
 from losia_fx.model.kinds import is_sharded
 
@@ -146,6 +146,21 @@ def _refuse_old_optimizers(train: TrainState) -> None:
                 f"{type(found[0]).__name__} was made before fully_shard, and holds the parameters of before it: make "
                 "it afterwards, from model.parameters()"
             )
+
+
+def refuse_unsharded(train: TrainState, mine: Sequence[SubnetState], parameters: Iterable[Tensor]) -> None:
+    """``parameters``: of an optimizer, of which ``mine`` are subnets. FSDP2 leaves the root as it was put together for
+    a forward without gradients; an optimizer made then holds tensors that have lost their memory since, and that
+    nobody uses. Raises OptimizerError that names the subnets."""
+    if not train.sharded or len(mine) == len(train.states):
+        return
+    emptied = {p.shape for p in parameters if p.numel() and not is_sharded(p) and not p.untyped_storage().size()}
+    found = [state.name for state in train.states if state not in mine and state.values.shape in emptied]
+    if found:
+        raise OptimizerError(
+            f"{listed(found)}: the optimizer was made while fully_shard had these unsharded, after a forward without "
+            "gradients say, and holds what nobody uses any more. Make it before that, or after model.reshard()"
+        )
 
 
 def _refuse(names: Sequence[str], why: str) -> None:

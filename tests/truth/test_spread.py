@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import losia_fx
-from losia_fx import DeltaError, LosiaError, StateError, TransformError
+from losia_fx import DeltaError, LosiaError, OptimizerError, StateError, TransformError
 from tests.support.toys import Toy, batch, loss_of
 from tests.support.twin import STILL, snapshot
 from tests.truth.test_refused import trained, transformed
@@ -165,6 +165,25 @@ def test_unsharded_before_it_was_ever_used() -> None:
         outcomes.append(local(model))
     for outcome in outcomes[1:]:
         assert all(torch.equal(value, outcomes[0][key]) for key, value in outcome.items())
+
+
+@pytest.mark.parametrize("blocks", [(), ("layers.0", "layers.1")])
+def test_an_optimizer_made_while_the_root_was_unsharded(blocks: tuple[str, ...]) -> None:
+    """An evaluation leaves it so: what such an optimizer holds of it nobody uses any more."""
+    model: Any = transformed()
+    sharded(*blocks, "")(model)
+    with torch.no_grad():
+        model(batch())
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = {key: value.clone() for key, value in local(model).items()}
+    with pytest.raises(OptimizerError, match=r"weight.*made while fully_shard had these unsharded"):
+        step(model, optimizer)
+    model.reshard()
+    for key, value in local(model).items():
+        assert torch.equal(value, before[key]), key
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step(model, optimizer)
+    assert not torch.equal(local(model)["head.weight"], before["head.weight"])
 
 
 class Around(nn.Module):
