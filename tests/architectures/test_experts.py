@@ -61,7 +61,7 @@ def assert_layout(subnet: losia_fx.Subnet) -> None:
 
 @ignore_outside
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
-@pytest.mark.parametrize("architecture", in_default_run("mixtral", "gpt_oss", "deepseek_v3"))
+@pytest.mark.parametrize("architecture", in_default_run("mixtral"))
 def test_single_precision(architecture: str, compiler: str) -> None:
     tiny = build(architecture, torch.float32)
     expected = dense_gradients(tiny)
@@ -78,7 +78,7 @@ def test_single_precision(architecture: str, compiler: str) -> None:
 
 @ignore_outside
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
-@pytest.mark.parametrize("architecture", in_default_run("mixtral", "gpt_oss"))
+@pytest.mark.parametrize("architecture", in_default_run("gpt_oss"))
 def test_bfloat16(architecture: str, compiler: str) -> None:
     """No further from the float32 truth than twice what the plain model is."""
     tiny = build(architecture, torch.bfloat16)

@@ -19,8 +19,9 @@ from tests.sharded.state_worker import DELTAS, PARTS, TRIED
 from tests.sharded.test_training import ROOT, assert_close
 from tests.support.toys import Toy
 
-CASES = ["mixed losia", "mixed weights", "visits weights", f"mixed {PARTS}", f"visits {PARTS}"]
+CASES = ["mixed losia", f"mixed {PARTS}"]
 """What was trained, and what is loaded first, or that each rank reads its own part."""
+MORE = ["mixed weights", "visits weights", f"visits {PARTS}"]
 DELTA, *SLOW_DELTAS = DELTAS
 
 
@@ -44,15 +45,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    saved = ["saved mixed", "saved visits"]
-    return run(
-        folder, 2, [*saved, *(f"resumed {case}" for case in CASES), f"delta {DELTA}", "traffic", "memory", "selections"]
-    )
+    resumed = [f"resumed {case}" for case in CASES]
+    return run(folder, 2, ["saved mixed", *resumed, f"delta {DELTA}", "traffic", "memory", "selections"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_on_as_many_ranks_to_the_bit(two: list[dict[str, Any]], case: str) -> None:
-    for rank in two:
+    assert_goes_on_to_the_bit(two, case)
+
+
+@pytest.mark.slow
+def test_resumed_on_as_many_ranks_to_the_bit_in_more_ways(tmp_path: Path) -> None:
+    ranks = run(tmp_path, 2, ["saved mixed", "saved visits", *(f"resumed {case}" for case in MORE)])
+    for case in MORE:
+        assert_goes_on_to_the_bit(ranks, case)
+
+
+def assert_goes_on_to_the_bit(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
         found, expected = rank[f"resumed {case}"], rank[f"saved {case.split()[0]}"]
         assert_close(found, expected, 0.0)
         assert [event[:3] for event in found["history"]] == [event[:3] for event in expected["history"]]
@@ -82,8 +92,8 @@ def test_resumed_on_replicas_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resumed_on_half_the_ranks(tmp_path: Path) -> None:
     saved = run(tmp_path, 4, ["saved mixed", "saved visits"])
-    for rank in run(tmp_path, 2, [f"resumed {case}" for case in CASES]):
-        for case in CASES:
+    for rank in run(tmp_path, 2, [f"resumed {case}" for case in (*CASES, *MORE)]):
+        for case in (*CASES, *MORE):
             assert_goes_on(rank[f"resumed {case}"], saved[0][f"saved {case.split()[0]}"])
 
 

@@ -105,9 +105,7 @@ def of(**options: Any) -> tuple[tuple[str, Any], ...]:
 
 CORE: dict[str, Scenario] = {
     "by block": Scenario(),
-    "by block, aot_eager": Scenario(compiler="aot_eager"),
     "root only": Scenario(root_only=True, compiler="aot_eager"),
-    "not resharded after the forward": Scenario(reshard=False),
     "uneven shards": Scenario(model="uneven", clip=0.3),
     "clipped, float32": Scenario(clip=0.3, dtype=torch.float32),
     "two micro-batches, reduced once": Scenario(parts=2, sync_last=True),
@@ -115,10 +113,12 @@ CORE: dict[str, Scenario] = {
     "norms in full, clipped": Scenario(options=of(trainable=("norm",)), clip=0.3),
     "tied head": Scenario(model="tied", options=of(train_tied_head=True)),
     "experts": Scenario(model="experts"),
-    "sync": Scenario(options=of(schedule="sync"), steps=13),
     "visits": Scenario(options=of(importance="visits"), steps=13),
 }
 SLOW: dict[str, Scenario] = {
+    "by block, aot_eager": Scenario(compiler="aot_eager"),
+    "not resharded after the forward": Scenario(reshard=False),
+    "sync": Scenario(options=of(schedule="sync"), steps=13),
     "three layers": Scenario(model="three layers", compiler="aot_eager"),
     "resharded, root too": Scenario(reshard=True),
     "clipped": Scenario(clip=0.3),

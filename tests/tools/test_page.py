@@ -131,7 +131,14 @@ def test_the_methods_stand_beside_each_other(run_page: Path) -> None:
     assert full["flops"]["weight gradients"] > 10 * eighth["flops"]["weight gradients"]
 
 
-@pytest.mark.parametrize("model", ["tests.support.tiny:experts", "tests.support.tiny:encoder", None])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "tests.support.tiny:experts",
+        pytest.param("tests.support.tiny:encoder", marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_alone_shows_its_first_subnets(model: str | None, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert page.main([*([model] if model else []), "--out", str(out), "--steps", "10"]) == 0

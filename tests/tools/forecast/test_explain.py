@@ -113,7 +113,7 @@ def test_the_methods_by_hand(facts: StepFacts) -> None:
     assert full.memory["activations"] > ours.memory["activations"]
 
 
-@pytest.mark.parametrize("model", ["decoder", "experts"])
+@pytest.mark.parametrize("model", [pytest.param("decoder", marks=pytest.mark.slow), "experts"])
 def test_what_track_delta_costs_is_what_is_held(model: str) -> None:
     """Random subnets, which all move at once; where they move to is kept before they do."""
     found, example = getattr(tiny, model)()
