@@ -48,7 +48,11 @@ def state_dict(model: nn.Module, *, sharded: bool = False, like: Metadata | None
 
 def _names(metadata: Metadata) -> set[str]:
     """Of the entries of the one LoSiA state in a checkpoint, wherever in it that is."""
-    entries = metadata.state_dict_metadata
+    entries = getattr(metadata, "state_dict_metadata", None)
+    if entries is None:
+        raise StateError(
+            f"like={metadata!r}: give a checkpoint's metadata: dcp.FileSystemReader(folder).read_metadata()"
+        )
     found = [key.removesuffix(PACKED) for key in entries if f".{key}".endswith(f".{PACKED}")]
     if len(found) != 1:
         raise StateError(

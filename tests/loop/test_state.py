@@ -193,6 +193,8 @@ def test_a_checkpoint_of_many_files_that_is_another(tmp_path: Path) -> None:
     for name, count in {"none": 0, "two": 2}.items():
         with pytest.raises(StateError, match=f"holds {count} states"):
             losia_fx.state_dict(model, like=metadata(tmp_path / name))
+    with pytest.raises(StateError, match=r"like=.*read_metadata"):
+        losia_fx.state_dict(model, like=tmp_path / "losia")  # type: ignore[arg-type]
     with pytest.raises(CheckpointException, match="Size mismatch"):
         load_in_parts({"a": losia_fx.state_dict(other, like=metadata(tmp_path / "losia"))}, tmp_path / "losia")
     with pytest.raises(StateError, match="losia_fx holds no state: ''"):
