@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from losia_fx.api.views import controller
 from losia_fx.errors import StateError
-from losia_fx.runtime.snapshot import PACKED
+from losia_fx.runtime.snapshot import AS_JSON
 from losia_fx.storage.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _names(metadata: Metadata) -> set[str]:
         raise StateError(
             f"like={metadata!r}: give a checkpoint's metadata: dcp.FileSystemReader(folder).read_metadata()"
         )
-    found = [key.removesuffix(PACKED) for key in entries if f".{key}".endswith(f".{PACKED}")]
+    found = [key.removesuffix(AS_JSON) for key in entries if f".{key}".endswith(f".{AS_JSON}")]
     if len(found) != 1:
         raise StateError(
             f"the checkpoint holds {len(found)} states of losia_fx.state_dict(model, sharded=True), and has to hold one"

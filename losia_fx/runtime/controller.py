@@ -242,7 +242,7 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As losia_fx.load_state_dict(model, state)."""
         look.take_in(self.train)
-        state = snapshot.unpacked(state)
+        state = snapshot.spelt_out(state)
         snapshot.check(self.train, state)
         snapshot.apply(self.train, state)
 

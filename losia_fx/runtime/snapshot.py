@@ -36,7 +36,7 @@ BINDING = (
     "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
     "rewarm", "rewarm_steps", "head_rows", "count_steps", "carry_moments",
 )  # fmt: skip
-PACKED = "losia_fx"
+AS_JSON = "losia_fx"
 """Of a state for torch.distributed.checkpoint: the values in PLAIN as one entry, JSON. That of a list or a table would
 be taken apart there, and what has other entries than the file cannot be loaded."""
 DEFAULTS = {name: getattr(LosiaConfig(), name) for name in BINDING}
@@ -57,13 +57,13 @@ def collect(train: TrainState) -> dict[str, Any]:
 def collect_cut(train: TrainState) -> dict[str, Any]:
     """As ``collect``, of a sharded model each rank's own part: what is cut over the ranks as DTensors, nothing copied.
     The plain values are one entry."""
-    state: dict[str, Any] = {PACKED: json.dumps(_plain(train)), GENERATOR: train.progress.generator.get_state()}
+    state: dict[str, Any] = {AS_JSON: json.dumps(_plain(train)), GENERATOR: train.progress.generator.get_state()}
     return {**state, **{name: tensor.detach() for name, tensor in _tensors(train, Shards.cut)}}
 
 
 def empty(train: TrainState, names: Collection[str]) -> dict[str, Any]:
     """What a checkpoint of ``collect_cut``, which has entries of these ``names``, is read into."""
-    state: dict[str, Any] = {PACKED: "", GENERATOR: train.progress.generator.get_state()}
+    state: dict[str, Any] = {AS_JSON: "", GENERATOR: train.progress.generator.get_state()}
     for subnet in train.states:
         for part in (*SUBNET, *PROFILE, *KEPT):
             if (name := f"{subnet.name}:{part}") in names:
@@ -76,15 +76,15 @@ def empty(train: TrainState, names: Collection[str]) -> dict[str, Any]:
     return state
 
 
-def unpacked(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def spelt_out(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same with the plain values of ``collect``."""
-    if not isinstance(state, Mapping) or PACKED not in state:
+    if not isinstance(state, Mapping) or AS_JSON not in state:
         return state
     try:
-        plain = dict(json.loads(state[PACKED]))
+        plain = dict(json.loads(state[AS_JSON]))
     except (TypeError, ValueError):
-        raise StateError(f"{PACKED} holds no state: {state[PACKED]!r:.80}") from None
-    return {**plain, **{name: entry for name, entry in state.items() if name != PACKED}}
+        raise StateError(f"{AS_JSON} holds no state: {state[AS_JSON]!r:.80}") from None
+    return {**plain, **{name: entry for name, entry in state.items() if name != AS_JSON}}
 
 
 def _plain(train: TrainState) -> dict[str, Any]:
