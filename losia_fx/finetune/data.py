@@ -19,12 +19,8 @@ from losia_fx.errors import LosiaError
 
 from .reading import CHATS, TEXT, Examples, Say, counted, read_examples
 from .record import Names
-from .settings import FinetuneSettings
+from .settings import LEFT_OUT_OF_STDLIB, FinetuneSettings
 
-# Tests are no prose of the library, and the others are mostly tables: they would be the easiest part to predict.
-LEFT_OUT_OF_STDLIB = frozenset(
-    {"test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-)
 MOST_HELD_OUT = 512  # examples: a share of a large set would take longer to judge by than to train on
 JUDGED_BY = 128  # examples or blocks of them: enough that before and after differ by far more than the sample does
 CHARACTERS = 8  # that no token is longer than, on the average

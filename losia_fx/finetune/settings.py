@@ -19,6 +19,10 @@ EMBEDDED_OLD_TEXT = ASSETS / "old_domain_heldout.txt.gz"
 RUN_FILE, CONFIG_FILE = "run.json", "finetune.yaml"
 """In the folder of a run: its record, and the options that repeat it."""
 HELD_OUT_SHARE = 0.08
+# Tests are no prose of the library, and the others are mostly tables: they would be the easiest part to predict.
+LEFT_OUT_OF_STDLIB = frozenset(
+    {"test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 ALIASES = {

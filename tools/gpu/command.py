@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     found.formatter_class = argparse.RawDescriptionHelpFormatter
     add = found.add_argument
     add("--only", choices=PARTS, help="one part, beside what the folder has of the other")
-    add("--tests", default="tests", metavar="PATH", help="which of the tests marked gpu (default: all)")
+    add("--tests", default="tests/gpu", metavar="PATH", help="which of the tests marked gpu (default: all)")
     add("--workers", type=int, metavar="N", help="processes of the tests, all on the one GPU (default: this one alone)")
     add("--size", choices=SIZES, default="7b", help="of the bench's model (default: 7b)")
     add("--methods", nargs="+", default=list(METHODS), metavar="NAME", help=f"of the bench (default: {METHODS})")

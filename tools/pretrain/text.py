@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from losia_fx.errors import LosiaError
-from losia_fx.finetune.data import LEFT_OUT_OF_STDLIB
+from losia_fx.finetune.settings import LEFT_OUT_OF_STDLIB
 
 HELD_OUT_SHARE = 0.08
 
