@@ -18,7 +18,9 @@ IMPORTANCES = ("mixed", "first", "second", "gradient", "random")
 """Of every element of a weight; or of none."""
 BY_SUMS = ("visits", "sample")
 """Importances of rows and of columns: out + in numbers of a weight."""
-HEAD_ROWS = ("importance", "frequent", "random", "fixed")
+HEAD_SCORES = ("mixed", "first", "second", "gradient")
+"""Importances that the head may have by itself."""
+HEAD_ROWS = ("importance", *HEAD_SCORES, "frequent", "random", "fixed")
 COMPILERS = ("inductor", "aot_eager", "eager")
 FROZEN_PRODUCTS = ("int8", "float8")
 CHOICES = {
@@ -29,7 +31,7 @@ CHOICES = {
     "frozen_products": FROZEN_PRODUCTS,
 }
 """Of the options that are one word of several; frozen_products may be None, too."""
-BELONGS_TO = {"rewarm_steps": "rewarm", "count_steps": "head_rows"}
+BELONGS_TO = {"rewarm_steps": "rewarm", "count_steps": "head_rows", "head_period": "schedule"}
 """An option that is said of one value of another."""
 
 
@@ -56,18 +58,21 @@ class LosiaConfig:
     trainable: patterns of other parameters to train in full (norms, biases, a classification head).
     seed: of the first rows and columns, and of importance="random".
     compiler: what compiles the rewritten graph.
-    profile_steps: how many steps of a slot, its last, measure importance; at most ``period``, None for the whole slot.
+    profile_steps: how many steps of a slot, its last, measure importance; at most ``period`` (or ``head_period``, where
+        that is more), None for the whole slot.
     train_tied_head: whether an output head that shares its weight with the embedding learns too, by rows, from both
         uses; by default it stays as it is.
     track_delta: whether to keep what the weights were before training, so that save_delta can tell what has changed;
         it costs host memory, up to one copy of every weight that learns (losia-fx explain says how much).
     rewarm_steps: how many updates rewarming takes; None for a period, and for none with schedule="all", where it would
         lower the learning rate of the whole run.
-    head_rows: how the output head's rows are chosen: "importance" as all others', "random" drawn at the times at which
+    head_rows: how the output head's rows are chosen: "importance" as all others', "mixed", "first", "second" and
+        "gradient" by this importance whatever the others go by, "random" drawn at the times at which
         the head re-selects, "fixed" as drawn at first, "frequent" those of the labels that were most frequent in the
         first ``count_steps`` steps, from then on for good: of the ``labels`` that the model is called with, or of its
         ``input_ids`` where there are none; -100 does not count, nor does a rank of many by itself.
-    count_steps: how many steps that takes; None for a period.
+    count_steps: how many steps that takes; None for a period of the head.
+    head_period: with schedule="all", the length of the head's own slots in optimizer steps; None for ``period``.
     carry_moments: whether an optimizer's exp_avg_sq (Adam's) goes on after a re-selection from what is known of the
         rows and columns, instead of from zero: their running means of S.grad^2 (losia_fx.method.factored, decay 0.99),
         times the correction 1 - beta2^step that the optimizer takes off again, beta2 being that of its group's betas.
@@ -104,6 +109,7 @@ class LosiaConfig:
     count_steps: int | None = None
     carry_moments: bool = False
     frozen_products: str | None = None
+    head_period: int | None = None
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -112,24 +118,32 @@ class LosiaConfig:
         _number("beta2", self.beta2, "in [0, 1)", lambda v: 0 <= v < 1)
         _integer("period", self.period, least=1)
         _integer("seed", self.seed, least=0)
-        if self.profile_steps is not None:
-            _integer("profile_steps", self.profile_steps, least=1, most=self.period)
-        for option in ("rewarm_steps", "count_steps"):
+        for option in ("rewarm_steps", "count_steps", "head_period"):
             if getattr(self, option) is not None:
                 _integer(option, getattr(self, option), least=1)
+        if self.profile_steps is not None:
+            _integer("profile_steps", self.profile_steps, least=1, most=max(self.period, self.head_period or 0))
         for option, allowed in CHOICES.items():
             _choice(option, getattr(self, option), (*allowed, None) if option == "frozen_products" else allowed)
         for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
+        self._refuse_contradictions()
+        for option in ("target", "exclude", "trainable"):
+            object.__setattr__(self, option, _patterns(option, getattr(self, option)))
+
+    def _refuse_contradictions(self) -> None:
         if self.rewarm_steps is not None and not self.rewarm:
             raise ConfigError(
                 f"rewarm_steps={self.rewarm_steps}: with rewarm=False nothing is rewarmed; drop one of them"
             )
         if self.count_steps is not None and self.head_rows != "frequent":
             raise ConfigError(f'count_steps={self.count_steps}: only head_rows="frequent" counts; drop it')
-        for option in ("target", "exclude", "trainable"):
-            object.__setattr__(self, option, _patterns(option, getattr(self, option)))
+        if self.head_period is not None and self.schedule != "all":
+            raise ConfigError(
+                f"head_period={self.head_period}: with schedule={self.schedule!r} the groups take turns, the head too; "
+                'drop it, or take schedule="all"'
+            )
 
     @classmethod
     def of(cls, base: LosiaConfig | None, options: Mapping[str, Any]) -> LosiaConfig:
@@ -150,19 +164,31 @@ class LosiaConfig:
 
     @classmethod
     def roaming(cls, **options: Any) -> LosiaConfig:
-        """Every subnet is drawn anew after every step, and the head learns the rows of the most frequent labels.
+        """Every subnet is drawn anew after every step; the head's rows go by importance, at a pace of their own.
 
-        That is schedule="all", importance="random", period=1, head_rows="frequent" with count_steps=50, and no rewarm;
-        ``options`` on top. Nothing is profiled. Made for losia_fx.optim.SubnetRMS: an optimizer whose state starts anew
-        with every move takes the sign of the gradient here.
+        That is schedule="all", importance="random", period=1, head_rows="mixed", head_period=50, profile_steps=10;
+        ``options`` on top. Only the head is profiled, in ten steps of fifty. Made for losia_fx.optim.SubnetRMS: an
+        optimizer whose state starts anew with every move takes the sign of the gradient here.
         """
-        rule = cls(schedule="all", importance="random", period=1, head_rows="frequent", count_steps=50)
-        return cls.of(rule, options)
+        head = {"head_period": 50, "profile_steps": 10} if options.get("schedule", "all") == "all" else {}
+        rule = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "mixed", **head}
+        return cls.of(None, {**rule, **options})
+
+    def scored_by(self, head: bool) -> str | None:
+        """The importance that slots measure of the output head, or of other weights; None where they measure none."""
+        own = head and self.head_rows != "importance"
+        kind = self.head_rows if own else self.importance
+        known = HEAD_SCORES if own else (*IMPORTANCES, *BY_SUMS)
+        return kind if self.schedule != "static" and kind != "random" and kind in known else None
+
+    def period_of(self, head: bool) -> int:
+        """The length of a slot of the output head, or of other weights, in optimizer steps."""
+        return self.head_period or self.period if head else self.period
 
     @property
     def profiles(self) -> bool:
         """Whether any slot measures importance: only then do graphs carry localization nodes."""
-        return self.schedule != "static" and self.importance != "random"
+        return any(self.scored_by(head) for head in (False, True))
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:

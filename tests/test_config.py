@@ -36,6 +36,7 @@ DEFAULTS = {
     "count_steps": None,
     "carry_moments": False,
     "frozen_products": None,
+    "head_period": None,
 }
 
 
@@ -69,6 +70,7 @@ WRONG: dict[str, list[Any]] = {
     "count_steps": [0, -1, False, 1.0, "3"],
     "carry_moments": [0, None, "yes"],
     "frozen_products": ["", "int4", 8, True],
+    "head_period": [0, -1, True, 2.5, "3"],
     "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 
@@ -90,23 +92,65 @@ def test_options_that_say_nothing_together_are_refused() -> None:
         LosiaConfig(count_steps=3)
 
 
-@pytest.mark.parametrize("how", ["importance", "random", "fixed"])
-def test_roaming_takes_another_head_without_the_counting_that_nobody_asked_for(how: str) -> None:
-    assert LosiaConfig.roaming(head_rows=how).count_steps is None
-    assert LosiaConfig.roaming(head_rows="frequent").count_steps == 50
-    with pytest.raises(ConfigError, match="count_steps=20: only"):
-        LosiaConfig.roaming(head_rows=how, count_steps=20)
+@pytest.mark.parametrize("how", ["importance", "random", "fixed", "frequent"])
+def test_roaming_takes_another_head(how: str) -> None:
+    config = LosiaConfig.roaming(head_rows=how)
+    assert (config.head_rows, config.count_steps, config.head_period) == (how, None, 50)
+    assert not config.profiles
+    if how != "frequent":
+        with pytest.raises(ConfigError, match="count_steps=20: only"):
+            LosiaConfig.roaming(head_rows=how, count_steps=20)
     assert LosiaConfig.of(LosiaConfig(rewarm_steps=5), {"rewarm": False}).rewarm_steps is None
 
 
 def test_roaming_is_one_word_for_several_options() -> None:
     config = LosiaConfig.roaming(rank_factor=0.25)
-    own = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "frequent", "count_steps": 50}
-    assert dataclasses.asdict(config) == {**DEFAULTS, **own, "rank_factor": 0.25}
-    assert not config.profiles
+    own = {"schedule": "all", "importance": "random", "period": 1}
+    head = {"head_rows": "mixed", "head_period": 50, "profile_steps": 10}
+    assert dataclasses.asdict(config) == {**DEFAULTS, **own, **head, "rank_factor": 0.25}
+    assert config.profiles
     assert LosiaConfig.roaming(period=10, rewarm_steps=2).period == 10
     with pytest.raises(ConfigError, match="did you mean 'period'"):
         LosiaConfig.roaming(perod=2)
+
+
+def test_roaming_in_turn_has_no_pace_of_the_head_that_nobody_asked_for() -> None:
+    config = LosiaConfig.roaming(schedule="async", period=5)
+    assert (config.head_period, config.profile_steps, config.head_rows) == (None, None, "mixed")
+    assert LosiaConfig.of(LosiaConfig.roaming(period=10), {"schedule": "sync"}).head_period is None
+
+
+@pytest.mark.parametrize("schedule", ["async", "sync", "static"])
+def test_a_pace_of_the_head_is_refused_where_groups_take_turns(schedule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"head_period=7: with schedule='{schedule}' the groups take turns"):
+        LosiaConfig(schedule=schedule, head_period=7)
+
+
+def test_a_slot_of_the_head_may_be_longer_than_the_others() -> None:
+    assert LosiaConfig(schedule="all", period=2, head_period=9, profile_steps=9).profile_steps == 9
+    with pytest.raises(
+        ConfigError, match="profile_steps=10: give a whole number of at least 1 and at most the period, 9"
+    ):
+        LosiaConfig(schedule="all", period=2, head_period=9, profile_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "head"),
+    [
+        ({}, "mixed", "mixed"),
+        ({"importance": "random"}, None, None),
+        ({"importance": "random", "head_rows": "second"}, None, "second"),
+        ({"importance": "visits", "head_rows": "first"}, "visits", "first"),
+        ({"importance": "visits"}, "visits", "visits"),
+        ({"head_rows": "frequent"}, "mixed", None),
+        ({"head_rows": "random"}, "mixed", None),
+        ({"schedule": "static", "head_rows": "mixed"}, None, None),
+    ],
+)
+def test_what_a_slot_measures(options: dict[str, Any], others: str | None, head: str | None) -> None:
+    config = LosiaConfig(**options)
+    assert (config.scored_by(False), config.scored_by(True)) == (others, head)
+    assert config.profiles == (others is not None or head is not None)
 
 
 def test_profile_steps_fit_into_the_period() -> None:

@@ -150,8 +150,12 @@ def _products(controller: Controller, parameter: nn.Parameter, state: SubnetStat
 
 def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:
     notes = []
-    if controller.config.profiles and controller.groups:
-        sizes = [sum(_product(s.weight.shape) for s in controller.members(g)) for g in range(len(controller.groups))]
+    config = controller.config
+    scored = [
+        [s for s in controller.members(g) if config.scored_by(s.whole_cols)] for g in range(len(controller.groups))
+    ]
+    if any(scored):
+        sizes = [sum(_product(state.weight.shape) for state in states) for states in scored]
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         notes.append(
             f"while group {largest}, the largest, is profiled, its importance, uncertainty and gradient (float32) "

@@ -228,6 +228,11 @@ def _warnings(job: Job) -> Iterator[str]:
             f"{groups * period}), "
             f"so some subnets never move: {advice}"
         )
+    if config.head_period is not None and config.head_period > steps:
+        yield (
+            f"{steps} steps are less than the head's period of {config.head_period}, so it never moves: --head-period "
+            f"{steps} would fit"
+        )
     if args.warmup_steps >= max(1, steps):
         yield f"--warmup-steps {args.warmup_steps:g}: the learning rate never comes to its peak in {steps:,} steps"
     tokenizer, cut = job.trainer.processing_class, args.max_length is not None and len(example) >= args.max_length

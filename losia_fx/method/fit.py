@@ -88,6 +88,8 @@ LARGEST = 256
 """How many of the largest elements are looked at for those that a clip has made alike."""
 ENOUGH = 128
 """Elements, zeros aside, from which on they show whether some are alike by chance."""
+CHUNK, AT_ONCE = 256, 2**24
+"""Elements: of a piece that is known by its largest alone, and of gradients that are laid side by side."""
 
 
 def fits_from(measured: Sequence[Sequence[float]], clip: Sequence[float]) -> list[Fit | None]:
@@ -114,7 +116,7 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
         by_device.setdefault(grad.device, []).append(grad.detach().reshape(-1))
     if not by_device:
         return torch.zeros(3, device="cpu")
-    tops = [_largest(torch.cat([_largest(grad) for grad in flat])) for flat in by_device.values()]
+    tops = [_largest_of(flat) for flat in by_device.values()]
     largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
     if of_all is not None:
         largest = _largest(of_all(largest))
@@ -124,7 +126,25 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
     return torch.stack([largest[0].float(), (alike[0] * enough).float(), others.float()])
 
 
+def _largest_of(flat: Sequence[Tensor]) -> Tensor:
+    """Of one device's gradients; some of them side by side at a time, as calls cost more than copies."""
+    parts: list[list[Tensor]] = [[]]
+    for grad in flat:
+        if parts[-1] and sum(each.numel() for each in parts[-1]) + grad.numel() > AT_ONCE:
+            parts.append([])
+        parts[-1].append(grad)
+    return torch.cat([_largest(torch.cat(part)) for part in parts])
+
+
 def _largest(values: Tensor) -> Tensor:
+    """The LARGEST largest absolute values (n,), in order; fewer where there are no more.
+
+    They lie in as many chunks, those with the largest of all; so one pass finds nearly all that topk need not look at.
+    """
+    chunks = values[: values.numel() // CHUNK * CHUNK].view(-1, CHUNK)
+    if len(chunks) > LARGEST:
+        best = chunks.abs().amax(1).topk(LARGEST).indices
+        values = torch.cat([chunks.index_select(0, best).view(-1), values[chunks.numel() :]])
     return values.abs().topk(min(LARGEST, values.numel())).values
 
 

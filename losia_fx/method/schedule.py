@@ -25,29 +25,36 @@ def profiled_groups(config: LosiaConfig, groups: int, step: int, head: int | Non
 
     head: the group of the output head, which ``head_rows`` may choose for in another way; None where none learns.
     """
-    left = config.period - step % config.period
-    if not config.profiles or left > (config.profile_steps or config.period):
-        return ()
-    return _without_head(config, slot_groups(config, groups, step), head)
+    return tuple(
+        group
+        for group in slot_groups(config, groups, step)
+        if config.scored_by(group == head) and _is_measured(config, config.period_of(group == head), step)
+    )
+
+
+def _is_measured(config: LosiaConfig, period: int, step: int) -> bool:
+    return period - step % period <= (config.profile_steps or period)
 
 
 def reselecting_groups(config: LosiaConfig, groups: int, step: int, head: int | None = None) -> tuple[int, ...]:
     """The groups that re-select at the end of optimizer step ``step``; the head is among them once it has counted."""
-    due = slot_groups(config, groups, step) if ends_slot(config, step) else ()
     if config.head_rows in ("frequent", "fixed"):
-        due = _without_head(config, due, head)
-    if head is not None and config.head_rows == "frequent" and step + 1 == counted_steps(config):
-        due = (head, *due)
-    return due
+        counted = config.head_rows == "frequent" and step + 1 == counted_steps(config)
+        due = (head,) if head is not None and counted else ()
+        movable = [group for group in slot_groups(config, groups, step) if group != head]
+    else:
+        due, movable = (), list(slot_groups(config, groups, step))
+    return (*due, *(group for group in movable if (step + 1) % config.period_of(group == head) == 0))
 
 
-def _without_head(config: LosiaConfig, groups: tuple[int, ...], head: int | None) -> tuple[int, ...]:
-    return groups if config.head_rows == "importance" else tuple(group for group in groups if group != head)
+def chosen_apart(config: LosiaConfig) -> bool:
+    """Whether the head is chosen for by itself, by another importance than the other weights."""
+    return config.scored_by(True) is not None and config.scored_by(True) != config.scored_by(False)
 
 
 def counted_steps(config: LosiaConfig) -> int:
     """The first optimizer steps whose labels head_rows="frequent" counts."""
-    return config.count_steps or config.period
+    return config.count_steps or config.period_of(head=True)
 
 
 def ends_slot(config: LosiaConfig, step: int) -> bool:

@@ -65,19 +65,19 @@ def _drawn_at_once(train: TrainState, states: Sequence[SubnetState]) -> dict[Sub
 
 
 def _scored(train: TrainState, state: SubnetState) -> Choice | None:
-    config, profile = train.config, state.profile
-    if state.whole_cols and config.head_rows in ("frequent", "fixed"):
+    profile, kind = state.profile, train.config.scored_by(state.whole_cols)
+    if state.whole_cols and train.config.head_rows in ("frequent", "fixed"):
         return _frequent(state)
-    if profile is None:
+    if profile is None or kind is None:
         return None
-    if config.importance in BY_SUMS:
+    if kind in BY_SUMS:
         if profile.row_sums is None or profile.col_sums is None:
             return None
         sums = (profile.row_sums, profile.col_sums)
         if state.shards is not None:
             sums = state.shards.whole_sums(*sums)
         scores = sums
-        if config.importance == "sample":
+        if kind == "sample":
             scores = (
                 in_proportion(sums[0], train.progress.generator),
                 in_proportion(sums[1], train.progress.generator),
@@ -88,7 +88,7 @@ def _scored(train: TrainState, state: SubnetState) -> Choice | None:
         return Choice(*select_by_sums(scores, sums, (state.rows, state.cols), state.whole_cols))
     if profile.importance is None or profile.uncertainty is None:
         return None
-    score = score_of(config.importance, profile.importance, profile.uncertainty)
+    score = score_of(kind, profile.importance, profile.uncertainty)
     if state.shards is not None:
         return Choice(*state.shards.select(score))
     return Choice(_select(state, score), score.sum())

@@ -42,7 +42,7 @@ def note(train: TrainState, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
         raise LosiaError(
             f'head_rows="frequent" counts labels, and the forward of {type(train.root).__name__} was given neither '
             "labels nor input_ids, as a tensor of whole numbers: pass one of them by that name, or take another "
-            'head_rows: "importance", "fixed" or "random"'
+            'head_rows: "importance", "mixed", "fixed" or "random"'
         )
     flat = labels.detach().reshape(-1).to(head.weight.device, torch.int64)
     inside = (flat >= 0) & (flat < size)  # -100 and the like are no labels; a row more takes them

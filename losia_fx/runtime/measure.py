@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from losia_fx.config import BY_SUMS, LosiaConfig
+from losia_fx.config import BY_SUMS
 from losia_fx.method.fit import Fit, fit_from, fits_from, measure_clip, measure_fit
 from losia_fx.method.kernels import update_importance
 from losia_fx.method.sums import add_sums, sums_shapes
@@ -74,18 +74,18 @@ def _measure_clip(states: Sequence[SubnetState], sharded: bool) -> Tensor:
 
 
 def add_importance(
-    profile: Profile, weight: Tensor, grad: Tensor, fit: Fit, config: LosiaConfig, compiled: bool
+    profile: Profile, weight: Tensor, grad: Tensor, fit: Fit, kind: str, betas: tuple[float, float], compiled: bool
 ) -> None:
-    """One step's part in I and U, or in the sums. ``weight``: W of before the step; ``grad``: its G."""
-    if config.importance in BY_SUMS:
+    """One step's part in I and U, or in the sums. weight: W of before the step; grad: its G; kind: of importance;
+    betas: LosiaConfig's."""
+    if kind in BY_SUMS:
         if profile.row_sums is None or profile.col_sums is None:
             profile.row_sums, profile.col_sums = (grad.new_zeros(n, dtype=torch.float32) for n in sums_shapes(weight))
-        add_sums(profile.row_sums, profile.col_sums, grad, fit.factor, fit.limit, config.beta1)
+        add_sums(profile.row_sums, profile.col_sums, grad, fit.factor, fit.limit, betas[0])
         return
     if profile.importance is None or profile.uncertainty is None:
         profile.importance = torch.zeros_like(grad, dtype=torch.float32)
         profile.uncertainty = torch.zeros_like(grad, dtype=torch.float32)
-    betas = (config.beta1, config.beta2)
     update_importance(
-        profile.importance, profile.uncertainty, weight, grad, fit.factor, fit.limit, config.importance, betas, compiled
+        profile.importance, profile.uncertainty, weight, grad, fit.factor, fit.limit, kind, betas, compiled
     )

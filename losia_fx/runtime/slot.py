@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from losia_fx.method.schedule import profiled_groups, rewarmed_steps
+from losia_fx.method.schedule import chosen_apart, profiled_groups, rewarmed_steps
 from losia_fx.method.selection import Selection, share_moved
 from losia_fx.method.sums import sums_shapes, visit
 from losia_fx.method.transfers import numbers_of
@@ -39,11 +39,13 @@ def open_slot(train: TrainState) -> None:
 
 
 def select_due(train: TrainState) -> None:
-    """Moves the groups whose slot has ended: one after the other, or with schedule="all" at once."""
+    """Moves the groups whose slot has ended: one after the other, or with schedule="all" at once, but for a head that
+    has an importance of its own."""
     selecting = train.progress.selecting
     while selecting:
-        groups = tuple(selecting) if train.config.schedule == "all" else (selecting[0],)
-        alone = train.config.schedule != "all" or groups == (train.head,)  # the head has counted amid a slot
+        together = train.config.schedule == "all" and not (selecting[0] == train.head and chosen_apart(train.config))
+        groups = tuple(selecting) if together else (selecting[0],)
+        alone = not together or groups == (train.head,)  # the head has counted amid a slot
         label = groups[0] if alone else None
         if reselect(train, groups, label) is None:
             notices.warn_kept(label)

@@ -34,7 +34,7 @@ PAIRS = (("importance", "uncertainty"), ("row_sums", "col_sums"), ("row_stays", 
 # What decides how training goes on. The patterns show in the names of the subnets, and a state brings its generator.
 BINDING = (
     "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
-    "rewarm", "rewarm_steps", "head_rows", "count_steps", "carry_moments",
+    "rewarm", "rewarm_steps", "head_rows", "count_steps", "head_period", "carry_moments",
 )  # fmt: skip
 AS_JSON = "losia_fx"
 """Of a state for torch.distributed.checkpoint: the values in PLAIN as one entry, JSON. That of a list or a table would

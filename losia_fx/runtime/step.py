@@ -180,8 +180,10 @@ def _update_importance(train: TrainState, state: SubnetState) -> None:
     fit = train.pending.fits.pop(state)
     grad, profile.grad = profile.grad, None
     undo_write_back(state, *train.pending.before[state])
-    if fit is not None and grad is not None:
-        add_importance(profile, state.weight_here, grad, fit, train.config, train.compiles)
+    kind = train.config.scored_by(state.whole_cols)
+    if fit is not None and grad is not None and kind is not None:
+        betas = (train.config.beta1, train.config.beta2)
+        add_importance(profile, state.weight_here, grad, fit, kind, betas, train.compiles)
         return
     train.progress.left_out += 1
     log.warning("losia_fx: step %d: %s: gradient left out of the importance", train.progress.step, state.name)

@@ -180,7 +180,7 @@ class Labelled(Toy):
 
 def roaming_model() -> nn.Module:
     torch.manual_seed(0)
-    rule = losia_fx.LosiaConfig.roaming(period=PERIOD, count_steps=2, carry_moments=True)
+    rule = losia_fx.LosiaConfig.roaming(period=PERIOD, head_rows="frequent", count_steps=2, carry_moments=True)
     return losia_fx.transform(
         Labelled(layers=1).double(), rule, rank_factor=0.25, output_rank_factor=0.25, compiler="eager"
     )

@@ -37,7 +37,7 @@ def test_of_the_gradient_that_is_seen_the_factor_is_found(state: SubnetState) ->
 
 def test_one_step_of_importance(state: SubnetState) -> None:
     grad, profile = torch.randn(8, 12), Profile()
-    add_importance(profile, state.weight, grad, Fit(0.5), CONFIG, compiled=False)
+    add_importance(profile, state.weight, grad, Fit(0.5), "mixed", (CONFIG.beta1, CONFIG.beta2), compiled=False)
     wg = state.weight.detach() * grad * 0.5
     new = (wg - wg**2 / 2).abs()
     torch.testing.assert_close(profile.importance, (1 - CONFIG.beta1) * new)

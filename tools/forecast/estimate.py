@@ -173,20 +173,39 @@ def losia(facts: StepFacts) -> MethodCost:
     weight_gradients = sum(_share(use, shapes[use.weight]) for use in facts.uses)
     flops = {**_common(facts), "weight gradients": weight_gradients, "profiling": 0}
     if config.profiles:
-        group = profiled_group(facts)
-        profiled = range(len(facts.groups)) if config.schedule in ("sync", "all") else [group]
-        elements = sum(weight.elements for weight in facts.weights if weight.group in profiled)
-        names = {weight.name for weight in facts.weights if weight.group in profiled}
-        narrow = sum(w.elements * min(FLOAT_BYTES, w.itemsize) for w in facts.weights if w.group in profiled)
-        kept = 0 if config.importance in BY_SUMS else 2 * FLOAT_BYTES * elements  # I and U; sums are next to nothing
-        memory["profile"] = kept + narrow  # and G of a single batch
+        at_once = config.schedule in ("sync", "all")
+        group = None if at_once else profiled_group(facts)
+        profiled = [weight for weight in _scored(facts) if group in (None, weight.group)]
+        narrow = sum(weight.elements * min(FLOAT_BYTES, weight.itemsize) for weight in profiled)
+        memory["profile"] = narrow + sum(_kept_of_importance(weight, config) for weight in profiled)  # G of a batch
+        names = {weight.name for weight in profiled}
         memory["tapped"] = sum(size for name, size in facts.tapped.items() if name in names)
-        # every group is profiled in one slot of each round, or in the end of it
-        steps = config.profile_steps or config.period
-        slots = 1 if config.schedule == "all" else max(1, len(facts.groups))
-        flops["profiling"] = sum(use.flops for use in facts.uses) * steps // (config.period * slots)
+        flops["profiling"] = _profiling(facts)
     trained = sum(math.prod(shape) for shape in shapes.values()) + sum(count for count, _ in facts.full)
     return MethodCost("LoSiA", trained, memory, flops)
+
+
+def _scored(facts: StepFacts) -> list[SubnetWeight]:
+    """Those whose importance slots measure."""
+    return [weight for weight in facts.weights if facts.config.scored_by(weight.head)]
+
+
+def _kept_of_importance(weight: SubnetWeight, config: LosiaConfig) -> int:
+    """Bytes of I and U; sums are next to nothing."""
+    return 0 if config.scored_by(weight.head) in BY_SUMS else 2 * FLOAT_BYTES * weight.elements
+
+
+def _profiling(facts: StepFacts) -> int:
+    """A step's part: every group is profiled in one slot of each round, or in the end of it."""
+    config = facts.config
+    slots = 1 if config.schedule == "all" else max(1, len(facts.groups))
+    found = 0
+    for head in (False, True):
+        names = {weight.name for weight in _scored(facts) if weight.head == head}
+        period = config.period_of(head)
+        steps = min(config.profile_steps or period, period)
+        found += sum(use.flops for use in facts.uses if use.weight in names) * steps // (period * slots)
+    return found
 
 
 def full_fine_tuning(facts: StepFacts) -> MethodCost:
@@ -219,7 +238,8 @@ def lora(facts: StepFacts, rank: int) -> MethodCost:
 
 def profiled_group(facts: StepFacts) -> int:
     """The group that holds most while it is profiled."""
-    sizes = [sum(w.elements for w in facts.weights if w.group == group) for group in range(len(facts.groups))]
+    scored = _scored(facts) or facts.weights
+    sizes = [sum(w.elements for w in scored if w.group == group) for group in range(len(facts.groups))]
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 

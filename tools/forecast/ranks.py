@@ -60,11 +60,10 @@ class RanksForecast:
 
 def _profiled(weights: Sequence[SubnetWeight], groups: int, config: LosiaConfig) -> list[SubnetWeight]:
     """The most that is profiled at one time."""
-    if not config.profiles:
-        return []
+    scored = [weight for weight in weights if config.scored_by(weight.head)]
     if config.schedule in ("sync", "all"):
-        return list(weights)
-    return max(([w for w in weights if w.group == group] for group in range(groups)), key=_elements, default=[])
+        return scored
+    return max(([w for w in scored if w.group == group] for group in range(groups)), key=_elements, default=[])
 
 
 def _elements(weights: Sequence[SubnetWeight]) -> int:
@@ -86,16 +85,19 @@ class _Cut:
 
     def held(self) -> dict[str, int]:
         shapes = [weight.subnet(self.config) for weight in self.weights]
-        kept = 1 if self.config.importance in BY_SUMS else 3  # G; and I and U, which sums can stand for
         inside = [sum(_bytes(t) for t in block) for block in self._by_block()[:-1]]
         return {
             "weights": self._parts(self.model.parameters()),
             "subnets": 4 * self._values(self.weights) + 3 * self._parts(self.full),
             "indices": INDEX_BYTES * sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes),
-            "profile": kept * FLOAT_BYTES * sum(self._part(weight.shape) for weight in self.profiled),
+            "profile": FLOAT_BYTES * sum(self._kept(w) * self._part(w.shape) for w in self.profiled),
             "unsharded": max(inside, default=0),
             "gradient": FLOAT_BYTES * _elements(self.profiled),
         }
+
+    def _kept(self, weight: SubnetWeight) -> int:
+        """How many tensors of its shape: G; and I and U, which sums can stand for."""
+        return 1 if self.config.scored_by(weight.head) in BY_SUMS else 3
 
     def sent(self) -> dict[str, int]:
         *blocks, rest = self._by_block()

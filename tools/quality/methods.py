@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 
 import losia_fx
+from losia_fx import LosiaConfig
 from losia_fx.errors import LosiaError
 from losia_fx.optim import SubnetRMS
 
@@ -68,9 +69,12 @@ def _subnets(**options: Any) -> Callable[[Any, int], Any]:
     return prepare
 
 
+def _roaming_with_head(model: Any, seed: int) -> Any:
+    return losia_fx.transform(model, LosiaConfig.roaming(seed=seed, compiler="eager"))
+
+
 _DRAWN: dict[str, Any] = {"importance": "random"}
 _ALL: dict[str, Any] = {"schedule": "all", **_DRAWN}
-_VISITS: dict[str, Any] = {"schedule": "all", "importance": "visits"}
 _HEAD: dict[str, Any] = {"output_rank_factor": 0.125}
 _FREQUENT: dict[str, Any] = {**_HEAD, "head_rows": "frequent", "count_steps": 50}
 
@@ -93,6 +97,13 @@ _KNOWN = (
     Method("paper-head-frequent", "its blocks, the head by labels", HEAD_RATES, _subnets(**_FREQUENT), adam),
     Method("int8", "paper, frozen products in int8", SUBNET_RATES, _subnets(frozen_products="int8"), adam),
     Method("float8", "paper, frozen products in float8", SUBNET_RATES, _subnets(frozen_products="float8"), adam),
-    Method("roaming-head", "roaming, the head by labels", HEAD_RATES, _subnets(**_ALL, **_FREQUENT, period=1), _rms),
+    Method("roaming-head", "LosiaConfig.roaming(), with the head", HEAD_RATES, _roaming_with_head, _rms),
+    Method(
+        "roaming-head-frequent",
+        "roaming, the head by labels",
+        HEAD_RATES,
+        _subnets(**_ALL, **_FREQUENT, period=1),
+        _rms,
+    ),
 )
 METHODS = {method.name: method for method in _KNOWN}
