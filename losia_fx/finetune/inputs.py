@@ -24,7 +24,7 @@ from losia_fx.model.roles import plan_model
 from losia_fx.storage.checkpoint_folder import load_causal_lm, load_tokenizer
 
 from .reading import CHAT_COMPLETIONS, COMPLETIONS, TEXT, Examples, Say, counted
-from .settings import FinetuneSettings, flag
+from .settings import RULES, FinetuneSettings, flag
 
 EMBEDDED_STEPS, EMBEDDED_LENGTH = 400, 128
 ROUNDS = 4  # re-selections of each group that a run should have room for
@@ -165,7 +165,7 @@ def training_options(
         "per_device_eval_batch_size": given.get("per_device_train_batch_size", 8),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "weight_decay": 0.01,
+        "weight_decay": 0.0 if settings.roams else 0.01,  # every element of W has its turn, so all of it would shrink
         "bf16": not given.get("fp16") and not on_cpu and torch.cuda.is_bf16_supported(),
         "use_cpu": on_cpu,
         "gradient_checkpointing": False,
@@ -200,8 +200,7 @@ def settle(
     training, losia = kept, dict(settings.losia)
     parameters = sum(p.numel() for p in model.parameters())
     training.setdefault("learning_rate", SMALL_RATE if settings.model is None else default_rate(parameters))
-    turns = 1 if losia.get("schedule") == "all" else groups
-    losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * turns))))
+    _choose_pace(losia, settings, steps, groups)
     training.setdefault("eval_steps", max(1, steps // EVALUATIONS))
     best = training["eval_steps"] if training.get("load_best_model_at_end") else max(1, steps // CHECKPOINTS_OF_A_RUN)
     training.setdefault("save_steps", best)  # what is to be the best one has to be judged and saved at once
@@ -210,8 +209,9 @@ def settle(
         losia["compiler"] = "inductor" if obstacle is None else "aot_eager"
         if obstacle is not None:
             say(f"{obstacle}: inductor cannot run here, so this run is slower (aot_eager)")
+    settled = replace(settings, rule=RULES[not settings.roams], losia=losia, training=training)
     say(
-        f"learning rate {training['learning_rate']:g}, period {losia['period']}: for {parameters / 1e6:,.1f} million "
+        f"learning rate {training['learning_rate']:g}, {_pace(settled.config())}: for {parameters / 1e6:,.1f} million "
         f"parameters, {counted(steps, 'step')} and {counted(groups, 'group')}"
     )
     if "max_steps" in settings.training and "num_train_epochs" in settings.training:
@@ -221,12 +221,31 @@ def settle(
     )
     if tied and not losia.get("train_tied_head"):
         say("the output head shares its weight with the embedding, so it stays as it is: --train-tied-head trains it")
-    return replace(settings, losia=losia, training=training)
+    return settled
+
+
+def _choose_pace(losia: dict[str, Any], settings: FinetuneSettings, steps: int, groups: int) -> None:
+    """Such that everything moves some times in the run."""
+    asked = settings.config()
+    if not settings.roams:
+        turns = 1 if asked.schedule == "all" else groups
+        losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * turns))))
+    elif asked.head_period is not None and asked.profile_steps is not None:
+        losia.setdefault("head_period", min(asked.head_period, max(1, steps // ROUNDS)))
+        losia.setdefault("profile_steps", min(asked.profile_steps, max(asked.period, losia["head_period"])))
+
+
+def _pace(config: LosiaConfig) -> str:
+    if config.schedule != "all" or config.importance != "random":
+        return f"period {config.period}"
+    head = f" (the head's rows chosen after {config.head_period})" if config.head_period else ""
+    every = "every step" if config.period == 1 else f"{config.period} steps"
+    return f"subnets drawn anew after {every}{head}"
 
 
 def count_groups(model: PreTrainedModel, settings: FinetuneSettings) -> int:
     """Of subnets that re-select together, as transform finds them. Raises ConfigError for a pattern that fits none."""
-    plans = [p for p in plan_model(model, LosiaConfig(**settings.losia)) if p.trained == "subnet"]
+    plans = [p for p in plan_model(model, settings.config()) if p.trained == "subnet"]
     heads = [plan.name for plan in plans if plan.whole_cols]
     return max(1, len(group_names([plan.name for plan in plans], heads, find_blocks(model))))
 

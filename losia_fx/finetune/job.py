@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig
 
 import losia_fx
-from losia_fx.config import LosiaConfig
 from losia_fx.console import progress, say
 from losia_fx.errors import ConfigError, LosiaError
 from losia_fx.method.schedule import round_length
@@ -177,7 +176,8 @@ def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:
     args.learning_rate = settings.training["learning_rate"]
     args.eval_steps, args.save_steps = settings.training["eval_steps"], settings.training["save_steps"]
     dense = {name: p.shape for name, p in model.named_parameters()}
-    losia_fx.transform(model, LosiaConfig(**{**settings.losia, "seed": settings.seed}), track_delta=True)
+    losia_fx.transform(model, settings.config(track_delta=True))
+    trainer.roams = settings.roams and not settings.names_optimizer
     record = RunRecord(
         groups=[list(names) for names in losia_fx.controller(model).groups],
         shapes={name: tuple(dense[name]) for name in losia_fx.subnets(model)},

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 from losia_fx.config import CHOICES, LosiaConfig, described
 from losia_fx.errors import LosiaError
 
-from .settings import DTYPES, HELD_OUT_SHARE, LOSIA_OPTIONS, SHORT
+from .settings import DTYPES, HELD_OUT_SHARE, LOSIA_OPTIONS, RULES, SHORT
 
 SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
@@ -36,8 +36,8 @@ COMMON = {
     "learning_rate": "its peak (default: by the size of the model)",
     "lr_scheduler_type": "linear, cosine, constant, ... (default: cosine)",
     "warmup_steps": "steps, or below 1 a share of them (default: 0.1)",
-    "weight_decay": "default: 0.01",
-    "optim": "adamw_torch, sgd, adafactor, ... (default: that of transformers)",
+    "weight_decay": "default: 0.01, and 0 with --rule roaming",
+    "optim": "adamw_torch, sgd, ... (default: SubnetRMS with --rule roaming, else that of transformers)",
     "packing": "fill blocks with several examples (default: for plain text)",
     "eval_strategy": "no, steps or epoch (default: steps, four times a run)",
     "report_to": "tensorboard, wandb, ... (default: none)",
@@ -122,6 +122,10 @@ CHOSEN = {"period": "four rounds over all groups, 50 at most", "compiler": "indu
 
 def _add_losia(group: argparse._ArgumentGroup) -> None:
     types, said = get_type_hints(LosiaConfig), described()
+    _add(
+        group, "rule", "where subnets go: roaming, drawn anew after every step, or paper, by importance, a group at a "
+        "time (default: roaming; paper where an option of it, or --optim, is given)", choices=RULES,
+    )  # fmt: skip
     for option in fields(LosiaConfig):
         if option.name in LOSIA_OPTIONS:
             default = CHOSEN.get(option.name, option.default)

@@ -144,9 +144,10 @@ def _costs(record: RunRecord, settings: Mapping[str, Any], seconds: float) -> It
 def _moves(record: RunRecord, settings: Mapping[str, Any]) -> str:
     """Of groups that all move at once the record has some rounds alone, so how many there were is not counted by it."""
     period = settings["period"]
+    slots = f"in slots of {period} steps"
     if settings.get("schedule") == "all":
-        return f"{len(record.steps) // period}, all groups at once, in slots of {period} steps"
-    return f"{len(record.moves)} over {len(record.groups)} groups, in slots of {period} steps"
+        return f"{len(record.steps) // period}, all groups at once, {'one a step' if period == 1 else slots}"
+    return f"{len(record.moves)} over {len(record.groups)} groups, {slots}"
 
 
 def _device(settings: Mapping[str, Any]) -> str:

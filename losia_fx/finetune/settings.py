@@ -41,6 +41,14 @@ ALIASES = {
 SHORT = {long: short for short, long in ALIASES.items()}
 PATHS = {"model", "data", "eval_data", "old_data", "chat_template_path"}
 LOSIA_OPTIONS = tuple(option.name for option in fields(LosiaConfig) if option.name not in ("seed", "track_delta"))
+RULES = ("roaming", "paper")
+OF_A_RULE = (
+    "schedule", "importance", "period", "profile_steps", "beta1", "beta2", "rewarm", "rewarm_steps", "head_rows",
+    "count_steps", "head_period", "carry_moments",
+)  # fmt: skip
+"""Options of LosiaConfig that say where subnets go and when; of the paper's rule, unless --rule says otherwise."""
+OF_AN_OPTIMIZER = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Options of SFTConfig that one of transformers' optimizers is asked for by; roaming brings its own."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class FinetuneSettings:
     """What a run is asked to do. None, or a name that is not there: chosen for the model, the data and the machine.
 
     data, eval_data, old_data: files, folders, globs and names of cached datasets. old_data is text that the model must
-    not forget. losia: fields of LosiaConfig, training: fields of trl.SFTConfig, both without ``seed``.
+    not forget. rule: of RULES. losia: fields of LosiaConfig, training: fields of trl.SFTConfig, both without ``seed``.
     Raises ConfigError naming the option, its value and what is allowed.
     """
 
@@ -64,6 +72,7 @@ class FinetuneSettings:
     dtype: str | None = None
     device: str | None = None
     seed: int = 0
+    rule: str | None = None
     losia: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,8 +91,10 @@ class FinetuneSettings:
             raise ConfigError("--trust-remote-code: a checkpoint's own code is never run: give one transformers knows")
         if self.resume and self.training.get("save_total_limit") == 1:
             raise ConfigError("--save-total-limit 1: a run killed while it saves needs another one: give at least 2")
+        if self.rule not in (None, *RULES):
+            raise ConfigError(f"--rule {self.rule}: give one of {', '.join(RULES)}")
         try:
-            LosiaConfig(**{**self.losia, "seed": self.seed})
+            self.config()
         except ConfigError as error:
             name, _, why = str(error).partition("=")
             raise ConfigError(f"{flag(name)} {why}") from None
@@ -118,6 +129,23 @@ class FinetuneSettings:
         return cls(**mine, losia=losia, training=training)
 
     @property
+    def roams(self) -> bool:
+        """Whether subnets go by LosiaConfig.roaming(). Where no rule is named, options of the paper's and an optimizer's
+        ask for the paper's."""
+        if self.rule is not None:
+            return self.rule == "roaming"
+        return self.losia.keys().isdisjoint(OF_A_RULE) and not self.names_optimizer
+
+    @property
+    def names_optimizer(self) -> bool:
+        return not self.training.keys().isdisjoint(OF_AN_OPTIMIZER)
+
+    def config(self, **more: Any) -> LosiaConfig:
+        """With ``more`` options on top. Raises ConfigError."""
+        rule = LosiaConfig.roaming if self.roams else LosiaConfig
+        return rule(**{**self.losia, "seed": self.seed, **more})
+
+    @property
     def model_folder(self) -> Path:
         return EMBEDDED_MODEL if self.model is None else self.model
 
@@ -143,7 +171,7 @@ class FinetuneSettings:
         """
         own = {name: getattr(self, name) for name in ("model", "data", "eval_data", "old_data", "dtype", "device")}
         own = {name: value for name, value in own.items() if value not in (None, ())}
-        own |= {"held_out": self.held_out, "seed": self.seed}
+        own |= {"held_out": self.held_out, "seed": self.seed, "rule": RULES[not self.roams]}
         found = {name: _plain(value) for name, value in {**own, **self.losia, **self.training}.items()}
         steps = {
             n: int(v) for n, v in found.items() if n.endswith("_steps") and isinstance(v, float) and v.is_integer()

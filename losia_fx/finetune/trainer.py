@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
@@ -24,6 +25,7 @@ import losia_fx
 from losia_fx.console import say
 from losia_fx.method.schedule import checked_steps, reselecting_groups
 from losia_fx.method.transfers import copies
+from losia_fx.optim import SubnetRMS
 
 from .checkpoints import seal, take_up
 from .record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
@@ -41,6 +43,16 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types for it
     step_loss: Tensor | float = 0.0
     step_tokens = 0
     """Of the micro-batches since the last optimizer step, in this process."""
+    optimizer: Optimizer | None
+    roams = False
+    """Whether the optimizer is SubnetRMS, which roaming subnets are made for."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.roams and self.optimizer is None:
+            args = self.args
+            self.optimizer = SubnetRMS(self.model, args.learning_rate, weight_decay=args.weight_decay)
+        found: Optimizer = super().create_optimizer(model)
+        return found
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from losia_fx.finetune.inputs import TEMPLATE, default_rate
 from losia_fx.finetune.options import add_arguments, training_options
 from losia_fx.finetune.record import RunRecord
 from losia_fx.finetune.settings import ASSETS, EMBEDDED_MODEL, EMBEDDED_OLD_TEXT, FinetuneSettings
+from losia_fx.finetune.trainer import RunTrainer
+from losia_fx.optim import SubnetRMS
 from losia_fx.storage.atomic import write_file
 from losia_fx.tools.pretrain.text import Document, held_out_blocks, held_out_loss
 from tests.cli.tiny import chats, completions, numbers, save_model
@@ -157,7 +159,7 @@ def test_runs_of_one_seed_are_alike(tmp_path: Path, tiny: Path, data: Path) -> N
     ("options", "said"),
     [
         (["--steps", "5", "--period", "3"], "--period 2 would fit"),
-        (["--steps", "1"], "give at least 2 steps"),
+        (["--steps", "1", "--rule", "paper"], "give at least 2 steps"),
         (["--steps", "4", "--period", "2"], ""),
         (["--steps", "3", "--period", "3", "--schedule", "all"], ""),
         (["--steps", "2", "--period", "3", "--schedule", "all"], "(1 group x period 3 = 3)"),
@@ -178,9 +180,62 @@ def test_groups_that_move_with_every_step_are_counted_and_recorded_now_and_then(
 ) -> None:
     roaming = ["--schedule", "all", "--importance", "random", "--head-rows", "frequent", "--count-steps", "3"]
     assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "20", "--period", "1", *roaming) == 0
-    assert re.search(r"re-selections +│ 20, all groups at once, in slots of 1 steps", capsys.readouterr().out)
+    assert re.search(r"re-selections +│ 20, all groups at once, one a step", capsys.readouterr().out)
     moves = [(move["step"], move["group"]) for move in run_json(tmp_path / "out")["history"]]
     assert moves == [(3, 0), (16, 1)]  # the head once, when it had counted
+
+
+@pytest.mark.parametrize(
+    ("given", "roams"),
+    [
+        ({}, True),
+        ({"rank_factor": 0.25, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}, True),
+        ({"period": 5}, False),
+        ({"importance": "first"}, False),
+        ({"optim": "sgd"}, False),
+        ({"adam_beta2": 0.99}, False),
+        ({"optim": "sgd", "rule": "roaming"}, True),
+        ({"period": 5, "rule": "roaming"}, True),
+        ({"rule": "paper"}, False),
+    ],
+)
+def test_which_rule_is_taken(given: Mapping[str, Any], roams: bool) -> None:
+    settings = FinetuneSettings.of(given)
+    assert settings.roams is roams
+    assert settings.flat()["rule"] == ("roaming" if roams else "paper")
+    assert (settings.config().importance == "random") is roams
+    assert settings.config().period == given.get("period", 1 if roams else 50)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("options", "optimizer", "head", "said"),
+    [
+        ([], SubnetRMS, (3, 3), "subnets drawn anew after every step (the head's rows chosen after 3)"),
+        (["--rule", "roaming", "--period", "4", "--optim", "sgd"], torch.optim.SGD, (3, 4), "after 4 steps (the head"),
+        (
+            ["--rule", "roaming", "--head-period", "13"],
+            SubnetRMS,
+            (13, 10),
+            "warning: 12 steps are less than the head's",
+        ),
+        (["--rule", "paper"], torch.optim.AdamW, (None, None), "period 1:"),
+    ],
+)
+def test_a_rule_brings_its_pace_and_its_optimizer(
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: list[str], optimizer: type[torch.optim.Optimizer], head: tuple[int | None, int | None], said: str,
+) -> None:  # fmt: skip
+    made: list[Any] = []
+    plain = RunTrainer.create_optimizer
+    monkeypatch.setattr(RunTrainer, "create_optimizer", lambda *args: made.append(plain(*args)) or made[-1])
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "12", *options) == 0
+    assert {type(each) for each in made} == {optimizer}
+    settings = run_json(tmp_path / "out")["settings"]
+    assert (settings["head_period"], settings["profile_steps"]) == head
+    text = capsys.readouterr().out
+    assert said in " ".join(text.split())
+    assert ("warning" in text) == said.startswith("warning")
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:

@@ -89,6 +89,21 @@ def test_ctrl_c_then_resume(
     assert "holds a finished run: there is nothing to resume" in capsys.readouterr().out
 
 
+def test_a_roaming_run_goes_on_from_a_checkpoint(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("plot_losses", "plot_subnets"):
+        monkeypatch.setattr(finetune_job, name, lambda path, *record: path.write_bytes(b""))
+    argv = [*argv, "--rule", "roaming"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    cut = [*argv, "--out", str(tmp_path / "cut"), "--resume", "--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        stop_after(5, patch, lambda: signal.raise_signal(signal.SIGINT))
+        assert main(cut) == 130
+    assert main(cut) == 0
+    assert_same_outcome(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_killed_after_the_last_checkpoint(half: list[str], whole: tuple[Path, float], tmp_path: Path) -> None:
     """All steps are made, and nothing is written yet: no step more."""
     out = tmp_path / "out"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from losia_fx import LosiaConfig
 from losia_fx.method.schedule import (
     checked_steps,
+    chosen_apart,
     ends_slot,
     profiled_groups,
     reselecting_groups,
@@ -161,6 +162,7 @@ HEADS = [
     ("random", [(), (), (1,), (1,), (), ()], [(), (0,), (), (1,), (), (0,)]),
     ("fixed", [(), (), (1,), (1,), (), ()], [(), (), (), (1,), (), ()]),
     ("frequent", [(), (), (1,), (1,), (), ()], [(), (0,), (), (1,), (), ()]),
+    ("second", [(0,), (0,), (1,), (1,), (0,), (0,)], [(), (0,), (), (1,), (), (0,)]),
 ]
 
 
@@ -177,6 +179,39 @@ def test_the_head_counts_for_as_long_as_it_is_told_whatever_the_schedule() -> No
         moves = [step for step in range(8) if 0 in reselecting_groups(settings, 2, step, 0)]
         assert moves == [2], schedule
     assert not any(0 in reselecting_groups(LosiaConfig(period=1, head_rows="fixed"), 2, step, 0) for step in range(8))
+
+
+OWN_PACE = [
+    # head_rows, importance, profiled and re-selecting groups of t = 0 to 5 (T = 1, of the head 3, L = 2, the last 2)
+    ("mixed", "random", [(), (0,), (0,)] * 2, [(1,), (1,), (0, 1)] * 2),
+    ("importance", "random", [()] * 6, [(1,), (1,), (0, 1)] * 2),
+    ("importance", "first", [(1,), (0, 1), (0, 1)] * 2, [(1,), (1,), (0, 1)] * 2),
+    ("first", "visits", [(1,), (0, 1), (0, 1)] * 2, [(1,), (1,), (0, 1)] * 2),
+    ("frequent", "first", [(1,)] * 6, [(1,), (1,), (0, 1), (1,), (1,), (1,)]),
+    ("fixed", "first", [(1,)] * 6, [(1,)] * 6),
+]
+
+
+@pytest.mark.parametrize(("rows", "importance", "profiled", "due"), OWN_PACE)
+def test_a_pace_of_the_head(rows: str, importance: str, profiled: list[Groups], due: list[Groups]) -> None:
+    settings = LosiaConfig(
+        schedule="all", importance=importance, period=1, head_rows=rows, head_period=3, profile_steps=2
+    )
+    assert [profiled_groups(settings, 2, step, 0) for step in range(6)] == profiled
+    assert [reselecting_groups(settings, 2, step, 0) for step in range(6)] == due
+
+
+@pytest.mark.parametrize(
+    ("rows", "importance", "apart"),
+    [
+        ("importance", "mixed", False),
+        ("mixed", "mixed", False),
+        ("mixed", "random", True),
+        ("frequent", "mixed", False),
+    ],
+)
+def test_who_is_chosen_for_apart(rows: str, importance: str, apart: bool) -> None:
+    assert chosen_apart(LosiaConfig(schedule="all", importance=importance, head_rows=rows)) is apart
 
 
 @given(st.integers(1, 60))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import losia_fx
 from losia_fx import LosiaError, StateError
 from losia_fx._compat import CompilerFailed
+from losia_fx.method.schedule import profiled_groups
 from tests.support.rules import Options, Rules
 from tests.support.toys import VOCABULARY, Toy, batch, by_string, tiny_llama
 from tests.support.toys import loss_of as loss_of_ids
@@ -99,6 +100,14 @@ CASES: dict[str, tuple[Options, dict[str, Any]]] = {
         Options(PERIOD, "async", "visits", rewarm_steps=PERIOD, head="head.weight"),
         {"head_rows": "frequent"},
     ),
+    "every step, head by importance at its own pace": (
+        Options(1, "all", head="head.weight", head_slot=(4, 2)),
+        {"period": 1, "head_rows": "gradient", "head_period": 4, "profile_steps": 2},
+    ),
+    "all, head by importance beside sums": (
+        Options(PERIOD, "all", "visits", head="head.weight", head_slot=(5, 5)),
+        {"head_rows": "gradient", "head_period": 5},
+    ),
     "all, moments carried": (Options(PERIOD, "all", carry=True), {"carry_moments": True}),
     "all, every step, moments carried": (Options(1, "all", carry=True), {"carry_moments": True, "period": 1}),
     "async, moments carried": (
@@ -124,6 +133,15 @@ def test_a_head_that_has_counted_amid_a_slot_is_an_event_of_its_own() -> None:
         pair.optimizer.step()
         pair.optimizer.zero_grad()
     assert [(event.step, event.group) for event in pair.controller.history] == [(PERIOD - 1, 0), (PERIOD, None)]
+
+
+def test_a_head_with_an_importance_of_its_own_is_an_event_of_its_own() -> None:
+    options, config = CASES["every step, head by importance at its own pace"]
+    pair = Pair(options, **config)
+    pair.run(4)
+    events = [(event.step, event.group, event.captured is None) for event in pair.controller.history]
+    assert events == [(1, None, True), (2, None, True), (3, None, True), (4, 0, False), (4, None, True)]
+    assert [profiled_groups(pair.controller.config, 3, step, 0) for step in range(5)] == [(), (), (0,), (0,), ()]
 
 
 def test_a_round_of_all_groups_is_one_event_with_what_has_moved() -> None:
@@ -258,6 +276,14 @@ def test_where_no_head_learns_nothing_is_counted() -> None:
 
 RESUMED: dict[str, dict[str, Any]] = {
     "roaming": {"schedule": "all", "importance": "random", "period": 1, "head_rows": "frequent", "count_steps": 4},
+    "own head": {
+        "schedule": "all",
+        "importance": "random",
+        "period": 1,
+        "head_rows": "mixed",
+        "head_period": 4,
+        "profile_steps": 3,
+    },
     "visits": {"schedule": "all", "importance": "visits"},
     "sample": {"importance": "sample", "head_rows": "random"},
     "carried": {"schedule": "all", "importance": "random", "carry_moments": True, "head_rows": "frequent"},
@@ -265,7 +291,8 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", ["roaming", "carried", *(pytest.param(name, marks=pytest.mark.slow) for name in ("visits", "sample"))]
+    "name",
+    ["roaming", "own head", "carried", *(pytest.param(name, marks=pytest.mark.slow) for name in ("visits", "sample"))],
 )
 @pytest.mark.parametrize("cut", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_to_the_bit(name: str, cut: int) -> None:
@@ -348,6 +375,6 @@ def test_a_part_that_does_not_fit_is_named(part: str) -> None:
 def test_a_state_from_before_these_options_is_taken() -> None:
     model = losia_fx.transform(tiny_llama(layers=1), **SIZES)
     state = losia_fx.state_dict(model)
-    for option in ("rewarm_steps", "head_rows", "count_steps", "carry_moments"):
+    for option in ("rewarm_steps", "head_rows", "count_steps", "head_period", "carry_moments"):
         del state["config"][option]
     losia_fx.load_state_dict(model, state)

@@ -31,7 +31,9 @@ class Options:
     beta1: float = 0.85
     rewarm_steps: int | None = None
     head: str | None = None
-    """The name of the head, whose rows are the most frequent labels of the first period."""
+    """The name of the head, which has a rule of its own: the most frequent labels of the first period, or"""
+    head_slot: tuple[int, int] | None = None
+    """after so many steps, by the gradient's importance of so many of them, the last."""
     carry: bool = False
 
 
@@ -81,6 +83,7 @@ class Rules:
         for subnet in self.subnets.values():
             subnet.arrive()
         self.counts = torch.zeros(0, dtype=torch.int64)
+        self.head_importance: Tensor | float = 0.0
         self.steps = 0
 
     def count(self, labels: Tensor) -> None:
@@ -98,13 +101,18 @@ class Rules:
             assert weight.grad is not None
             if any(name in self.groups[group] for group in profiled):
                 self.profile(subnet, weight.grad)
+            if name == self.options.head and self.options.head_slot is not None:
+                self.profile_head(*self.options.head_slot, weight.grad)
             self.update(weight, subnet, weight.grad[subnet.place()])
         self.steps += 1
+        if self.options.head is not None and self.options.head_slot is not None:
+            self.move_head(self.options.head, self.options.head_slot[0])
         if self.steps % self.options.period == 0:
             for group in profiled:
                 for name in self.groups[group]:
                     self.reselect(name)
-        if self.options.head is not None and self.steps == self.options.period:
+        counts = self.options.head is not None and self.options.head_slot is None
+        if counts and self.steps == self.options.period:
             self.move(self.options.head, self.frequent(), self.subnets[self.options.head].cols)
         self.model.zero_grad()
 
@@ -119,6 +127,19 @@ class Rules:
         rows, cols = squares.sum(1), squares.sum(0)
         subnet.row_ema = (1 - beta) * rows + (0 if subnet.row_ema is None else beta * subnet.row_ema)
         subnet.col_ema = (1 - beta) * cols + (0 if subnet.col_ema is None else beta * subnet.col_ema)
+
+    def profile_head(self, period: int, measured: int, grad: Tensor) -> None:
+        """The running mean of G^2, of a slot's last steps."""
+        if self.steps % period >= period - measured:
+            beta = self.options.beta1
+            self.head_importance = beta * self.head_importance + (1 - beta) * grad.float() ** 2
+
+    def move_head(self, name: str, period: int) -> None:
+        if self.steps % period == 0:
+            assert isinstance(self.head_importance, Tensor)
+            subnet, sums = self.subnets[name], self.head_importance.sum(1)
+            self.move(name, best(sums, {}, len(subnet.rows)), subnet.cols)
+            self.head_importance = 0.0
 
     def update(self, weight: Tensor, subnet: Subnet, grad: Tensor) -> None:
         beta1, beta2 = self.options.betas
