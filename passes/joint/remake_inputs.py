@@ -23,7 +23,8 @@ class RemakeInputs(GraphPass):
 
     The subnet of an output head has every column, so its gradient needs all of x: as a rule a normalised residual,
     beside the residual that the norm keeps for its own backward. The partitioner would keep both, since it counts what
-    a product of the backward reads as too expensive to make again; here that is one norm.
+    a product of the backward reads as too expensive to make again; here that is one norm. So it is with packed weights
+    that the backward turns round (a GPU's, and float8).
 
     Runs on the joint graph of forward and backward, behind SinkGathers.
     """
@@ -46,7 +47,22 @@ class RemakeInputs(GraphPass):
                 done += 1
                 for node in chain.nodes:
                     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-        return done
+        return done + _remake_turned(gm.graph, joint)
+
+
+def _remake_turned(graph: fx.Graph, joint: Joint) -> int:
+    """Marks copies of packed weights that the backward's products want turned round: to keep one is to hold the weight
+    a second time, and the partitioner takes that for as good as to keep the weight itself."""
+    done = 0
+    for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
+        source = copy.args[0]
+        while source.target in _TRANSPOSES:
+            source = source.args[0]
+        fresh = "recompute" not in copy.meta and copy not in joint.forward
+        if source.op == "placeholder" and fresh and copy.meta["val"].dtype.itemsize == 1:
+            done += 1
+            copy.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    return done
 
 
 def _whole_inputs(graph: fx.Graph, joint: Joint) -> Iterator[tuple[fx.Node, set[fx.Node]]]:

@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 import losia_fx
 from losia_fx.passes import GraphPass, RemakeInputs
 from tests.support import table
+from tests.support.eight_bits import needs_float8
 from tests.support.joint_graphs import Gated, lively, losia, loss_of, plain_gradients, rms
 from tests.support.toys import assert_subnet_gradients
 
@@ -102,3 +103,27 @@ def test_an_opaque_norm_is_kept(seen: Seen) -> None:
     losia_fx.transform(model, rank_factor=0.25, compiler="aot_eager")
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     assert not any(seen)
+
+
+@needs_float8
+def test_packed_weights_are_not_kept_turned_round(seen: Seen) -> None:
+    """The backward's products in float8 want copies of them; the forward keeps the weights alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 64), nn.Linear(64, 32))
+    losia_fx.transform(model, target="*", rank_factor=0.25, compiler="aot_eager", frozen_products="float8")
+    x = torch.randn(16, 32, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(x).square().sum()
+    loss.backward()
+    assert sum(marks.count("aten.clone.default") for marks in seen) == 3
+    packed = [state.packed.tensors[0] for state in losia_fx.controller(model).states if state.packed is not None]
+    weights = [tensor for tensor in kept if tensor.dtype.itemsize == 1]
+    assert len(packed) == len(weights) == 3
+    places = {each.untyped_storage().data_ptr() for each in packed}
+    assert all(weight.untyped_storage().data_ptr() in places for weight in weights)
