@@ -176,7 +176,7 @@ def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:
     args.learning_rate = settings.training["learning_rate"]
     args.eval_steps, args.save_steps = settings.training["eval_steps"], settings.training["save_steps"]
     dense = {name: p.shape for name, p in model.named_parameters()}
-    losia_fx.transform(model, settings.config(track_delta=True))
+    losia_fx.transform(model, settings.config())
     trainer.roams = settings.roams and not settings.names_optimizer
     record = RunRecord(
         groups=[list(names) for names in losia_fx.controller(model).groups],
@@ -334,7 +334,7 @@ def write(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.save_pretrained(folder)
 
     write_files(out, save)
-    if record.steps:
+    if record.steps and losia_fx.controller(model).bases is not None:
         # in a folder of its own: servers load every .safetensors file that lies beside a checkpoint
         (out / "delta").mkdir(exist_ok=True)
         losia_fx.save_delta(model, out / "delta" / "delta.safetensors")

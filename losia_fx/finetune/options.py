@@ -116,7 +116,11 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )
 
 
-CHOSEN = {"period": "four rounds over all groups, 50 at most", "compiler": "inductor where it can run, else aot_eager"}
+CHOSEN = {
+    "period": "four rounds over all groups, 50 at most",
+    "compiler": "inductor where it can run, else aot_eager",
+    "track_delta": "true; false writes no delta",
+}
 """Options of LosiaConfig whose default here is chosen for the run."""
 
 

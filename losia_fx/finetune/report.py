@@ -46,7 +46,7 @@ def print_table(
     done = f"{len(record.steps)} of {settings['steps']} steps"
     state = f"[yellow]interrupted after {done}: the checkpoint holds what was learnt until then[/]"
     console.print(state if record.interrupted else f"{done} done")
-    delta = "delta/delta.safetensors, " if record.steps else ""
+    delta = "delta/delta.safetensors, " if record.steps and settings["track_delta"] else ""
     say(console, f"written to {out}: checkpoint, {delta}run.json, {CONFIG_FILE}, losses.png, subnets.png")
 
 

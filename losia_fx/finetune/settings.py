@@ -40,7 +40,7 @@ ALIASES = {
 """Short names -> those of transformers and TRL."""
 SHORT = {long: short for short, long in ALIASES.items()}
 PATHS = {"model", "data", "eval_data", "old_data", "chat_template_path"}
-LOSIA_OPTIONS = tuple(option.name for option in fields(LosiaConfig) if option.name not in ("seed", "track_delta"))
+LOSIA_OPTIONS = tuple(option.name for option in fields(LosiaConfig) if option.name != "seed")
 RULES = ("roaming", "paper")
 OF_A_RULE = (
     "schedule", "importance", "period", "profile_steps", "beta1", "beta2", "rewarm", "rewarm_steps", "head_rows",
@@ -140,10 +140,10 @@ class FinetuneSettings:
     def names_optimizer(self) -> bool:
         return not self.training.keys().isdisjoint(OF_AN_OPTIMIZER)
 
-    def config(self, **more: Any) -> LosiaConfig:
-        """With ``more`` options on top. Raises ConfigError."""
+    def config(self) -> LosiaConfig:
+        """Raises ConfigError."""
         rule = LosiaConfig.roaming if self.roams else LosiaConfig
-        return rule(**{**self.losia, "seed": self.seed, **more})
+        return rule(**{"track_delta": True, **self.losia, "seed": self.seed})
 
     @property
     def model_folder(self) -> Path:

@@ -238,6 +238,18 @@ def test_a_rule_brings_its_pace_and_its_optimizer(
     assert ("warning" in text) == said.startswith("warning")
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_no_delta_where_none_is_wanted(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["--model", str(tiny), "--steps", "4", "--resume", "--track-delta", "false"]
+    assert finetune(out, data, *argv) == 0
+    assert "delta.safetensors" not in capsys.readouterr().out
+    assert not (out / "delta").exists()
+    assert "track_delta: false" in (out / "finetune.yaml").read_text(encoding="utf-8")
+
+
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
     follow = finetune_trainer.follow_subnets
 
@@ -462,7 +474,7 @@ def test_every_option_of_the_libraries_is_there() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     written = {flag for action in parser._actions for flag in action.option_strings}
-    for name in known | {option.name for option in fields(LosiaConfig)} - {"track_delta"}:
+    for name in known | {option.name for option in fields(LosiaConfig)}:
         assert {f"--{name}", f"--{name.replace('_', '-')}"} <= written, name
 
 
