@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 import losia_fx
 from losia_fx.console import say
-from losia_fx.method.schedule import checked_steps, reselecting_groups
+from losia_fx.method.schedule import checked_steps, chosen_apart, reselecting_groups
 from losia_fx.method.transfers import copies
 from losia_fx.optim import SubnetRMS
 
@@ -180,6 +180,11 @@ class RunCallback(TrainerCallback):
             self.record.evaluations.append(Evaluation(state.global_step, new, old))
             self._losses = {}
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        record_moves(self.trainer.model, self.record, state.global_step)  # those that waited for their turn
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()  # every process writes its generator's state there
         if args.should_save:
@@ -193,25 +198,28 @@ class RunCallback(TrainerCallback):
 
 def follow_subnets(model: nn.Module, record: RunRecord, step: int) -> None:
     """Records the re-selections that this step made, if any; of groups that all move at once, one round in a while."""
+    config = losia_fx.controller(model).config
+    if config.schedule != "all" or step % checked_steps(config) == 0:
+        record_moves(model, record, step)
+
+
+def record_moves(model: nn.Module, record: RunRecord, step: int) -> None:
+    """Of each group the last since the last that is recorded, if any."""
     controller = losia_fx.controller(model)
-    at_once = controller.config.schedule == "all"
-    if at_once and step % checked_steps(controller.config):
-        return
     last = record.moves[-1].step if record.moves else -1
     events = list(itertools.takewhile(lambda event: event.step > last, reversed(controller.history)))[::-1]
-    head = next((state.group for state in controller.states if state.whole_cols), None)
-    last_of = {
-        group: event
-        for event in events
-        for group in (
-            reselecting_groups(controller.config, len(controller.groups), event.step - 1, head)
-            if event.group is None
-            else (event.group,)
-        )
-    }
+    last_of = {group: event for event in events for group in _groups_of(event, controller)}
     moves = [Move(event.step, group, event.moved, event.captured) for group, event in last_of.items()]
     record.moves += (moves := sorted(moves, key=lambda move: (move.step, move.group)))
     record_subnets(model, record, [move.group for move in moves], step)
+
+
+def _groups_of(event: losia_fx.Event, controller: losia_fx.Controller) -> list[int]:
+    if event.group is not None:
+        return [event.group]
+    head = next((state.group for state in controller.states if state.whole_cols), None)
+    due = reselecting_groups(controller.config, len(controller.groups), event.step - 1, head)
+    return [group for group in due if group != head or not chosen_apart(controller.config)]
 
 
 def record_subnets(model: nn.Module, record: RunRecord, groups: Iterable[int], step: int) -> None:

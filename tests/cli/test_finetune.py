@@ -182,7 +182,17 @@ def test_groups_that_move_with_every_step_are_counted_and_recorded_now_and_then(
     assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "20", "--period", "1", *roaming) == 0
     assert re.search(r"re-selections +│ 20, all groups at once, one a step", capsys.readouterr().out)
     moves = [(move["step"], move["group"]) for move in run_json(tmp_path / "out")["history"]]
-    assert moves == [(3, 0), (16, 1)]  # the head once, when it had counted
+    assert moves == [(3, 0), (16, 1), (20, 1)]  # the head once, when it had counted; the others at the end too
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_head_at_its_own_pace_is_recorded_by_itself(tmp_path: Path, tiny: Path, data: Path) -> None:
+    argv = ["--model", str(tiny), "--steps", "20", "--rule", "roaming", "--head-period", "8", "--profile-steps", "2"]
+    assert finetune(tmp_path / "out", data, *argv) == 0
+    record = run_json(tmp_path / "out")
+    moves = [(move["step"], move["group"], move["captured"] is None) for move in record["history"]]
+    assert moves == [(16, 0, False), (16, 1, True), (20, 1, True)]
+    assert [step["group"] for step in record["steps"]] == [0 if t % 8 in (6, 7) else None for t in range(20)]
 
 
 @pytest.mark.parametrize(
