@@ -224,16 +224,16 @@ def test_wrong_gradient_is_found() -> None:
     ours, plain = check_architecture._Run(tiny, model), check_architecture._Run(tiny, copy.deepcopy(tiny.model))
     ours.backward()
     plain.backward()
-    assert check_architecture.compare(ours, plain, 1e-9)[0] == []
+    assert check_architecture.compare(ours, plain, "float64")[0] == []
     name, subnet = next(iter(losia_fx.subnets(model).items()))
     assert subnet.values.grad is not None
     subnet.values.grad[0, 0] += 1e-6
     subnet.weight.grad = torch.zeros_like(subnet.weight)
-    faults, worst = check_architecture.compare(ours, plain, 1e-9)
+    faults, worst = check_architecture.compare(ours, plain, "float64")
     assert [fault.startswith(name) for fault in faults] == [True, True]
     assert worst > 1e-9
     subnet.values.grad = None
-    assert any("no gradient" in fault for fault in check_architecture.compare(ours, plain, 1e-9)[0])
+    assert any("no gradient" in fault for fault in check_architecture.compare(ours, plain, "float64")[0])
 
 
 def test_block_of_experts() -> None:

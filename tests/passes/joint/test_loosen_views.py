@@ -74,3 +74,23 @@ def test_every_view_and_nothing_else() -> None:
     assert graphs.targets(gm) == [aten.reshape.default, aten.reshape.default, aten.t.default]
     assert gm(across).tolist() == [[0, 4], [3, 2], [1, 5]]
     assert not LoosenViews()(gm).modified
+
+
+class Masked(Stack):
+    """Some of what comes out is written over, in another graph than the one that made it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        y[..., :2] = -1.0
+        return y
+
+
+def test_what_a_graph_gives_may_be_changed_in_place() -> None:
+    model = drawn(Masked(lambda: nn.Linear(WIDTH, WIDTH, bias=False), layers=2)).double()
+    x = lively(EXPERTS, TOKENS, WIDTH)
+    expected = plain_gradients(model, x)
+    ours = losia_fx.transform(copy.deepcopy(model), rank_factor=0.5, compiler="aot_eager")
+    loss_of(ours, x).backward()
+    for name, subnet in losia_fx.subnets(ours).items():
+        torch.testing.assert_close(subnet.values.grad, gather(expected[name], subnet.rows, subnet.cols))
