@@ -112,7 +112,8 @@ class SubnetRMS(Optimizer, KeepsOverMoves):
         """Momentum starts anew; what is known of the rows and columns stays."""
         kept = self.state.get(values, {})
         for name in ("momentum", "step"):
-            kept.pop(name, None)
+            if name in kept:
+                kept[name].zero_()
 
     # -- the roots of v, with the present gradient taken in --------------------------------------------------------
 

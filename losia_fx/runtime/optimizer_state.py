@@ -61,14 +61,20 @@ def _restart(optimizer: Optimizer, state: SubnetState) -> None:
 
     What it makes in its constructor only (Adagrad's sum, a seed for each parameter, Lookahead's slow copy) is put back
     as the constructor would make it. Fused SGD takes momentum of all its parameters or of none: a momentum of zero,
-    which (without dampening) steps as a fresh one.
+    which (without dampening) steps as a fresh one. So does Adam from zeros; of a sharded model they stay, as
+    torch.distributed.checkpoint refuses to load an optimizer of which a parameter has no state.
     """
     values = state.values
     old = optimizer.state.pop(values, None)
     if old and (made := _constructed(optimizer).get(state)):
         optimizer.state[values] = {key: entry.make(values) for key, entry in made.items()}
+    elif old and state.shards is not None and type(optimizer) in _FROM_ZEROS:
+        optimizer.state[values] = {key: torch.zeros_like(entry) for key, entry in old.items()}
     elif old and _is_fused_sgd(optimizer) and old.get("momentum_buffer") is not None:
         optimizer.state[values] = {"momentum_buffer": torch.zeros_like(old["momentum_buffer"])}
+
+
+_FROM_ZEROS = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def _is_fused_sgd(optimizer: Optimizer) -> bool:

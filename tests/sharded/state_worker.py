@@ -54,6 +54,9 @@ STATES = {
     "mixed": Scenario(),
     "visits": Scenario(options=of(importance="visits", carry_moments=True)),
     "replicas": Scenario(replicas=2),
+    "own": Scenario(
+        options=of(schedule="all", importance="random", period=1, head_rows="mixed", head_period=5, profile_steps=3)
+    ),
 }
 """What is saved and resumed."""
 CUT = 8

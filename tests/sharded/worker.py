@@ -103,6 +103,8 @@ def of(**options: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(options.items())
 
 
+ROAMING = of(schedule="all", importance="random", period=1, head_rows="mixed", head_period=4, profile_steps=2)
+
 CORE: dict[str, Scenario] = {
     "by block": Scenario(),
     "root only": Scenario(root_only=True, compiler="aot_eager"),
@@ -149,6 +151,13 @@ SLOW: dict[str, Scenario] = {
     "random": Scenario(options=of(importance="random")),
     "fixed head": Scenario(options=of(head_rows="fixed")),
     "roaming": Scenario(options=of(schedule="all", importance="random", period=1, head_rows="random"), steps=6),
+    "roaming, head by importance": Scenario(options=ROAMING, steps=10, optimizer="rms", model="uneven", clip=0.3),
+    "roaming, tied head": Scenario(
+        options=(*ROAMING, *of(train_tied_head=True)), steps=10, optimizer="rms", model="tied", parts=2, sync_last=True
+    ),
+    "head by importance beside sums": Scenario(
+        options=of(schedule="all", importance="visits", head_rows="second", head_period=4), steps=10, model="uneven"
+    ),
     "checkpointed, reentrant": Scenario(model="reentrant", options=of(trainable=("embed",))),
     "checkpointed, reentrant, aot_eager": Scenario(
         model="reentrant", options=of(trainable=("embed",)), compiler="aot_eager", clip=0.3
