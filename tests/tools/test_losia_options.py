@@ -34,9 +34,10 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "count_steps": (["--count-steps", "9", "--head-rows", "frequent"], 9),
     "carry_moments": (["--carry-moments"], True),
     "frozen_products": (["--frozen-products", "float8"], "float8"),
+    "head_period": (["--head-period", "9", "--schedule", "all"], 9),
 }
 
-BESIDE: dict[str, dict[str, Any]] = {"count_steps": {"head_rows": "frequent"}}
+BESIDE: dict[str, dict[str, Any]] = {"count_steps": {"head_rows": "frequent"}, "head_period": {"schedule": "all"}}
 """Options that another one asks for."""
 
 

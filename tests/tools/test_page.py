@@ -141,7 +141,7 @@ def test_the_methods_stand_beside_each_other(run_page: Path) -> None:
 )
 def test_a_model_alone_shows_its_first_subnets(model: str | None, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    assert page.main([*([model] if model else []), "--out", str(out), "--steps", "10"]) == 0
+    assert page.main([*([model] if model else []), "--out", str(out), "--steps", "10", "--profile-steps", "11"]) == 0
     data = data_of(out)
     assert not data["moved"]
     assert "10 steps" in data["round"]
@@ -155,6 +155,20 @@ def test_a_model_alone_shows_its_first_subnets(model: str | None, tmp_path: Path
         assert rows.shape[-1] == layer["subnet"][-2]
         assert any(line["op"].startswith("losia.subnet") for line in layer["after"])
     assert list(tmp_path.iterdir()) == [out]  # no draft is left
+
+
+def test_a_run_is_explained_by_all_its_settings(tmp_path: Path, record: RunRecord) -> None:
+    """It was by the paper's rule, whatever it had been."""
+    model, _ = tiny.decoder()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    rule = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "mixed", "head_period": 9}
+    settings = {"steps": STEPS, "device": "cpu", "lr": 1e-3, "batch_size": 4, "seq_length": 8, "target": None, **rule}
+    write_json(tmp_path / "run.json", record, Names("text", None), {**settings, "profile_steps": 9, "trainable": []})
+    assert main(["page", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    data = data_of(tmp_path / "page.html")
+    assert "slots of 1 steps, of the head 9" in data["round"]
+    assert data["title"].endswith(" (on record: one move of 16)")
+    assert data["methods"][0]["memory"]["profile"] == 3 * 4 * 64 * 32
 
 
 def _open(chromium: Any, path: Path, width: int, scheme: str = "light") -> tuple[Any, list[str]]:

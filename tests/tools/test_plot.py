@@ -16,7 +16,7 @@ from losia_fx.finetune.record import SelectionRecord
 from losia_fx.tools import plot
 from losia_fx.tools.plot.command import PICTURES
 from losia_fx.tools.plot.overlap import jaccard
-from losia_fx.tools.plot.pictures import rates
+from losia_fx.tools.plot.pictures import coverage, rates
 from losia_fx.tools.plot.run_folder import read_run
 from tests.tools.runs import GROUPS, PERIOD, SHAPES, STEPS, write_run
 
@@ -74,6 +74,19 @@ def test_the_rates_are_the_scheduler_s_but_while_a_group_is_rewarmed(tmp_path: P
             last = max((m.step for m in run.record.moves if m.group == group and m.step <= column), default=None)
             share = 1.0 if last is None else min(1.0, (column - last + 1) / PERIOD)
             assert table[group, column] == pytest.approx(scheduled[column] * share)
+
+
+def test_a_run_of_all_groups_at_once_is_not_rewarmed_and_has_gaps(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "run.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["settings"] |= {"schedule": "all", "importance": "random", "head_rows": "mixed", "head_period": 9}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.config.head_period == 9
+    assert (rates(run) == [step.lr for step in run.record.steps]).all()
+    assert run.record.gaps == " (on record: one move of 4)"
+    assert run.record.gaps in coverage(run.record).axes[0].get_title()
 
 
 def test_every_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,8 +111,19 @@ class StepFacts:
     def base_bytes(self, visits: int) -> int:
         """Host memory that track_delta=True takes, once every subnet has been in that many places drawn anew."""
         subnets = ((weight, weight.subnet(self.config)) for weight in self.weights)
-        kept = sum(expected_bytes(weight.shape, subnet, weight.itemsize, visits) for weight, subnet in subnets)
+        of_head = self._visits_of_head(visits)
+        kept = sum(expected_bytes(w.shape, s, w.itemsize, of_head if w.head else visits) for w, s in subnets)
         return kept + sum(count * itemsize for count, itemsize in self.full)
+
+    @property
+    def has_head_period(self) -> bool:
+        return self.config.head_period is not None and any(weight.head for weight in self.weights)
+
+    def _visits_of_head(self, visits: int) -> int:
+        """Where those of the others are that many."""
+        if self.config.head_rows in ("frequent", "fixed"):
+            return min(visits, 2 if self.config.head_rows == "frequent" else 1)
+        return 1 + (visits - 1) * self.config.period // self.config.period_of(head=True)
 
     def at(self, config: LosiaConfig) -> StepFacts:
         """The same model and step at other factors: what each product keeps of x grows and shrinks with them."""

@@ -116,10 +116,12 @@ def count_text(count: float) -> str:
     return f"{count:.3g} P"
 
 
-def round_text(fit: RoundFit, config: LosiaConfig) -> str:
+def round_text(fit: RoundFit, facts: StepFacts) -> str:
+    config = facts.config
     if config.schedule == "static":
         return "schedule static: the first subnets stay, there are no rounds"
-    said = f"a round is {fit.round_steps} optimizer steps ({fit.groups} groups, slots of {fit.period} steps)"
+    head = f", of the head {config.head_period}" if facts.has_head_period else ""
+    said = f"a round is {fit.round_steps} optimizer steps ({fit.groups} groups, slots of {fit.period} steps{head})"
     if fit.steps is None:
         return said
     if fit.fits:
@@ -137,10 +139,11 @@ def visits_of(fit: RoundFit, config: LosiaConfig) -> tuple[int, ...]:
 
 
 def base_text(fit: RoundFit, facts: StepFacts) -> str:
+    whose = "each subnet but the head's" if facts.has_head_period else "each subnet"
     costs = (f"{size_text(facts.base_bytes(n))} after {n}" for n in visits_of(fit, facts.config))
     return (
         f"track_delta=True, which save_delta needs, keeps base values in host memory: {', '.join(costs)} visits by "
-        "each subnet, if every place is drawn anew; less where they overlap more"
+        f"{whose}, if every place is drawn anew; less where they overlap more"
     )
 
 
@@ -149,7 +152,7 @@ def show(found: Explanation, console: Console | None = None) -> None:
     facts = found.facts
     console.print(found.report)
     console.print(_groups(facts))
-    console.print(round_text(found.fit, facts.config), highlight=False, soft_wrap=True)
+    console.print(round_text(found.fit, facts), highlight=False, soft_wrap=True)
     console.print(_memory(found))
     console.print(ACTIVATIONS_NOTE, highlight=False)
     console.print(base_text(found.fit, facts), highlight=False, soft_wrap=True)

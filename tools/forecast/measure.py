@@ -31,13 +31,17 @@ Result = TypeVar("Result")
 def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int) -> dict[str, int]:
     """Bytes by part, of two steps in the slot of ``group`` on a copy of ``model``, with AdamW.
 
-    Two, so that I and U are there when G is: a period of one is measured as one of two.
+    Two, so that I and U are there when G is. All steps of a slot are profiled here, the head's is as all others, and
+    it has three steps at least: nothing moves, and so no moments start anew.
     """
-    twin = copy.deepcopy(model)
+    twin, slots = (
+        copy.deepcopy(model),
+        replace(config, period=max(3, config.period), head_period=None, profile_steps=None),
+    )
     memory = {"weights": unique_bytes([*twin.parameters(), *twin.buffers()])}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)
-        losia_fx.transform(twin, replace(config, period=max(2, config.period)))
+        losia_fx.transform(twin, slots)
     controller = losia_fx.controller(twin)
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.0)
     _step(twin, example)

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def export_onnx(
     from .onnx_graphs import ExportableGraph, rewritten_graphs
 
     check_file(out)
-    settings = replace(config or LosiaConfig(), schedule="static", compiler="eager")
+    settings = LosiaConfig.of(config, {"schedule": "static", "compiler": "eager"})
     graphs = rewritten_graphs(model, Example.of(example), settings)
     written = []
     for number, graph in enumerate(graphs):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from losia_fx.api.report import WeightReport
+from losia_fx.config import LosiaConfig
 from losia_fx.finetune.bitmaps import encode
 from losia_fx.finetune.plots import coverage_of
 from losia_fx.finetune.record import Move, SelectionRecord
@@ -47,7 +48,7 @@ def page_data(
         "inputs": {name: list(shape) for name, shape in found.inputs.items()},
         "totals": {**totals, "all": sum(totals.values())},
         "notes": list(found.report.notes),
-        "round": round_text(found.fit, facts.config),
+        "round": round_text(found.fit, facts),
         "blocks": _blocks(model, captured, found, selections, moves),
         "parts": PARTS,
         "methods": [{**_method(method), "note": note} for method, note in methods(facts)],
@@ -78,7 +79,7 @@ def _method(method: MethodCost) -> dict[str, Any]:
 
 
 def _period(found: Explanation, period: int) -> dict[str, Any]:
-    config = replace(found.facts.config, period=period)
+    config = LosiaConfig.of(found.facts.config, {"period": period, "profile_steps": None})
     fit = RoundFit.of(config, len(found.facts.groups), found.fit.steps)
     assert fit.steps is not None
     here = period == found.facts.config.period
@@ -118,7 +119,7 @@ def _cost(weight: WeightReport, uses: Sequence[WeightUse], facts: StepFacts) -> 
         return None
     plan = next(known for known in facts.weights if known.name == weight.name)
     one = replace(facts, weights=(plan,), uses=tuple(uses), full=(), groups=(), tapped={})
-    ours = losia(replace(one, config=replace(facts.config, schedule="static")))
+    ours = losia(replace(one, config=LosiaConfig.of(facts.config, {"schedule": "static"})))
     whole = sum(use.tokens * use.inner * use.itemsize for use in uses)
     kept = sum(use.tokens * _columns(use, weight) * use.itemsize for use in uses)
     return {

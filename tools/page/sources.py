@@ -18,7 +18,7 @@ from ..forecast.explanation import explain
 from ..forecast.resize import resize
 from ..graphs.capture import capture
 from ..load_model import load_model
-from ..plot.run_folder import read_run
+from ..plot.run_folder import losia_settings, read_run
 from .data import page_data
 
 StepSize = tuple[int | None, int | None]
@@ -39,8 +39,7 @@ def of_run(folder: Path, config: LosiaConfig, step: StepSize, steps: int | None)
     """The run's own settings go before ``config``. Raises LosiaError where run.json and checkpoint do not agree."""
     run = read_run(folder)
     settings = run.settings
-    known = {name: settings[name] for name in ("rank_factor", "period", "seed") if settings.get(name) is not None}
-    config = replace(config, **known)
+    config = replace(config, **losia_settings(settings))
     batch_size, length = (
         given or settings.get(name) for given, name in zip(step, ("batch_size", "seq_length"), strict=True)
     )
@@ -51,7 +50,8 @@ def of_run(folder: Path, config: LosiaConfig, step: StepSize, steps: int | None)
     here = {weight.name: weight.shape for weight in found.facts.weights}
     if here != dict(run.record.shapes):
         raise LosiaError(f"{folder}: its run.json is of another model than its checkpoint")
-    return page_data(folder.name, loaded.model, captured, found, run.record.selections, run.record.moves)
+    title = folder.name + run.record.gaps
+    return page_data(title, loaded.model, captured, found, run.record.selections, run.record.moves)
 
 
 def first_selections(model: nn.Module, config: LosiaConfig) -> dict[str, list[SelectionRecord]]:

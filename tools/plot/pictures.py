@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from losia_fx.config import LosiaConfig, matches
+from losia_fx.config import matches
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.plots import DPI, GREY, INK, coverage_of, map_of, plot_losses, plot_subnets
 from losia_fx.finetune.record import Names, RunRecord
-from losia_fx.method.schedule import rewarm_factor
+from losia_fx.method.schedule import rewarm_factor, rewarmed_steps
 from losia_fx.storage.atomic import write_file
 
 from .overlap import jaccard
@@ -52,10 +52,12 @@ def _saving(figure: Callable[[], Figure], kind: str) -> Callable[[Path], None]:
 def rates(run: Run) -> np.ndarray[Any, Any]:
     """(groups, steps): the learning rate of each optimizer step, as far as rewarm lets each group have it."""
     record = run.record
-    config = LosiaConfig(period=run.period)
+    config = run.config
     table = np.tile([step.lr for step in record.steps], (len(record.groups), 1))
     for move in record.moves:
-        for update, column in enumerate(range(move.step, min(move.step + run.period, len(record.steps))), 1):
+        for update, column in enumerate(
+            range(move.step, min(move.step + rewarmed_steps(config), len(record.steps))), 1
+        ):
             table[move.group, column] = record.steps[column].lr * rewarm_factor(config, update)
     return table
 
@@ -107,7 +109,7 @@ def moves(record: RunRecord, names: Sequence[str]) -> Figure:
     most = max(len(record.selections[name]) for name in names)
     shown = np.linspace(0, most - 1, min(most, MOST_MOVES)).round().astype(int).tolist()
     figure = Figure(figsize=(1.5 * len(shown) + 2.4, 1.75 * len(names) + 0.8), layout="constrained")
-    figure.suptitle("How the subnets moved (J: overlap with the selection before)", fontsize=12)
+    figure.suptitle(f"How the subnets moved (J: overlap with the selection before){record.gaps}", fontsize=12)
     grid = figure.subplots(len(names), len(shown), squeeze=False)
     for line, name in zip(grid, names, strict=True):
         for place, at in zip(line, shown, strict=True):
@@ -143,7 +145,7 @@ def coverage(record: RunRecord) -> Figure:
         axes.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=6)
         last = axes.secondary_yaxis("right")
         last.set_yticks(np.arange(len(names)) + 0.5, [f"{share:.0%}" for share in table[:, -1]], fontsize=6)
-    axes.set(title="Elements of each weight that have been in its subnet", xlabel="optimizer step")
+    axes.set(title=f"Elements of each weight that have been in its subnet{record.gaps}", xlabel="optimizer step")
     return figure
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaError
 from losia_fx.finetune.bitmaps import decode
 from losia_fx.finetune.record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
+from losia_fx.method.schedule import recorded_moves
 
 RUN_FILE = "run.json"
 
@@ -26,8 +28,14 @@ class Run:
     old: str | None
 
     @property
-    def period(self) -> int:
-        return int(self.settings["period"])
+    def config(self) -> LosiaConfig:
+        return LosiaConfig.of(None, losia_settings(self.settings))
+
+
+def losia_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of LosiaConfig that say how a run trained, as far as it says them."""
+    names = {option.name for option in fields(LosiaConfig)} - {"compiler", "track_delta"}
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def is_run(path: Path) -> bool:
@@ -65,6 +73,7 @@ def _record(content: dict[str, Any]) -> RunRecord:
             for name, selections in content["selections"].items()
         },
         interrupted=content["interrupted"],
+        one_of=recorded_moves(LosiaConfig.of(None, losia_settings(content["settings"]))),
     )
 
 

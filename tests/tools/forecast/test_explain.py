@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,17 @@ import torch
 import losia_fx
 from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
+from losia_fx.method.visits import expected_bytes
 from losia_fx.tools import explain
-from losia_fx.tools.forecast.estimate import PARTS, RoundFit, StepFacts, full_fine_tuning, lora, losia
+from losia_fx.tools.forecast.estimate import (
+    PARTS,
+    RoundFit,
+    StepFacts,
+    full_fine_tuning,
+    lora,
+    losia,
+    profiled_group,
+)
 from losia_fx.tools.forecast.measure import measure
 from losia_fx.tools.forecast.resize import resize
 from losia_fx.tools.graphs.capture import capture
@@ -42,6 +52,24 @@ def test_the_forecast_is_what_a_step_holds(model: str | None, capsys: pytest.Cap
     if model is None:
         assert found["inputs"]["input_ids"] == [3, 24]
         assert [group["label"] for group in found["groups"]] == ["lm_head", *(f"model.layers.{n}" for n in range(4))]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_alone_is_profiled_is_measured_where_it_is(tied: bool) -> None:
+    """At its own pace, at the end of its slot; of a head that stays as it is nothing is profiled."""
+    model, example = tiny.decoder()
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    config = LosiaConfig.roaming(compiler="aot_eager")
+    facts = StepFacts.of(model, capture(model, example, config))
+    forecast, measured = losia(facts).memory, measure(model, Example.of(example), config, profiled_group(facts))
+    assert forecast["profile"] == measured["profile"] == (0 if tied else 3 * 4 * 64 * 32)
+    assert forecast["moments"] == pytest.approx(measured["moments"], rel=0.01)
+    head = next((weight for weight in facts.weights if weight.head), None)
+    assert (head is None) == tied
+    without = facts.base_bytes(101) - replace(facts, config=LosiaConfig(head_rows="fixed")).base_bytes(101)
+    kept = [expected_bytes(head.shape, head.subnet(config), head.itemsize, n) for n in (3, 1)] if head else [0, 0]
+    assert without == kept[0] - kept[1]  # 100 moves of the others, 2 of the head
 
 
 def test_shards_are_forecast(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from losia_fx.tools.graphs.onnx_export import export_onnx
 from tests.support.toys import Toy, batch, needs_traced_experts
 from tests.tools.shown import EACH, argument, linears, loaded
 
-CONFIG = LosiaConfig(rank_factor=0.25)
+CONFIG = LosiaConfig.roaming(rank_factor=0.25, output_rank_factor=0.125)
 
 
 def session(path: Path) -> Any:
