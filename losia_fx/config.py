@@ -157,9 +157,13 @@ class LosiaConfig:
         if base is not None and not isinstance(base, LosiaConfig):
             raise ConfigError(f"config={base!r}: give a LosiaConfig, or its fields as keywords")
         start = {} if base is None else {field.name: getattr(base, field.name) for field in fields(base)}
+        measured = start.get("profile_steps") if start.get("head_period") else None
         for option, of in BELONGS_TO.items():  # what the base says of a choice that is replaced goes with it
             if options.get(of, start.get(of)) != start.get(of):
                 start[option] = None
+        slots = [{**start, **options}.get(name) for name in ("period", "head_period")]
+        if measured and not any(isinstance(steps, int) and steps >= measured for steps in slots):
+            start["profile_steps"] = None  # they were of the head's slots, which are shorter now: all of them
         return cls(**{**start, **options})
 
     @classmethod
@@ -170,9 +174,8 @@ class LosiaConfig:
         ``options`` on top. Only the head is profiled, in ten steps of fifty. Made for losia_fx.optim.SubnetRMS: an
         optimizer whose state starts anew with every move takes the sign of the gradient here.
         """
-        head = {"head_period": 50, "profile_steps": 10} if options.get("schedule", "all") == "all" else {}
-        rule = {"schedule": "all", "importance": "random", "period": 1, "head_rows": "mixed", **head}
-        return cls.of(None, {**rule, **options})
+        head: dict[str, Any] = {"head_rows": "mixed", "head_period": 50, "profile_steps": 10}
+        return cls.of(cls(schedule="all", importance="random", period=1, **head), options)
 
     def scored_by(self, head: bool) -> str | None:
         """The importance that slots measure of the output head, or of other weights; None where they measure none."""

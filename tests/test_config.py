@@ -114,6 +114,21 @@ def test_roaming_is_one_word_for_several_options() -> None:
         LosiaConfig.roaming(perod=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [({"head_period": 5}, None), ({"head_period": None}, None), ({"head_period": 10}, 10), ({"period": 20}, 10)],
+)
+def test_steps_that_a_shorter_slot_has_not_are_asked_of_nobody(options: dict[str, Any], measured: int | None) -> None:
+    """LosiaConfig.roaming(head_period=5) was refused for a profile_steps=10 that nobody gave."""
+    assert LosiaConfig.roaming(**options).profile_steps == measured
+    assert LosiaConfig.of(LosiaConfig.roaming(), options).profile_steps == measured
+    assert LosiaConfig.of(LosiaConfig.roaming(), {"schedule": "async"}).profile_steps is None
+    with pytest.raises(
+        ConfigError, match="profile_steps=6: give a whole number of at least 1 and at most the period, 5"
+    ):
+        LosiaConfig.roaming(head_period=5, profile_steps=6)
+
+
 def test_roaming_in_turn_has_no_pace_of_the_head_that_nobody_asked_for() -> None:
     config = LosiaConfig.roaming(schedule="async", period=5)
     assert (config.head_period, config.profile_steps, config.head_rows) == (None, None, "mixed")

@@ -72,10 +72,10 @@ class LosiaCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         followed, due = controller(self._model), control.should_log
         at_once = followed.config.schedule == "all"
-        if at_once and not due:  # what may move with every step is told as often as the Trainer logs, the last of it
+        if at_once and not due:  # what may move with every step is told as often as the Trainer logs, the last of each
             return
         fresh, self._logged = followed.history[self._logged :], len(followed.history)
-        for event in fresh[-1:] if at_once else fresh:
+        for event in {event.group: event for event in fresh}.values() if at_once else fresh:
             logs = {"losia/group": -1 if event.group is None else event.group, "losia/moved": event.moved}
             self.trainer.log(logs if event.captured is None else {**logs, "losia/captured": event.captured})
         if due:

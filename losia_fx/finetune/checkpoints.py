@@ -24,7 +24,7 @@ from losia_fx.storage.tensors import read_tensors, write_tensors
 
 from .reading import Say
 from .record import Evaluation, Move, RunRecord, SelectionRecord, StepRecord
-from .settings import CONFIG_FILE, FinetuneSettings, flag, read_config
+from .settings import CONFIG_FILE, FORMER, FinetuneSettings, flag, read_config
 
 MARK = "losia_run.safetensors"
 # options that may be others when a run goes on; the data is compared by its tokens
@@ -75,7 +75,7 @@ def take_up(folder: Path, model: nn.Module, record: RunRecord) -> None:
 def check_finished(settings: FinetuneSettings) -> None:
     """Raises ConfigError where a run that has come to its end was asked for otherwise: it cannot go on as another."""
     path, given = settings.output_dir / CONFIG_FILE, settings.flat()
-    before = {**FinetuneSettings().flat(), **(read_config(path) if path.is_file() else given)}
+    before = {**FinetuneSettings().flat(), **({**FORMER, **read_config(path)} if path.is_file() else given)}
     differ = differences({name: before[name] for name in given if name in before}, given)
     if differ:
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_finished(settings: FinetuneSettings) -> None:
 def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises StateError, naming each option that differs, where the checkpoint is of a run that is not this one."""
     before = read_tensors(folder / MARK)[1]["identity"]
-    differ = differences(before["options"], identity["options"])
+    differ = differences({**FORMER, **before["options"]}, identity["options"])
     differ += [
         f"{n}: was {before[n]} and is {identity[n]}" for n in ("processes", "device") if before[n] != identity[n]
     ]

@@ -19,8 +19,10 @@ from trl import SFTConfig
 
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import ConfigError, LosiaError, listed
+from losia_fx.method.schedule import counted_steps
 from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.roles import plan_model
+from losia_fx.model.weight_plan import WeightPlan
 from losia_fx.storage.checkpoint_folder import load_causal_lm, load_tokenizer
 
 from .reading import CHAT_COMPLETIONS, COMPLETIONS, TEXT, Examples, Say, counted
@@ -210,9 +212,11 @@ def settle(
         if obstacle is not None:
             say(f"{obstacle}: inductor cannot run here, so this run is slower (aot_eager)")
     settled = replace(settings, rule=RULES[not settings.roams], losia=losia, training=training)
+    config = settled.config()
+    head_moves = config.head_rows != "fixed" and any(plan.whole_cols for plan in subnet_plans(model, config))
     say(
-        f"learning rate {training['learning_rate']:g}, {_pace(settled.config())}: for {parameters / 1e6:,.1f} million "
-        f"parameters, {counted(steps, 'step')} and {counted(groups, 'group')}"
+        f"learning rate {training['learning_rate']:g}, {_pace(config, head_moves)}: for {parameters / 1e6:,.1f} "
+        f"million parameters, {counted(steps, 'step')} and {counted(groups, 'group')}"
     )
     if "max_steps" in settings.training and "num_train_epochs" in settings.training:
         say(f"--steps {steps} goes before --epochs {training['num_train_epochs']:g}")
@@ -225,27 +229,33 @@ def settle(
 
 
 def _choose_pace(losia: dict[str, Any], settings: FinetuneSettings, steps: int, groups: int) -> None:
-    """Such that everything moves some times in the run."""
-    asked = settings.config()
+    """Such that everything moves some times in the run, in slots that hold the steps that are to be profiled."""
+    asked, least = settings.config(), losia.get("profile_steps") or 1
     if not settings.roams:
         turns = 1 if asked.schedule == "all" else groups
-        losia.setdefault("period", min(LONGEST_PERIOD, max(1, steps // (ROUNDS * turns))))
-    elif asked.head_period is not None and asked.profile_steps is not None:
-        losia.setdefault("head_period", min(asked.head_period, max(1, steps // ROUNDS)))
-        losia.setdefault("profile_steps", min(asked.profile_steps, max(asked.period, losia["head_period"])))
+        losia.setdefault("period", min(LONGEST_PERIOD, max(least, steps // (ROUNDS * turns))))
+    elif asked.head_period is not None:
+        losia.setdefault("head_period", min(asked.head_period, max(least, steps // ROUNDS)))
+        if asked.profile_steps is not None:
+            losia.setdefault("profile_steps", min(asked.profile_steps, max(asked.period, losia["head_period"])))
 
 
-def _pace(config: LosiaConfig) -> str:
+def _pace(config: LosiaConfig, with_head: bool) -> str:
+    counted = counted_steps(config) if config.head_rows == "frequent" else config.head_period
+    head = f" (the head's rows chosen after {counted})" if with_head and config.head_period else ""
     if config.schedule != "all" or config.importance != "random":
-        return f"period {config.period}"
-    head = f" (the head's rows chosen after {config.head_period})" if config.head_period else ""
+        return f"period {config.period}{head}"
     every = "every step" if config.period == 1 else f"{config.period} steps"
     return f"subnets drawn anew after {every}{head}"
 
 
+def subnet_plans(model: PreTrainedModel, config: LosiaConfig) -> list[WeightPlan]:
+    return [plan for plan in plan_model(model, config) if plan.trained == "subnet"]
+
+
 def count_groups(model: PreTrainedModel, settings: FinetuneSettings) -> int:
     """Of subnets that re-select together, as transform finds them. Raises ConfigError for a pattern that fits none."""
-    plans = [p for p in plan_model(model, settings.config()) if p.trained == "subnet"]
+    plans = subnet_plans(model, settings.config())
     heads = [plan.name for plan in plans if plan.whole_cols]
     return max(1, len(group_names([plan.name for plan in plans], heads, find_blocks(model))))
 

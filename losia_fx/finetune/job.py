@@ -24,7 +24,7 @@ from trl import SFTConfig
 import losia_fx
 from losia_fx.console import progress, say
 from losia_fx.errors import ConfigError, LosiaError
-from losia_fx.method.schedule import round_length
+from losia_fx.method.schedule import recorded_moves, round_length
 from losia_fx.storage.atomic import remove_folder, write_file, write_files
 
 from .checkpoints import check_finished, check_identity, folders, newest_whole
@@ -183,6 +183,7 @@ def transform(trainer: RunTrainer, settings: FinetuneSettings) -> RunRecord:
         shapes={name: tuple(dense[name]) for name in losia_fx.subnets(model)},
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         all_parameters=sum(shape.numel() for shape in dense.values()),
+        one_of=recorded_moves(losia_fx.controller(model).config),
     )
     record_subnets(model, record, range(len(record.groups)), step=0)
     return record
@@ -218,7 +219,8 @@ def announce(job: Job) -> None:
 
 def _warnings(job: Job) -> Iterator[str]:
     args, steps, example = job.trainer.args, job.steps, job.trainer.train_dataset[0]["input_ids"]
-    config = losia_fx.controller(job.trainer.model).config
+    controller = losia_fx.controller(job.trainer.model)
+    config = controller.config
     period, groups = config.period, round_length(config, len(job.record.groups)) // config.period  # that take turns
     if groups * period > steps and config.schedule != "static":
         fits = steps // groups
@@ -228,7 +230,8 @@ def _warnings(job: Job) -> Iterator[str]:
             f"{groups * period}), "
             f"so some subnets never move: {advice}"
         )
-    if config.head_period is not None and config.head_period > steps:
+    head_moves = config.head_rows != "fixed" and any(state.whole_cols for state in controller.states)
+    if head_moves and config.count_steps is None and config.head_period is not None and config.head_period > steps:
         yield (
             f"{steps} steps are less than the head's period of {config.head_period}, so it never moves: --head-period "
             f"{steps} would fit"

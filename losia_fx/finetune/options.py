@@ -116,12 +116,15 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )
 
 
-CHOSEN = {
-    "period": "four rounds over all groups, 50 at most",
-    "compiler": "inductor where it can run, else aot_eager",
-    "track_delta": "true; false writes no delta",
-}
+CHOSEN = {"compiler": "inductor where it can run, else aot_eager", "track_delta": "true; false writes no delta"}
 """Options of LosiaConfig whose default here is chosen for the run."""
+OF_PAPER = {
+    "period": "four rounds over all groups, 50 at most",
+    "profile_steps": "the whole slot",
+    "head_period": "none",
+}
+OF_ROAMING = {"head_period": "50, or a quarter of the steps", "profile_steps": "10, or the whole slot"}
+"""Those chosen for the run with one rule."""
 
 
 def _add_losia(group: argparse._ArgumentGroup) -> None:
@@ -133,6 +136,9 @@ def _add_losia(group: argparse._ArgumentGroup) -> None:
     for option in fields(LosiaConfig):
         if option.name in LOSIA_OPTIONS:
             default = CHOSEN.get(option.name, option.default)
+            roaming, paper = (getattr(rule, option.name) for rule in (LosiaConfig.roaming(), LosiaConfig()))
+            if roaming != paper:
+                default = f"{OF_ROAMING.get(option.name, roaming)}; of paper: {OF_PAPER.get(option.name, paper)}"
             shown = f" (default: {default})" if isinstance(default, (str, int, float)) else ""
             _add(
                 group, option.name, said[option.name] + shown, **_kind_of(types[option.name], CHOICES.get(option.name))

@@ -59,7 +59,7 @@ def plot_subnets(path: Path, record: RunRecord, kind: str = "png") -> None:
     head = next((names[0] for names in record.groups if len(names) == 1 and len(record.groups) > 1), None)
     heights = [max(2.2, 0.34 * len(record.groups) + 1.2), 1.65 * len(grid) + 0.7] + ([1.9] if head else [])
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
-    figure.suptitle("Where the subnets have been", fontsize=14)
+    figure.suptitle(f"Where the subnets have been{record.gaps}", fontsize=14)
     places = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     parts = [figure.add_subfigure(places[part, 0]) for part in range(len(heights))]
     _draw_groups(parts[0], record)

@@ -74,6 +74,13 @@ class RunRecord:
     moves: list[Move] = field(default_factory=list)
     selections: dict[str, list[SelectionRecord]] = field(default_factory=dict)
     interrupted: bool = False
+    one_of: int = 1
+    """Of so many moves of groups that all move at once the last is here: of the places of most nothing is known."""
+
+    @property
+    def gaps(self) -> str:
+        """What a title has to add where not all moves are here."""
+        return f" (on record: one move of {self.one_of})" if self.one_of > 1 else ""
 
     @property
     def median_step_seconds(self) -> float | None:

@@ -142,11 +142,13 @@ def _costs(record: RunRecord, settings: Mapping[str, Any], seconds: float) -> It
 
 
 def _moves(record: RunRecord, settings: Mapping[str, Any]) -> str:
-    """Of groups that all move at once the record has some rounds alone, so how many there were is not counted by it."""
+    """Of groups that all move at once the record has some rounds alone, so how many there were is not counted by it.
+    A head with a period of its own has moved in fewer, or in none."""
     period = settings["period"]
     slots = f"in slots of {period} steps"
     if settings.get("schedule") == "all":
-        return f"{len(record.steps) // period}, all groups at once, {'one a step' if period == 1 else slots}"
+        who = "all groups but the head" if settings.get("head_period") else "all groups"
+        return f"{len(record.steps) // period}, {who} at once, {'one a step' if period == 1 else slots}"
     return f"{len(record.moves)} over {len(record.groups)} groups, {slots}"
 
 

@@ -42,11 +42,14 @@ SHORT = {long: short for short, long in ALIASES.items()}
 PATHS = {"model", "data", "eval_data", "old_data", "chat_template_path"}
 LOSIA_OPTIONS = tuple(option.name for option in fields(LosiaConfig) if option.name != "seed")
 RULES = ("roaming", "paper")
+FORMER = {"rule": "paper"}
+"""Of what was written before there were rules."""
 OF_A_RULE = (
     "schedule", "importance", "period", "profile_steps", "beta1", "beta2", "rewarm", "rewarm_steps", "head_rows",
-    "count_steps", "head_period", "carry_moments",
+    "count_steps", "carry_moments",
 )  # fmt: skip
-"""Options of LosiaConfig that say where subnets go and when; of the paper's rule, unless --rule says otherwise."""
+"""Options of LosiaConfig that say where subnets go and when; of the paper's rule, unless --rule says otherwise. (It
+has no head_period.)"""
 OF_AN_OPTIMIZER = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Options of SFTConfig that one of transformers' optimizers is asked for by; roaming brings its own."""
 

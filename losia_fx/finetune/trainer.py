@@ -211,7 +211,8 @@ def record_moves(model: nn.Module, record: RunRecord, step: int) -> None:
     last_of = {group: event for event in events for group in _groups_of(event, controller)}
     moves = [Move(event.step, group, event.moved, event.captured) for group, event in last_of.items()]
     record.moves += (moves := sorted(moves, key=lambda move: (move.step, move.group)))
-    record_subnets(model, record, [move.group for move in moves], step)
+    for since, some in itertools.groupby(moves, lambda move: move.step):
+        record_subnets(model, record, [move.group for move in some], since)
 
 
 def _groups_of(event: losia_fx.Event, controller: losia_fx.Controller) -> list[int]:

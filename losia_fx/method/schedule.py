@@ -72,6 +72,11 @@ def checked_steps(config: LosiaConfig) -> int:
     return slots * config.period
 
 
+def recorded_moves(config: LosiaConfig) -> int:
+    """Of how many slots the record of a run has one."""
+    return checked_steps(config) // config.period
+
+
 def rewarmed_steps(config: LosiaConfig) -> int:
     """The updates after a re-selection that rewarming takes; 1 is none."""
     if not config.rewarm:

@@ -193,7 +193,7 @@ class Controller:
         event = slot.reselect(self.train, (group,), group)
         if event is None:
             raise LosiaError(f"group {group} is not being profiled, or no step yet: there is nothing to select by")
-        return event
+        return self.history[-1]  # of one that was drawn the share that moved has not been read yet
 
     def made_by_hand(self) -> None:
         """A step that no optimizer made: S has been moved, and its gradient is still there."""

@@ -200,6 +200,7 @@ def test_a_head_at_its_own_pace_is_recorded_by_itself(tmp_path: Path, tiny: Path
     [
         ({}, True),
         ({"rank_factor": 0.25, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}, True),
+        ({"head_period": 5}, True),
         ({"period": 5}, False),
         ({"importance": "first"}, False),
         ({"optim": "sgd"}, False),
@@ -214,6 +215,7 @@ def test_which_rule_is_taken(given: Mapping[str, Any], roams: bool) -> None:
     assert settings.roams is roams
     assert settings.flat()["rule"] == ("roaming" if roams else "paper")
     assert (settings.config().importance == "random") is roams
+    assert settings.config().head_period == (given.get("head_period", 50) if roams else None)
     assert settings.config().period == given.get("period", 1 if roams else 50)
 
 
@@ -229,6 +231,9 @@ def test_which_rule_is_taken(given: Mapping[str, Any], roams: bool) -> None:
             (13, 10),
             "warning: 12 steps are less than the head's",
         ),
+        (["--head-period", "2"], SubnetRMS, (2, None), "(the head's rows chosen after 2)"),
+        (["--rule", "roaming", "--profile-steps", "5"], SubnetRMS, (5, 5), "(the head's rows chosen after 5)"),
+        (["--profile-steps", "5"], torch.optim.AdamW, (None, 5), "period 5:"),
         (["--rule", "paper"], torch.optim.AdamW, (None, None), "period 1:"),
     ],
 )
@@ -258,6 +263,33 @@ def test_no_delta_where_none_is_wanted(
     assert "delta.safetensors" not in capsys.readouterr().out
     assert not (out / "delta").exists()
     assert "track_delta: false" in (out / "finetune.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "options", [["--output-rank-factor", "0"], ["--head-rows", "fixed"], ["--exclude", "lm_head"]], ids=" ".join
+)
+def test_of_a_head_that_does_not_move_no_pace_is_told(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    pace = ["--rule", "roaming", "--head-period", "9"]
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "3", *pace, *options) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "drawn anew after every step: for" in text
+    assert "warning" not in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_rows_of_a_head_are_recorded_as_of_when_it_moved(
+    tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were as of the step at which all moves are looked at."""
+    pace = ("--rule", "roaming", "--head-period", "9", "--profile-steps", "2")
+    assert finetune(tmp_path / "out", data, "--model", str(tiny), "--steps", "20", *pace) == 0
+    assert "20, all groups but the head at once, one a step" in capsys.readouterr().out
+    run = run_json(tmp_path / "out")
+    assert [(move["step"], move["group"]) for move in run["history"]] == [(9, 0), (16, 1), (18, 0), (20, 1)]
+    assert [selection["step"] for selection in run["selections"]["lm_head.weight"]] == [0, 9, 18]
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, presses: int) -> None:

@@ -14,6 +14,7 @@ from losia_fx.cli import main
 from losia_fx.finetune import job as finetune_job
 from losia_fx.finetune import trainer as finetune_trainer
 from losia_fx.finetune.checkpoints import MARK, folders, newest_whole
+from losia_fx.storage.tensors import read_tensors, write_tensors
 from tests.loop.finetune_runs import Run, assert_same_outcome
 
 
@@ -129,6 +130,31 @@ def test_a_finished_run_of_other_settings_is_no_success(
     )
     assert said in capsys.readouterr().err
     assert main(half) == 0
+
+
+def test_a_run_from_before_there_were_rules_goes_on_by_the_paper_s(
+    half: list[str], whole: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def forget_the_rule() -> None:
+        options = (out / "finetune.yaml").read_text(encoding="utf-8")
+        (out / "finetune.yaml").write_text(options.replace("rule: paper\n", ""), encoding="utf-8")
+        for folder in folders(out):
+            tensors, plain = read_tensors(folder / MARK)
+            assert plain["identity"]["options"].pop("rule") == "paper"
+            write_tensors(folder / MARK, tensors, plain)
+
+    forget_the_rule()
+    assert main([*half, "--rule", "roaming"]) == 2
+    assert "--rule was paper and is roaming" in capsys.readouterr().err
+    assert main(["finetune", "--config", str(out / "finetune.yaml"), "--out", str(out), "--resume"]) == 0
+    assert_same_outcome(whole[0], out)
+    forget_the_rule()
+    assert main(half) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert main([*half, "--rule", "roaming"]) == 2
+    assert "--rule was paper and is roaming" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_from_is_said(

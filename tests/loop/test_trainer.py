@@ -185,6 +185,19 @@ def test_of_subnets_that_move_all_the_time_the_last_move_is_reported_with_the_tr
     assert moves == [(step, -1, history[step - 1].moved) for step in (4, 8)]
 
 
+def test_of_a_head_that_moves_at_its_own_pace_the_last_move_is_reported_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    options = {**OPTIONS, "schedule": "all", "importance": "random", "period": 1, "head_rows": "mixed"}
+    model, seen = losia_fx.transform(LossToy(layers=1), **options, head_period=3), Seen()
+    trainer = trainer_of(model, tmp_path, save_strategy="no", logging_steps=4)
+    trainer.callback_handler.callbacks.insert(0, seen)
+    trainer.train()
+    of_head = {event.step: event.captured for event in losia_fx.controller(model).history if event.group == 0}
+    moves = [(log["step"], log["losia/group"], log.get("losia/captured")) for log in seen.logs if "losia/moved" in log]
+    assert sorted(moves[:2]) == [(4, -1, None), (4, 0, of_head[3])]
+    assert sorted(moves[2:]) == [(8, -1, None), (8, 0, of_head[6])]
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = model_of()
     trainer = trainer_of(

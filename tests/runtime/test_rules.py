@@ -144,6 +144,14 @@ def test_a_head_with_an_importance_of_its_own_is_an_event_of_its_own() -> None:
     assert [profiled_groups(pair.controller.config, 3, step, 0) for step in range(5)] == [(), (), (0,), (0,), ()]
 
 
+def test_a_group_that_is_drawn_by_hand_says_what_has_moved() -> None:
+    """It said nan: where nothing is scored nobody has waited for it."""
+    pair = Pair(Options(PERIOD, "all"))
+    event = pair.controller.select(1)
+    assert event == pair.controller.history[-1]
+    assert 0 < event.moved <= 1
+
+
 def test_a_round_of_all_groups_is_one_event_with_what_has_moved() -> None:
     pair = Pair(Options(PERIOD, "all"))
     before = {name: pair.place(name) for name in pair.subnets}
