@@ -59,14 +59,21 @@ class _SubnetLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         kept, weight, rows, ticket, handle = ctx.saved_tensors
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[2]:  # before dL/dx, while grad_y is still in the cache
+        grad_values = grad_bias = None
+        # A tap has grad_y in memory: dS comes first, while it is in the cache. Without one dL/dx does, as its product
+        # wants that too: Inductor would make what dS takes of grad_y a second time, from what grad_y is made of.
+        grad_x = None if ticket is not None else _input_gradient(ctx, grad_y, weight)
+        if ctx.needs_input_grad[2]:
             grad_values = subnet_gradient(ctx, grad_y, kept, rows, ticket, handle)
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype)
+        if ticket is not None:
+            grad_x = _input_gradient(ctx, grad_y, weight)
         if ctx.needs_input_grad[5]:
             grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_values, None, None, grad_bias, None, None, None
+
+
+def _input_gradient(ctx: Any, grad_y: Tensor, weight: Tensor) -> Tensor | None:
+    return (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
 
 
 def subnet_gradient(
