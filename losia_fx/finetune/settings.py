@@ -133,8 +133,8 @@ class FinetuneSettings:
 
     @property
     def roams(self) -> bool:
-        """Whether subnets go by LosiaConfig.roaming(). Where no rule is named, its options and those of
-        an optimizer ask for the paper's."""
+        """Whether subnets go by LosiaConfig.roaming(). Where no rule is named, options that say where subnets go, and
+        those of an optimizer, ask for the paper's."""
         if self.rule is not None:
             return self.rule == "roaming"
         return self.losia.keys().isdisjoint(OF_A_RULE) and not self.names_optimizer

@@ -49,10 +49,21 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types for it
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.roams and self.optimizer is None:
-            args = self.args
-            self.optimizer = SubnetRMS(self.model, args.learning_rate, weight_decay=args.weight_decay)
+            self.optimizer = self._subnet_rms()
         found: Optimizer = super().create_optimizer(model)
         return found
+
+    def _subnet_rms(self) -> SubnetRMS:
+        """With norms and biases, where they learn, not decaying, as a Trainer has it."""
+        model, args = self.model, self.args
+        optimizer = SubnetRMS(model, args.learning_rate, weight_decay=args.weight_decay)
+        decays = set(self.get_decay_parameter_names(model))
+        still = {id(parameter) for name, parameter in model.named_parameters() if name not in decays}
+        (group,) = optimizer.param_groups
+        if others := [parameter for parameter in group["params"] if id(parameter) in still]:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in still]
+            optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+        return optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -254,6 +254,22 @@ def test_a_rule_brings_its_pace_and_its_optimizer(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_norms_do_not_decay(tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[tuple[float, int, set[int]]] = []
+
+    def watch(trainer: RunTrainer) -> torch.optim.Optimizer:
+        found = plain(trainer)
+        groups.extend((g["weight_decay"], len(g["params"]), {p.dim() for p in g["params"]}) for g in found.param_groups)
+        return found
+
+    plain = RunTrainer.create_optimizer
+    monkeypatch.setattr(RunTrainer, "create_optimizer", watch)
+    argv = ["--model", str(tiny), "--steps", "2", "--weight-decay", "0.1", "--trainable", "*norm*"]
+    assert finetune(tmp_path / "out", data, *argv) == 0
+    assert groups[:2] == [(0.1, 8, {2}), (0.0, 3, {1})]  # seven linears and the head; two norms of the block, and the last
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_no_delta_where_none_is_wanted(
     tmp_path: Path, tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
