@@ -266,7 +266,10 @@ def test_norms_do_not_decay(tmp_path: Path, tiny: Path, data: Path, monkeypatch:
     monkeypatch.setattr(RunTrainer, "create_optimizer", watch)
     argv = ["--model", str(tiny), "--steps", "2", "--weight-decay", "0.1", "--trainable", "*norm*"]
     assert finetune(tmp_path / "out", data, *argv) == 0
-    assert groups[:2] == [(0.1, 8, {2}), (0.0, 3, {1})]  # seven linears and the head; two norms of the block, and the last
+    assert groups[:2] == [
+        (0.1, 8, {2}),
+        (0.0, 3, {1}),
+    ]  # seven linears and the head; two norms of the block, and the last
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from losia_fx.method import fit
 from losia_fx.method.fit import (
     ENOUGH,
     LARGEST,
@@ -238,6 +239,20 @@ def test_two_elements_that_are_cut_anywhere_show_the_limit(grads: list[Tensor], 
     alone = size[cut : cut + LARGEST].unique().numel() == size[cut : cut + LARGEST].numel()  # no others alike by chance
     if alone and float(size[cut - 1]) > expected > float(size[cut]):  # there is a number between them
         assert common_limit(seen) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 9000, 2**24])
+@pytest.mark.parametrize("steps", [None, 4.0])
+def test_the_largest_are_those_of_all_however_they_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, steps: float | None
+) -> None:
+    """steps: few values, so that the last of the largest are some of many that are alike."""
+    monkeypatch.setattr(fit, "AT_ONCE", at_once)
+    monkeypatch.setattr(fit, "CHUNK", 8)
+    grads = [torch.randn(size) for size in (5000, 3, 8 * LARGEST + 8, 4001)]
+    grads = grads if steps is None else [(grad * steps).round() / steps for grad in grads]
+    expected = torch.cat(grads).abs().sort(descending=True).values[:LARGEST]
+    assert torch.equal(fit._largest(fit._largest_of(grads)), expected)
 
 
 def test_one_element_of_each_of_two_subnets() -> None:
