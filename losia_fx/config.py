@@ -14,12 +14,12 @@ from typing import Any
 from losia_fx.errors import ConfigError
 
 SCHEDULES = ("async", "sync", "static", "all")
-IMPORTANCES = ("mixed", "first", "second", "gradient", "random")
-"""Of every element of a weight; or of none."""
+HEAD_SCORES = ("mixed", "first", "second", "gradient")
+"""Importances of every element of a weight, which the head may have by itself."""
+IMPORTANCES = (*HEAD_SCORES, "random")
+"""Of every element, or of none."""
 BY_SUMS = ("visits", "sample")
 """Importances of rows and of columns: out + in numbers of a weight."""
-HEAD_SCORES = ("mixed", "first", "second", "gradient")
-"""Importances that the head may have by itself."""
 HEAD_ROWS = ("importance", *HEAD_SCORES, "frequent", "random", "fixed")
 COMPILERS = ("inductor", "aot_eager", "eager")
 FROZEN_PRODUCTS = ("int8", "float8")
@@ -179,10 +179,8 @@ class LosiaConfig:
 
     def scored_by(self, head: bool) -> str | None:
         """The importance that slots measure of the output head, or of other weights; None where they measure none."""
-        own = head and self.head_rows != "importance"
-        kind = self.head_rows if own else self.importance
-        known = HEAD_SCORES if own else (*IMPORTANCES, *BY_SUMS)
-        return kind if self.schedule != "static" and kind != "random" and kind in known else None
+        kind = self.head_rows if head and self.head_rows != "importance" else self.importance
+        return kind if self.schedule != "static" and kind in (*HEAD_SCORES, *BY_SUMS) else None
 
     def period_of(self, head: bool) -> int:
         """The length of a slot of the output head, or of other weights, in optimizer steps."""

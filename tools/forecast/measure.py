@@ -34,10 +34,8 @@ def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int)
     Two, so that I and U are there when G is. All steps of a slot are profiled here, the head's is as all others, and
     it has three steps at least: nothing moves, and so no moments start anew.
     """
-    twin, slots = (
-        copy.deepcopy(model),
-        replace(config, period=max(3, config.period), head_period=None, profile_steps=None),
-    )
+    twin = copy.deepcopy(model)
+    slots = replace(config, period=max(3, config.period), head_period=None, profile_steps=None)
     memory = {"weights": unique_bytes([*twin.parameters(), *twin.buffers()])}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LosiaWarning)
