@@ -129,9 +129,12 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
 def _largest_of(flat: Sequence[Tensor]) -> Tensor:
     """Of one device's gradients; some of them side by side at a time, as calls cost more than copies."""
     parts: list[list[Tensor]] = [[]]
+    count = 0
     for grad in flat:
-        if parts[-1] and sum(each.numel() for each in parts[-1]) + grad.numel() > AT_ONCE:
+        count += grad.numel()
+        if parts[-1] and count > AT_ONCE:
             parts.append([])
+            count = grad.numel()
         parts[-1].append(grad)
     return torch.cat([_largest(torch.cat(part)) for part in parts])
 
