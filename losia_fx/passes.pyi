@@ -11,6 +11,7 @@ from passes import (
     Product as Product,
     RemakeInputs as RemakeInputs,
     Rewritten as Rewritten,
+    SettleProducts as SettleProducts,
     SinkGathers as SinkGathers,
     SubnetRewrite as SubnetRewrite,
     Uses as Uses,

@@ -13,6 +13,7 @@ from .base import (
 from .frozen_products import FrozenProducts
 from .joint.loosen_views import LoosenViews
 from .joint.remake_inputs import RemakeInputs
+from .joint.settle_products import SettleProducts
 from .joint.sink_gathers import SinkGathers
 from .localize import InsertLocalization
 from .match import Uses, find_uses, plan_subnets
@@ -43,6 +44,7 @@ __all__ = [
     "Product",
     "RemakeInputs",
     "Rewritten",
+    "SettleProducts",
     "SinkGathers",
     "SubnetRewrite",
     "Uses",

@@ -11,6 +11,7 @@ from .base import Observer, PassPipeline
 from .frozen_products import FrozenProducts
 from .joint.loosen_views import LoosenViews
 from .joint.remake_inputs import RemakeInputs
+from .joint.settle_products import SettleProducts
 from .joint.sink_gathers import SinkGathers
 from .localize import InsertLocalization
 from .rewrite import SubnetRewrite
@@ -36,7 +37,10 @@ FORWARD_PASSES: tuple[tuple[ForwardPass, Wanted], ...] = (
 )
 """On the forward's graph, by the plan of its subnets."""
 
-JOINT_PASSES: tuple[tuple[type[SinkGathers] | type[RemakeInputs] | type[LoosenViews], Wanted], ...] = (
+JointPass = type[SinkGathers] | type[RemakeInputs] | type[SettleProducts] | type[LoosenViews]
+
+JOINT_PASSES: tuple[tuple[JointPass, Wanted], ...] = (
+    (SettleProducts, lambda config: config.compiler == "inductor" and config.frozen_products == "int8"),
     (SinkGathers, makes_joint_graphs),
     (RemakeInputs, makes_joint_graphs),
     (LoosenViews, lambda config: config.compiler == "aot_eager"),  # Inductor needs none: it makes its own kernels

@@ -664,6 +664,17 @@ def test_int8_product_sums_in_int32(tokens: int) -> None:
     assert torch.mm(torch.full((1, 64), 127, dtype=torch.int8), weight).dtype == torch.int8
 
 
+def test_settle_is_the_tensor_itself_for_every_compiler() -> None:
+    x = torch.randn(4, 6)
+    assert torch.equal(_compat.settle(x, x.stride()), x)
+
+    def double(x: Tensor) -> Tensor:
+        y = x * 2
+        return _compat.settle(y, y.stride()) + 1
+
+    assert torch.equal(torch.compile(double, backend="inductor", fullgraph=True)(x), x * 2 + 1)
+
+
 def test_every_name_of_it_is_tested() -> None:
     public = {
         node.name for file in COMPAT for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)

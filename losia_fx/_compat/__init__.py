@@ -49,7 +49,7 @@ from .parallel import (
     is_flattened,
     whole_graphs,
 )
-from .products import int8_product
+from .products import int8_product, settle
 
 __all__ = [
     "ISOLATES_RECOMPILES",
@@ -89,6 +89,7 @@ __all__ = [
     "plain_call",
     "region_inputs",
     "runs_uncompiled",
+    "settle",
     "untraced",
     "whole_graphs",
 ]

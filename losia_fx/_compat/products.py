@@ -1,4 +1,4 @@
-"""The product of 8-bit whole numbers, which torch has under a private name."""
+"""The product of 8-bit whole numbers, and what has Inductor write its result: torch has both under private names."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     if missing > 0:
         return torch._int_mm(F.pad(x, (0, 0, 0, missing)), weight)[: x.shape[0]]
     return torch._int_mm(x, weight)
+
+
+settle = torch.ops.prims.inductor_force_stride_order.default
+"""settle(x, strides of x) is x; Inductor, which takes it from any graph (2.11 to 2.15), makes a buffer of x there.
+
+Whether it does, or has each reader compute x anew, nothing public decides; a copy or an op of our own would cost a pass
+over memory more.
+"""

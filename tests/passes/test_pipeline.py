@@ -26,6 +26,7 @@ from tests.support.toys import assert_subnet_gradients
 
 UNPACKED = tuple(stage for stage in FORWARD_STAGES if stage != "frozen-products")
 BOTH, JOINT = ["subnet-rewrite", "insert-localization"], ["sink-gathers", "remake-inputs"]
+EAGER_STAGES = tuple(stage for stage in JOINT_STAGES if stage != "settle-products")  # which is for Inductor
 
 aten = torch.ops.aten
 
@@ -55,10 +56,19 @@ def test_no_subnet_no_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "names"), [("inductor", JOINT), ("aot_eager", [*JOINT, "loosen-views"]), ("eager", [])]
+    ("compiler", "products", "names"),
+    [
+        ("inductor", None, JOINT),
+        ("inductor", "int8", ["settle-products", *JOINT]),
+        ("inductor", "float8", JOINT),
+        ("aot_eager", None, [*JOINT, "loosen-views"]),
+        ("aot_eager", "int8", [*JOINT, "loosen-views"]),
+        ("eager", "int8", []),
+    ],
 )
-def test_passes_of_the_joint_graph(compiler: str, names: list[str]) -> None:
-    assert [step.name for step in joint_pipeline(LosiaConfig(compiler=compiler)).passes] == names
+def test_passes_of_the_joint_graph(compiler: str, products: str | None, names: list[str]) -> None:
+    config = LosiaConfig(compiler=compiler, frozen_products=products)
+    assert [step.name for step in joint_pipeline(config).passes] == names
 
 
 class Headed(nn.Module):
@@ -101,7 +111,7 @@ def observed(tolerance: float = 1e-9, **options: Any) -> Stages:
 
 def test_an_observer_sees_every_stage() -> None:
     stages = observed(compiler="aot_eager")
-    assert tuple(name for name, _ in stages) == (*UNPACKED, *JOINT_STAGES)
+    assert tuple(name for name, _ in stages) == (*UNPACKED, *EAGER_STAGES)
     text = dict(stages)
     assert "subnet_linear" not in text["dynamo"]
     assert "subnet_linear" in text["subnet-rewrite"]
@@ -117,13 +127,13 @@ def test_an_observer_sees_every_stage() -> None:
 def test_without_a_joint_graph_an_observer_sees_the_forwards_stages() -> None:
     assert tuple(name for name, _ in observed(compiler="eager")) == UNPACKED
     static = observed(compiler="aot_eager", schedule="static")
-    assert [name for name, _ in static] == ["dynamo", "subnet-rewrite", *JOINT_STAGES]
+    assert [name for name, _ in static] == ["dynamo", "subnet-rewrite", *EAGER_STAGES]
 
 
 def test_frozen_products_are_a_stage_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expected, "share_of_dense", lambda *_: 0.5)
     stages = dict(observed(compiler="aot_eager", frozen_products="int8", tolerance=0.1))
-    assert tuple(stages) == (*FORWARD_STAGES, *JOINT_STAGES)
+    assert tuple(stages) == (*FORWARD_STAGES, *EAGER_STAGES)
     before, after = stages["insert-localization"], stages["frozen-products"]
     assert "packed_linear" not in before
     planned = before.count("call_function subnet_linear") - 1  # all but the head
@@ -140,7 +150,7 @@ def test_a_graph_without_parameters_is_shown_too() -> None:
     run(x).backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, x.detach().cos())
-    assert tuple(seen) == ("dynamo", *JOINT_STAGES)
+    assert tuple(seen) == ("dynamo", *EAGER_STAGES)
 
 
 def joint_graph() -> fx.GraphModule:
