@@ -165,6 +165,10 @@ class QuantisedWeight(Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         raise _no_write("__setitem__")
 
+    def data_ptr(self) -> int:
+        """Two weights are two: of tensors that share their memory, programs take one for the other."""
+        return self.numbers.data_ptr()
+
     def share_memory_(self) -> QuantisedWeight:
         self.numbers.share_memory_()
         self.scales.share_memory_()

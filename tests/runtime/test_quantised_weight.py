@@ -300,6 +300,11 @@ def test_it_says_what_it_is() -> None:
     assert repr(made("float8")) == "QuantisedWeight((16, 8), torch.bfloat16 of float8, device='cpu')"
 
 
+def test_it_has_a_place_of_its_own() -> None:
+    one, other = made(), made()
+    assert one.data_ptr() == one.numbers.data_ptr() != other.data_ptr()
+
+
 def test_memory_may_be_shared() -> None:
     weight = made()
     assert not weight.is_shared()
