@@ -27,7 +27,7 @@ def dequantise(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     height = max(1, CHUNK // max(1, numbers.shape[1]))
     if numbers.shape[0] <= height:
         return (numbers.float() * scales).to(dtype)
-    whole = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+    whole = numbers.new_empty(numbers.shape, dtype=dtype)
     for first in range(0, numbers.shape[0], height):
         part = slice(first, first + height)
         whole[part] = numbers[part].float() * scales[part]

@@ -70,7 +70,7 @@ class QuantisedWeight(Tensor):
 
     def stand_in(self) -> Tensor:
         """A plain tensor of the same shape, dtype and device, of which nobody may ask a value: it has no memory."""
-        return torch.zeros((), dtype=self.dtype, device=self.numbers.device).expand(self.numbers.shape)
+        return self.numbers.new_zeros((), dtype=self.dtype).expand(self.numbers.shape)
 
     # -- writes ---------------------------------------------------------------------------------------------------
 
