@@ -752,12 +752,22 @@ def test_no_delta_is_of_it(tmp_path: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in numbers(model).items())
 
 
-def test_an_average_of_models_is_refused_by_name() -> None:
-    model = trained()
-    averaged = torch.optim.swa_utils.AveragedModel(model)
+def test_an_average_of_models_is_packed_anew_and_one_in_place_refused() -> None:
+    swa = torch.optim.swa_utils
+    model, other = trained(schedule="static"), trained(steps=6, schedule="static")
+    averaged = swa.AveragedModel(model)
+    for each in (model, other):
+        averaged.update_parameters(each)
+    with torch.no_grad():
+        averaged(batch())
+    for mean, one, two in zip(*(states_of(each) for each in (averaged.module, model, other)), strict=True):
+        exact = (stored(one).dense() + stored(two).dense()) / 2
+        assert bool(((stored(mean).dense() - exact).abs() <= 0.51 * stored(mean).scales).all())
+        assert torch.equal(mean.block(), mean.as_held(mean.values))
+    averaged = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.5))
     averaged.update_parameters(model)
     with pytest.raises(losia_fx.LosiaError, match="keep_dense=True"):
-        averaged.update_parameters(trained(steps=5))
+        averaged.update_parameters(other)
 
 
 def test_a_slot_in_the_midst_of_which_weights_are_loaded() -> None:
