@@ -73,11 +73,11 @@ def held(values: Tensor, scales: Tensor, kind: str) -> Tensor:
 def grown(values: Tensor, scales: Tensor, kind: str) -> Tensor:
     """The scales (r, 1) that rows with ``values`` (r, c) in them have from now on.
 
-    As they were where the values fit; else HEADROOM times what they need. Of a row that holds what is not finite, nan:
-    so is all of it then.
+    As they were where the values fit; else HEADROOM times what they need. Of a row that holds what is not finite, inf:
+    nothing of it is a number then (0 times inf), whatever is written to it later.
     """
     largest = values.float().abs().amax(1, keepdim=True)
-    needed = (largest.clamp_min(LEAST) * (HEADROOM / LARGEST[kind])).masked_fill(~largest.isfinite(), torch.nan)
+    needed = (largest.clamp_min(LEAST) * (HEADROOM / LARGEST[kind])).masked_fill(~largest.isfinite(), torch.inf)
     return torch.where(largest <= LARGEST[kind] * scales, scales, needed)
 
 

@@ -25,15 +25,17 @@ def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
         sharding.write_back(states)
         return
     packed = [state for state in states if state.packed is not None and state.packed.is_of(state.weight)]
-    stored = [state for state in states if state.stored is not None]
-    for state in stored:  # uncompiled: to the bit what agreement.py compares with
-        state.write_back()
-    states = [state for state in states if state not in stored] if stored else states
+    dense = []
+    for state in states:
+        if state.stored is None:
+            dense.append(state)
+        else:  # uncompiled: to the bit what agreement.py compares with
+            state.write_back()
     if compiled:
-        for block in _blocks(states):
+        for block in _blocks(dense):
             kernels.write_back(*zip(*(state.written() for state in block), strict=True))
     else:
-        for state in states:
+        for state in dense:
             state.write_back()
     for block in _blocks(packed):  # of what W is packed in otherwise, all is made anew at the next use
         _pack_rows(block, compiled)

@@ -172,6 +172,8 @@ def test_what_is_not_finite_makes_its_row_so_and_no_other(packed: tuple[Tensor, 
         assert bool(now[1].isnan().all())
         assert bool(now[[0, 2, 3, 4, 5]].isfinite().all())
         assert bool(held(values, scales[ROWS], kind)[0].isnan().all())
+    write(numbers, scales, ROWS, COLS, torch.zeros(3, 4), None)  # what was lost is not taken for zeros
+    assert bool(dequantise(numbers, scales, torch.float32)[1].isnan().all())
 
 
 @each_kind
