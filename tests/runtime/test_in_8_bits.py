@@ -226,6 +226,20 @@ def test_gradient_checkpointing_computes_the_same(compiler: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_step_makes_no_dense_weight(compiler: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is profiled: its products are of the numbers, and what is compared is of a subnet's rows."""
+    model = plain(checkpointed=checkpointed)
+    losia_fx.transform(model, **{**OPTIONS, "compiler": compiler, "schedule": "static"}, frozen_products="int8")
+    optimizer = adamw(learning(model))
+    train(model, optimizer, batches(1))
+    made_dense: list[QuantisedWeight] = []
+    monkeypatch.setattr(QuantisedWeight, "dense", lambda self, dtype=None: made_dense.append(self))
+    train(model, optimizer, batches(3))
+    assert not made_dense
+
+
 class Also(Toy):
     """Takes one of its weights in another way, too."""
 
@@ -418,6 +432,19 @@ def test_w_written_as_a_whole_is_followed(kind: str, write: Callable[[nn.Module,
     for mine, fresh in zip(states_of(model), states_of(other), strict=True):
         assert torch.equal(stored(mine).numbers.view(torch.uint8), stored(fresh).numbers.view(torch.uint8))
         assert not mine.weight.requires_grad
+
+
+def test_numbers_written_where_no_version_shows_it_are_followed() -> None:
+    model = trained(schedule="static")
+    for _ in range(5):
+        loss_of(model, batch()).backward()  # the looks that compare values in any case are over
+    (state, *_) = states_of(model)
+    row = state.rows[len(state.rows) // 2]
+    stored(state).numbers.data[row] = 0
+    assert losia_fx.controller(model).agreement.shows_a_write()
+    loss_of(model, batch())
+    assert not state.values[len(state.rows) // 2].any()
+    assert_agree(model)
 
 
 def test_both_written_is_refused() -> None:
