@@ -82,6 +82,13 @@ class LosiaConfig:
         subnet from 8-bit numbers, quantised by token and by row of W, of a copy of W that follows it; the gradient of
         the subnet stays as it is, and so does W. None computes them as the model does. The output head and experts
         stay as they are, and without gradients the model runs on W itself.
+    keep_dense: whether W itself is kept beside the 8-bit numbers of frozen_products. False, which needs those, keeps
+        them and a scale a row in the place of each W that has them, rounded so: a byte an element, where W and the copy
+        take three in 16 bits. A step's write to W is rounded to the nearest number, S itself is not; where a subnet
+        leaves a place, to one of the two around at random, so that on average nothing is lost. Whatever reads W is
+        given it in its own dtype, made for the moment: the model without gradients, the importance in a profiled slot,
+        state_dict() and with it save_pretrained(), which are dense. restore() gives a dense W of the values it has
+        then. Not with track_delta, nor for a weight that several modules share.
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".
@@ -110,6 +117,7 @@ class LosiaConfig:
     carry_moments: bool = False
     frozen_products: str | None = None
     head_period: int | None = None
+    keep_dense: bool = True
 
     def __post_init__(self) -> None:
         _number("rank_factor", self.rank_factor, "in (0, 1]", lambda v: 0 < v <= 1)
@@ -125,7 +133,7 @@ class LosiaConfig:
             _integer("profile_steps", self.profile_steps, least=1, most=max(self.period, self.head_period or 0))
         for option, allowed in CHOICES.items():
             _choice(option, getattr(self, option), (*allowed, None) if option == "frozen_products" else allowed)
-        for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments"):
+        for option in ("rewarm", "train_tied_head", "track_delta", "carry_moments", "keep_dense"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r}: give True or False")
         self._refuse_contradictions()
@@ -143,6 +151,17 @@ class LosiaConfig:
             raise ConfigError(
                 f"head_period={self.head_period}: with schedule={self.schedule!r} the groups take turns, the head too; "
                 'drop it, or take schedule="all"'
+            )
+
+        if not self.keep_dense and self.frozen_products is None:
+            raise ConfigError(
+                f"keep_dense=False and frozen_products=None: W is kept in 8 bits for products of these; give "
+                f"frozen_products one of {', '.join(map(repr, FROZEN_PRODUCTS))}, or drop keep_dense"
+            )
+        if not self.keep_dense and self.track_delta:
+            raise ConfigError(
+                "keep_dense=False and track_delta=True: W is rounded to 8 bits, so what it was before training is not "
+                "what training changes; drop one of them"
             )
 
     @classmethod

@@ -675,6 +675,31 @@ def test_settle_is_the_tensor_itself_for_every_compiler() -> None:
     assert torch.equal(torch.compile(double, backend="inductor", fullgraph=True)(x), x * 2 + 1)
 
 
+class _Wrapped(Tensor):
+    """Twice what it holds."""
+
+    half: Tensor
+    __torch_function__ = _compat.no_torch_function
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = _compat.unwrapped(cls, lambda wrapped: 2 * wrapped.half, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_a_tensor_that_wraps_others_has_their_form_and_no_memory() -> None:
+    """_make_wrapper_subclass, the switch of __torch_function__ and torch.utils._pytree are private."""
+    half = torch.ones(3, 4, dtype=torch.int8)
+    made = _compat.wrapper_of(_Wrapped, half, torch.bfloat16)
+    made.half = half
+    assert (type(made), tuple(made.shape), made.dtype, made.device) == (_Wrapped, (3, 4), torch.bfloat16, half.device)
+    with pytest.raises(RuntimeError):
+        made.untyped_storage().data_ptr()
+    found = torch.cat([made, made])
+    assert type(found) is Tensor
+    assert torch.equal(found, torch.full((6, 4), 2, dtype=torch.int8))
+
+
 def test_every_name_of_it_is_tested() -> None:
     public = {
         node.name for file in COMPAT for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)

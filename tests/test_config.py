@@ -37,6 +37,7 @@ DEFAULTS = {
     "carry_moments": False,
     "frozen_products": None,
     "head_period": None,
+    "keep_dense": True,
 }
 
 
@@ -71,6 +72,7 @@ WRONG: dict[str, list[Any]] = {
     "carry_moments": [0, None, "yes"],
     "frozen_products": ["", "int4", 8, True],
     "head_period": [0, -1, True, 2.5, "3"],
+    "keep_dense": [0, 1, None, "no"],
     "profile_steps": [0, -1, 51, True, False, 2.5, 3.0, "3", math.inf],
 }
 
@@ -90,6 +92,10 @@ def test_options_that_say_nothing_together_are_refused() -> None:
         LosiaConfig(rewarm=False, rewarm_steps=3)
     with pytest.raises(ConfigError, match=r'count_steps=3: only head_rows="frequent" counts'):
         LosiaConfig(count_steps=3)
+    with pytest.raises(ConfigError, match="keep_dense=False and frozen_products=None"):
+        LosiaConfig(keep_dense=False)
+    with pytest.raises(ConfigError, match="keep_dense=False and track_delta=True"):
+        LosiaConfig(keep_dense=False, frozen_products="int8", track_delta=True)
 
 
 @pytest.mark.parametrize("how", ["importance", "random", "fixed", "frequent"])

@@ -50,6 +50,7 @@ from .parallel import (
     whole_graphs,
 )
 from .products import int8_product, settle
+from .subclasses import no_torch_function, unwrapped, wrapper_of
 
 __all__ = [
     "ISOLATES_RECOMPILES",
@@ -81,6 +82,7 @@ __all__ = [
     "is_jit_tracing",
     "keep_saved_tensors",
     "leaves",
+    "no_torch_function",
     "no_view",
     "not_installed",
     "of_any_length",
@@ -91,7 +93,9 @@ __all__ = [
     "runs_uncompiled",
     "settle",
     "untraced",
+    "unwrapped",
     "whole_graphs",
+    "wrapper_of",
 ]
 # OptimizedModule is what torch.compile(module) returns, around the module. CompilerFailed is raised around whatever a
 # backend raises; it is unwrapped so that users read our error and not Dynamo's.

@@ -145,7 +145,8 @@ def _products(controller: Controller, parameter: nn.Parameter, state: SubnetStat
         return f"dense: {why_unpacked(state.shape, state.whole_cols, kind)}"
     uses = GRAPH_USES.get(parameter)
     others = set() if uses is None else uses.unpacked | uses.whole
-    return f"{kind}; dense for {', '.join(sorted(others))}" if others else kind
+    said = kind if state.stored is None else f"{kind}, instead of W"
+    return f"{said}; dense for {', '.join(sorted(others))}" if others else said
 
 
 def _notes(controller: Controller, rows: list[WeightReport]) -> list[str]:

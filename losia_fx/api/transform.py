@@ -40,6 +40,7 @@ from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
 from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.functional import call_with_others
+from losia_fx.runtime.in_8_bits import is_asked_for, keep_in_8_bits, make_dense
 from losia_fx.runtime.look import look
 from losia_fx.runtime.outside import asking_for_gradients, asking_where_learning
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
@@ -106,18 +107,37 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
             controller.states.append(state)
             first = random_selection(state, controller.train.progress.generator)
             attach(state, first.rows, first.cols)
+            _refuse_shared(state, plan)
             controller.watch([name for name, _, _ in plan.owners])
     states = controller.states
-    heads = [state.name for state in states if state.whole_cols]
-    controller.set_groups(states, group_names([state.name for state in states], heads, find_blocks(model)))
     if settings.frozen_products is not None:
         say_expected(states, settings.frozen_products)
+    _keep_in_8_bits(controller.train)
+    heads = [state.name for state in states if state.whole_cols]
+    controller.set_groups(states, group_names([state.name for state in states], heads, find_blocks(model)))
     keep_indices_at_home(model, states)
     model.__dict__["compile"] = functools.partial(_refuse_compile, type(model).__name__)
     call = CompiledCall(model, settings)
     model.__dict__[CALL] = call
     install_call(model, call)
     be_called_while_traced(model, True)
+
+
+def _keep_in_8_bits(train: TrainState) -> None:
+    """Where that is asked for: the last thing that changes a weight, when nothing can be refused any more."""
+    for state in filter(is_asked_for, train.states):
+        # The dense parameter is to go, and this one may be exchanged: restore() finds it by its name.
+        train.required_grad[state.name] = (nn.Parameter(torch.empty(0)), train.required_grad[state.name][1])
+        keep_in_8_bits(state)
+        state.values.data.copy_(state.block())
+
+
+def _refuse_shared(state: SubnetState, plan: WeightPlan) -> None:
+    if is_asked_for(state) and len(plan.owners) > 1:
+        raise TransformError(
+            f"{plan.name}: keep_dense=False and a weight that {len(plan.owners)} modules share "
+            f"({listed([name for name, _, _ in plan.owners])}): leave it out with exclude, or drop keep_dense"
+        )
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -145,6 +165,8 @@ def _take_off(controller: Controller) -> None:
     """Every part by itself may be there or not: so what failed halfway is taken off as well."""
     root, states = controller.root, controller.states
     forget_indices(root, states)
+    for state in states:
+        make_dense(state)
     required = controller.required_before()
     for state in states:
         detach(state)

@@ -26,9 +26,10 @@ from losia_fx.passes import (
 )
 from losia_fx.plan import SubnetPlan
 from losia_fx.registry import GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import resolve
 
-from .graph import CompiledGraph, GiveSubnets, StateInputs
+from .graph import CompiledGraph, GiveSubnets, StateInputs, takes_values
 
 log = logging.getLogger("losia_fx")
 
@@ -75,12 +76,18 @@ class LosiaBackend:
         _note_uses(parameters, uses, plan)
         observe = self._rewrite(gm, copy, example_inputs, plan)
         others = [names.index(name) for name in parameters if name not in {port.weight for port in plan.ports}]
+        holders = zip(placeholders(copy), example_inputs, strict=False)  # those of the passes are behind them
+        stored = {
+            at: takes_values(copy, holder)
+            for at, (holder, value) in enumerate(holders)
+            if isinstance(value, QuantisedWeight)
+        }
         state_inputs = StateInputs(
-            plan.ports, self.config.profiles, others, fresh, self.give_subnets, plan.packed_ports
+            plan.ports, self.config.profiles, others, fresh, self.give_subnets, plan.packed_ports, stored
         )
         extra = state_inputs.of(example_inputs)
         assert extra is not None
-        compiled = self._compile(copy, [*example_inputs, *fake_inputs(extra)], observe)
+        compiled = self._compile(copy, [*_plain(state_inputs, example_inputs), *fake_inputs(extra)], observe)
         plain = self.inner is None and self.config.compiler == "eager"
         return CompiledGraph(gm, compiled, state_inputs, first_order=not plain)
 
@@ -103,6 +110,12 @@ class LosiaBackend:
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, nn.Parameter) and value.dim() >= 2
+
+
+def _plain(state_inputs: StateInputs, inputs: Sequence[Any]) -> list[Any]:
+    """``StateInputs.plain``: what it puts in the place of an input is unknown to Dynamo."""
+    pairs = zip(inputs, state_inputs.plain(inputs), strict=True)
+    return [value if value is given else fake_inputs([value])[0] for given, value in pairs]
 
 
 def _note_uses(parameters: Mapping[str, nn.Parameter], uses: Mapping[str, Uses], plan: SubnetPlan) -> None:

@@ -7,7 +7,7 @@ handle go into a port is decided by the weight that arrives with the call.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from losia_fx.ops.first_order import only_once
 from losia_fx.passes import copy_graph_module, graph_modules, placeholders, region_of
 from losia_fx.plan import SubnetPort
 from losia_fx.runtime.outside import compiled_region, eager_linear, eager_weight
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import SubnetState, find, resolve
 
 GiveSubnets = Callable[[Sequence[nn.Parameter]], None]
@@ -39,6 +40,8 @@ class StateInputs:
     give_subnets: GiveSubnets | None = None
     packed: Sequence[int] = ()
     """Slots whose weights enter the graph in 8 bits too."""
+    stored: Mapping[int, bool] = field(default_factory=dict)
+    """Positions of the weights that are kept in 8 bits alone, and whether the graph takes their values all the same."""
 
     def of(self, inputs: Sequence[Any]) -> list[Tensor] | None:
         """S, rows and cols of each port's weight, then the handles, then what is packed; None where a weight does not
@@ -62,6 +65,25 @@ class StateInputs:
         if any(find(inputs[position]) is not None for position in self.others):
             return None
         return tensors + (handles if self.handles else []) + packed
+
+    def plain(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs with no weight in 8 bits among them, so that no inner compiler meets one: it is dense where the
+        graph takes its values, and elsewhere a tensor without memory."""
+        found = list(inputs)
+        for at, valued in self.stored.items():
+            weight = inputs[at]
+            if isinstance(weight, QuantisedWeight):
+                found[at] = weight.dense() if valued else weight.stand_in()
+        return found
+
+
+def takes_values(gm: fx.GraphModule, holder: fx.Node) -> bool:
+    """Whether an input of ``gm`` is used anywhere, in regions too."""
+    for user in holder.users:
+        region = region_of(gm, user)
+        if region is None or any(takes_values(region.body, each) for each, outer in region.passed() if outer is holder):
+            return True
+    return False
 
 
 def _fits(state: SubnetState, port: SubnetPort) -> bool:
@@ -88,7 +110,7 @@ class CompiledGraph:
             state = self.state_inputs.of(inputs)
             if state is None:
                 return self._run_uncompiled(inputs)
-            results = self.compiled(*inputs, *state)
+            results = self.compiled(*self.state_inputs.plain(inputs), *state)
             if self.first_order:
                 only_once(results)
             return results

@@ -57,6 +57,11 @@ def _refuse_ddp() -> None:
 def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) -> None:
     plans = judge_weights(root, config, everywhere=True)
     refuse_float8(plan for plan in plans if plan.parameter.requires_grad and id(plan.parameter) in weights)
+    if not config.keep_dense:
+        raise TransformError(
+            'keep_dense=False puts other parameters in the place of weights, which backend="losia" by itself does not: '
+            "call losia_fx.transform(model), or drop keep_dense"
+        )
     if config.head_rows == "frequent" and any(plan.whole_cols and id(plan.parameter) in weights for plan in plans):
         raise TransformError(
             'head_rows="frequent" counts the labels that a model is called with, which backend="losia" by itself does '

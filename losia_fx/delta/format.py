@@ -21,6 +21,7 @@ from torch import Tensor
 
 from losia_fx.errors import DeltaError
 from losia_fx.method.visits import Piece, is_plain
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.shards import is_cut_by_rows
 from losia_fx.storage.checksummed import ChecksummedFormat
 
@@ -70,7 +71,12 @@ def fingerprint(records: Sequence[WeightRecord], which: str) -> str:
 
 
 def check_plain(path: Path, name: str, weight: Tensor) -> None:
-    """Raises DeltaError for a weight whose values are not all here, nor on the ranks of FSDP2."""
+    """Raises DeltaError for a weight whose values are not all here, nor on the ranks of FSDP2, or are rounded ones."""
+    if isinstance(weight, QuantisedWeight):
+        raise DeltaError(
+            f"{path}: {name}: is kept in 8 bits (keep_dense=False), rounded, and a delta is of the bits of weights "
+            "before and after training: save the whole model, or transform with keep_dense=True"
+        )
     if not (is_plain(weight) or is_cut_by_rows(weight)):
         kind = "on the meta device" if weight.is_meta else f"a {type(weight.data).__name__}, sharded"
         raise DeltaError(f"{path}: {name}: is {kind}: a delta needs the whole weight")

@@ -38,6 +38,8 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{path}: {type(model).__name__} has no subnets, so its base is not known: save the delta of a model that "
             "losia_fx.transform(model, track_delta=True) made, before losia_fx.restore"
         )
+    for state in controller.states:
+        check_plain(path, state.name, state.weight)
     if controller.bases is None:
         raise DeltaError(
             f"{path}: what this {type(controller.root).__name__} was before training is not kept, so there is nothing "
@@ -45,8 +47,6 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "is off by default because it costs host memory: a copy of every element that a subnet reaches, up to one "
             "of each weight that learns (losia-fx explain says how much)"
         )
-    for state in controller.states:
-        check_plain(path, state.name, state.weight)
     controller.look(shown=True)
     records, pieces, begun = [], {}, False
     for name, weight, history in controller.bases.histories(controller.root, controller.states):

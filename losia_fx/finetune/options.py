@@ -116,7 +116,10 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )
 
 
-CHOSEN = {"compiler": "inductor where it can run, else aot_eager", "track_delta": "true; false writes no delta"}
+CHOSEN = {
+    "compiler": "inductor where it can run, else aot_eager",
+    "track_delta": "as keep_dense; false writes no delta",
+}
 """Options of LosiaConfig whose default here is chosen for the run."""
 OF_PAPER = {
     "period": "four rounds over all groups, 50 at most",

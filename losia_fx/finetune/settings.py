@@ -146,7 +146,8 @@ class FinetuneSettings:
     def config(self) -> LosiaConfig:
         """Raises ConfigError."""
         rule = LosiaConfig.roaming if self.roams else LosiaConfig
-        return rule(**{"track_delta": True, **self.losia, "seed": self.seed})
+        tracks = self.losia.get("keep_dense", True)  # of a W that is rounded there is no base to tell a change from
+        return rule(**{"track_delta": tracks, **self.losia, "seed": self.seed})
 
     @property
     def model_folder(self) -> Path:

@@ -80,6 +80,26 @@ class PlacedBlock:
         self._target.index_copy_(0, self._index, source)
 
 
+class BlockWriter:
+    """Writes one block after the other to one matrix; a small one that is written where the last one was, faster."""
+
+    def __init__(self) -> None:
+        self._placed: PlacedBlock | None = None
+        self._at: tuple[int, int] | None = None
+        """Versions of rows and cols at the last write."""
+
+    def write(self, full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
+        """full[rows][:, cols] = values, in full's dtype. To be called with gradients off."""
+        if self._placed is not None and self._placed.holds(full, rows, cols, values):
+            self._placed.write()
+            return
+        scatter(full, rows, cols, values.detach().to(full.dtype))
+        at = (rows._version, -1 if cols is None else cols._version)
+        # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
+        self._placed = PlacedBlock.of(full, rows, cols, values) if at == self._at else None
+        self._at = at
+
+
 def among(indices: Tensor, others: Tensor) -> Tensor:
     """Which of ``indices`` (..., n) are in ``others`` (..., m), each row of either sorted; bool (..., n)."""
     found = torch.searchsorted(others, indices).clamp_(max=others.shape[-1] - 1)

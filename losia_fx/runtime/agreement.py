@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from losia_fx import registry
 from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
-from losia_fx.method.subnet import scatter
 from losia_fx.method.transfers import copies
 
 from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
+from .in_8_bits import keep_in_8_bits, refuse_lost_writes
+from .quantised_weight import put_block
 from .sharding import same_values
 from .state import SubnetState
 
@@ -87,10 +88,15 @@ class Agreement:
             self._sample = self._samples.take()
         else:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
+        self._witnesses.update(witnesses_of(chosen if places else filter(self._may_have_moved, chosen)))
         if places:
-            self._witnesses.update(witnesses_of(chosen))
             self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
+
+    def _may_have_moved(self, state: SubnetState) -> bool:
+        """Whether a write-back may write to its witness: to a column of a W in 8 bits, where a row gets a new scale."""
+        witness = self._witnesses.get(state)
+        return witness is not None and witness.dim == -1 and state.stored is not None
 
     @property
     def _has_lines(self) -> bool:
@@ -230,7 +236,7 @@ class Agreement:
             weight, values = (self._seen[at] for at in self._positions(self.states[number]))
             if s and weight is not None and values is not None:
                 with untraced():
-                    scatter(weight.detach(), *self._indices[number], values.detach().to(weight.dtype))
+                    put_block(weight.detach(), *self._indices[number], values.detach())
 
     def shows_a_write(self) -> bool:
         """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of many
@@ -263,10 +269,11 @@ class Agreement:
         number = self._index[state]
         before = self._samples.of(self._sample, number)
         now = self._samples.of(self._samples.take([number]), number, alone=True)
-        block = state.block_of(state.weight.detach()).reshape(-1)[:: self._samples.strides[number]]
-        witness = self._witnesses.get(state)
+        stride = self._samples.strides[number]
+        block, witness = state.block().reshape(-1)[::stride], self._witnesses.get(state)
         s = not bool(equal(now, before))
-        w = not bool(equal(block, before.to(block.dtype))) or (witness is not None and not witness.holds(state))
+        w = not bool(equal(block, _as_held(state, before, stride)))
+        w = w or (witness is not None and not witness.holds(state))
         return s, w
 
     def _is_average(self, state: SubnetState) -> bool:
@@ -286,10 +293,12 @@ class Agreement:
                 f"{state.name}: is {tuple(weight.shape)} {weight.dtype} now and was {state.shape}: its subnet does not "
                 "fit it. Call losia_fx.restore(model) before such a change, and transform again after it"
             )
+        refuse_lost_writes(state)
         if weight is not before:
             registry.place(weight, state)
             if before is not None:
                 weight.requires_grad_(before.requires_grad)
+            keep_in_8_bits(state)
 
 
 @torch.no_grad()
@@ -303,8 +312,17 @@ def _same(states: Sequence[SubnetState]) -> list[bool]:
     """Whether W[rows, cols] is S as W can hold it, of each; each device is waited for once."""
     if states and states[0].shards is not None:
         return same_values(states)
-    found = [equal(state.block_of(state.weight), state.values.to(state.weight.dtype)) for state in states]
+    found = [equal(state.block(), state.as_held(state.values)) for state in states]
     return [bool(same) for same in copies(found)]
+
+
+def _as_held(state: SubnetState, sample: Tensor, stride: int) -> Tensor:
+    """A sample of S, every ``stride``-th element, as W can hold it."""
+    if state.stored is None:
+        return sample.to(state.weight.dtype)
+    whole = sample.new_zeros(state.values.numel())
+    whole[::stride] = sample
+    return state.as_held(whole.view_as(state.values)).reshape(-1)[::stride]
 
 
 def _refuse_torn(states: Sequence[SubnetState]) -> None:

@@ -19,7 +19,9 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.factored import Means
 from losia_fx.model.kinds import is_sharded
 
+from .in_8_bits import exchanged_apart, follow_a_load, make_dense
 from .look import agreement_of, look_at, mend, train_state_of
+from .quantised_weight import QuantisedWeight
 from .state import ATTRIBUTE, SubnetState, own_states
 from .take_in_shards import loaded_shards
 
@@ -41,7 +43,8 @@ def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
 
 
 def detach(state: SubnetState) -> None:
-    """Takes everything off again; W stays as trained."""
+    """Takes everything off again; W stays as trained, and is dense."""
+    make_dense(state)
     weight = state.owner._parameters.get(state.parameter)
     if weight is not None and (hook := registry.GRADIENT_HOOKS.pop(weight, None)) is not None:
         hook.remove()
@@ -60,6 +63,9 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _hide_subnets(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     for state in own_states(module).values():
         state_dict.pop(prefix + state.values_name, None)
+        entry = state_dict.get(prefix + state.parameter)
+        if isinstance(entry, QuantisedWeight) and not isinstance(entry, nn.Parameter):  # with keep_vars it is W itself
+            state_dict[prefix + state.parameter] = entry.dense()
 
 
 def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
@@ -70,6 +76,7 @@ def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
         if is_sharded(state.weight):
             loaded_shards(state)
             continue
+        follow_a_load(state)
         state.reload()
         if (agreement := agreement_of(state)) is not None:
             agreement.waiting.discard(state)
@@ -101,7 +108,7 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
             return moved
         return tensor.to(moved.device, torch.promote_types(tensor.dtype, moved.dtype))
 
-    applied: nn.Module = type(owner)._apply(owner, guarded, recurse)
+    applied = exchanged_apart(states, lambda: type(owner)._apply(owner, guarded, recurse), fn)
     for state in states:
         _follow_device(state)
         if (agreement := agreement_of(state)) is not None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from losia_fx.method.write_through import as_bytes
 
 from .state import SubnetState
 
@@ -31,16 +33,15 @@ WITNESSES = 256
 
 
 _version = attrgetter("_version")
+_place = methodcaller("data_ptr")  # not Tensor's own: a weight in 8 bits is where its numbers are
 
 
 def marks_of(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
     """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none."""
     try:
-        return list(map(_version, tensors)), list(map(torch.Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+        return list(map(_version, tensors)), list(map(_place, tensors))
     except (AttributeError, TypeError, RuntimeError):
-        return [_mark(tensor, _version) for tensor in tensors], [
-            _mark(tensor, torch.Tensor.data_ptr) for tensor in tensors
-        ]
+        return [_mark(tensor, _version) for tensor in tensors], [_mark(tensor, _place) for tensor in tensors]
 
 
 def _mark(tensor: Tensor | None, read: Callable[[Any], Any]) -> int:
@@ -107,6 +108,8 @@ def line_of(state: SubnetState, most: int) -> Tensor:
     if weight.device.type != "cpu":
         return torch.empty(0, dtype=weight.dtype, device="cpu")
     row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])
+    if (stored := state.stored) is not None:
+        return as_bytes(stored.numbers)[row, :most]
     return (weight[0] if weight.dim() == 3 else weight)[row, :most]
 
 

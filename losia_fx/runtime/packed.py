@@ -1,4 +1,7 @@
-"""W in 8 bits, as the frozen products of its graphs take it; W stays what it is, and this follows it.
+"""W in 8 bits, as the frozen products of its graphs take it.
+
+With LosiaConfig.keep_dense W stays what it is, and this follows it; without, W is these numbers and nothing else
+(quantised_weight.py), and nothing here is kept or followed.
 
 What is packed is a function of W alone: a step makes the rows anew that its write-back has changed, with the scales
 that they have then, so that nothing that grows is clipped and no state is to be saved. After any other write to W,
@@ -13,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losia_fx.config import LosiaConfig
 from losia_fx.errors import StateError
 from losia_fx.method.packing import MULTIPLES, pack
 from losia_fx.model.kinds import is_sharded
+
+from .quantised_weight import QuantisedWeight
+
+_NOTHING: dict[str, Any] = {"_tensors": None, "_made_of": None, "_mark": (0, 0)}
 
 
 def why_unpacked(shape: tuple[int, ...], whole_cols: bool, kind: str) -> str | None:
@@ -31,15 +39,27 @@ def why_unpacked(shape: tuple[int, ...], whole_cols: bool, kind: str) -> str | N
 class PackedWeight:
     """The numbers (out, in) and scales (out, 1) of a weight; see losia_fx.method.packing."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, instead: bool = False) -> None:
         self.kind = kind
+        self.instead = instead
+        """W is to be a QuantisedWeight, which has both."""
+        self.awaited: Tensor | None = None
+        """Of a LoSiA state that was loaded before its weights: their scales, (out,)."""
         self._tensors: tuple[Tensor, Tensor] | None = None
         self._made_of: weakref.ref[nn.Parameter] | None = None
         self._mark = (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: it makes its own."""
-        return {"kind": self.kind, "_tensors": None, "_made_of": None, "_mark": (0, 0)}
+        return {"kind": self.kind, "instead": self.instead, "awaited": None, **_NOTHING}
+
+    @classmethod
+    def asked_for(cls, config: LosiaConfig, shape: tuple[int, ...], whole_cols: bool) -> PackedWeight | None:
+        """None for a weight whose products stay the model's."""
+        kind = config.frozen_products
+        if kind is None or why_unpacked(shape, whole_cols, kind) is not None:
+            return None
+        return cls(kind, not config.keep_dense)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -53,6 +73,9 @@ class PackedWeight:
     @torch.no_grad()
     def of(self, weight: nn.Parameter, name: str) -> tuple[Tensor, Tensor]:
         """Numbers and scales of ``weight``, which an error calls ``name``."""
+        if isinstance(weight, QuantisedWeight):
+            weight.forget_source()
+            return weight.numbers, weight.scales
         if not self.is_of(weight):
             if is_sharded(weight):
                 raise StateError(

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from losia_fx._compat import active_ddp, ddp_ignores
+from losia_fx.method.write_through import as_bytes
 
+from .quantised_weight import QuantisedWeight
 from .state import SubnetState
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ class Ranks:
         ddp = active_ddp()
         if ddp is not None and (self._ddp is None or self._ddp() is not ddp):
             self._ddp = weakref.ref(ddp)
+            _share_stored(states, ddp.process_group)
             if _share_places(states, generator, ddp.process_group):
                 for state in states:
-                    state.values.copy_(state.block_of(state.weight))
+                    state.values.copy_(state.block())
         return ddp is not None
 
 
@@ -79,8 +82,22 @@ def _share_places(states: Sequence[SubnetState], generator: torch.Generator, gro
     return True
 
 
+@torch.no_grad()
+def _share_stored(states: Sequence[SubnetState], group: ProcessGroup) -> None:
+    """All ranks take the first one's W, where that is in 8 bits: packed from dense values, as DistributedDataParallel
+    would send them, it could come out as other numbers."""
+    first = dist.get_global_rank(group, 0)
+    for stored in (state.stored for state in states):
+        if stored is not None and dist.get_world_size(group) > 1:
+            numbers, scales = as_bytes(stored.numbers).clone(), stored.scales.clone()
+            dist.broadcast(numbers, first, group)
+            dist.broadcast(scales, first, group)
+            stored.copy_(QuantisedWeight(numbers.view(stored.numbers.dtype), scales, stored.dtype))
+
+
 def keep_indices_at_home(root: nn.Module, states: Sequence[SubnetState]) -> None:
-    """DistributedDataParallel leaves rows and cols alone: it would send them round before every forward."""
+    """DistributedDataParallel leaves rows and cols alone, which it would send round before every forward, and each W in
+    8 bits, which it cannot send as it is."""
     ddp_ignores(root, add=_names(root, states))
 
 
@@ -90,4 +107,6 @@ def forget_indices(root: nn.Module, states: Sequence[SubnetState]) -> None:
 
 def _names(root: nn.Module, states: Sequence[SubnetState]) -> set[str]:
     indices = {id(s.owner._buffers.get(name)) for s in states for name in (s.rows_name, s.cols_name)} - {id(None)}
-    return {name for name, buffer in root.named_buffers(remove_duplicate=False) if id(buffer) in indices}
+    stored = {id(weight) for state in states if (weight := state.stored) is not None}
+    found = {name for name, buffer in root.named_buffers(remove_duplicate=False) if id(buffer) in indices}
+    return found | {name for name, weight in root.named_parameters(remove_duplicate=False) if id(weight) in stored}

@@ -18,6 +18,7 @@ from losia_fx.method.transfers import numbers_of
 from . import notices
 from .carry import carry_over
 from .choose import Choice, choose, share_of_all
+from .in_8_bits import leave_places
 from .optimizer_state import restart_states
 from .profile import Profile
 from .state import SubnetState
@@ -94,6 +95,7 @@ def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> Non
     if train.bases is not None:
         places = {state: (selection.rows, selection.cols) for state, selection in selections.items()}
         train.bases.before_move(places, everywhere=train.config.schedule == "all")
+    leave_places(list(selections), train.progress.generator)
     train.pending.moving = True
     rewarms = rewarmed_steps(train.config) > 1
     for state, selection in selections.items():

@@ -18,6 +18,7 @@ from losia_fx.method.sums import sums_shapes
 from losia_fx.model.kinds import is_sharded
 
 from .agreement import strays
+from .in_8_bits import is_asked_for, take_awaited_scales
 from .profile import Profile
 from .shards import Shards
 from .state import SubnetState
@@ -27,6 +28,8 @@ FORMAT = 1
 PLAIN = ("format", "config", "groups", "step", "left_out", "history", "rewarm_from", "stepped")
 GENERATOR = "generator"
 SUBNET = ("values", "rows", "cols")
+SCALES = "scales"
+"""Of a W in 8 bits alone: with them its dense values say its numbers."""
 PROFILE = ("importance", "uncertainty", "grad", "row_sums", "col_sums")
 KEPT = ("label_counts", "row_stays", "col_stays", "row_means", "col_means", "row_visits", "col_visits")
 PAIRS = (("importance", "uncertainty"), ("row_sums", "col_sums"), ("row_stays", "col_stays"), KEPT[3:])
@@ -34,12 +37,12 @@ PAIRS = (("importance", "uncertainty"), ("row_sums", "col_sums"), ("row_stays", 
 # What decides how training goes on. The patterns show in the names of the subnets, and a state brings its generator.
 BINDING = (
     "rank_factor", "output_rank_factor", "period", "profile_steps", "schedule", "importance", "beta1", "beta2",
-    "rewarm", "rewarm_steps", "head_rows", "count_steps", "head_period", "carry_moments",
+    "rewarm", "rewarm_steps", "head_rows", "count_steps", "head_period", "carry_moments", "keep_dense",
 )  # fmt: skip
 AS_JSON = "losia_fx"
 """Of a state for torch.distributed.checkpoint: the values in PLAIN as one entry, JSON. That of a list or a table would
 be taken apart there, and what has other entries than the file cannot be loaded."""
-DEFAULTS = {name: getattr(LosiaConfig(), name) for name in BINDING}
+DEFAULTS = {name: getattr(LosiaConfig(), name) for name in (*BINDING, "frozen_products")}
 """Of a state that was written before an option came to be."""
 
 
@@ -140,6 +143,9 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
         subnet.rewarm_from = state["rewarm_from"].get(subnet.name)
         subnet.profile = profile
         _take_kept(subnet, state)
+        if subnet.packed is not None and _scales(subnet):
+            subnet.packed.awaited = state[f"{subnet.name}:{SCALES}"].clone()
+            take_awaited_scales(subnet)
     progress = train.progress
     progress.generator.set_state(state[GENERATOR].cpu())
     progress.step, progress.left_out = state["step"], state["left_out"]
@@ -157,6 +163,8 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:
     """profiled: not so where a slot has ended, and its selection was cut short."""
     yield from zip(SUBNET, (subnet.values_here, subnet.rows, subnet.cols), strict=True)
+    if (stored := subnet.stored) is not None:
+        yield SCALES, stored.scales.view(-1)
     for part in PROFILE if profiled and subnet.profile is not None else ():
         tensor = getattr(subnet.profile, part)
         if tensor is not None:
@@ -177,6 +185,10 @@ def _take_kept(subnet: SubnetState, state: Mapping[str, Any]) -> None:
     subnet.label_counts = found.get(KEPT[0])
     subnet.visits = (found[KEPT[1]], found[KEPT[2]]) if KEPT[1] in found else None
     subnet.means = Means(*(found[part] for part in KEPT[3:])) if KEPT[3] in found else None
+
+
+def _scales(subnet: SubnetState) -> tuple[str, ...]:
+    return (SCALES,) if is_asked_for(subnet) else ()
 
 
 def _profiled(train: TrainState, step: int) -> tuple[int, ...]:
@@ -201,8 +213,10 @@ def _options(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} is missing" for name in missing)
     own, config = _plain_config(train.config), state.get("config")
     if isinstance(config, Mapping):
-        was = {name: config.get(name, DEFAULTS[name]) for name in BINDING}
-        yield from (f"{name} was {was[name]!r} and is {own[name]!r}" for name in BINDING if was[name] != own[name])
+        # What W is kept in counts where it is kept in nothing else.
+        names = BINDING if train.config.keep_dense else (*BINDING, "frozen_products")
+        was = {name: config.get(name, DEFAULTS[name]) for name in names}
+        yield from (f"{name} was {was[name]!r} and is {own[name]!r}" for name in names if was[name] != own[name])
     elif "config" in state:
         yield "config is no table of options"
     if not missing and state["groups"] != [list(names) for names in train.groups]:
@@ -215,7 +229,7 @@ def _names(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     expected: set[str] = {*PLAIN, GENERATOR}
     optional: set[str] = set()
     for subnet in train.states:
-        expected.update(f"{subnet.name}:{part}" for part in SUBNET)
+        expected.update(f"{subnet.name}:{part}" for part in (*SUBNET, *_scales(subnet)))
         parts = (*(PROFILE if subnet.group in profiled else ()), *_kept_by(train.config, subnet))
         optional.update(f"{subnet.name}:{part}" for part in parts)
         for pair in PAIRS:
@@ -251,7 +265,7 @@ def _plain_values(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
 
 def _tensors_fit(train: TrainState, state: Mapping[str, Any]) -> Iterator[str]:
     for subnet in train.states:
-        for part in (*SUBNET, *PROFILE, *KEPT):
+        for part in (*SUBNET, *_scales(subnet), *PROFILE, *KEPT):
             name = f"{subnet.name}:{part}"
             if name in state and (misfit := _misfit(subnet, part, state[name])):
                 yield f"{name} {misfit}"
@@ -282,6 +296,8 @@ def _form(subnet: SubnetState, part: str) -> tuple[torch.Size, torch.dtype]:
     if part in SUBNET:
         like: Tensor = getattr(subnet, part)
         return like.shape, like.dtype
+    if part == SCALES:
+        return subnet.weight.shape[:1], torch.float32
     if part in PROFILE[:3]:
         return subnet.weight.shape, torch.float32
     rows, cols = sums_shapes(subnet.weight)

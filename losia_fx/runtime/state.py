@@ -17,12 +17,13 @@ from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
-from losia_fx.method.subnet import PlacedBlock, gather, scatter
+from losia_fx.method.subnet import BlockWriter, gather
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
-from .packed import PackedWeight, why_unpacked
+from .packed import PackedWeight
 from .profile import Profile
+from .quantised_weight import QuantisedWeight
 from .shards import Shards, local
 
 ATTRIBUTE = "_losia_subnets"
@@ -67,9 +68,7 @@ class SubnetState:
         """What knows whether S and W agree (agreement.agreement_of); None of a copy without a controller."""
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
-        self._placed: PlacedBlock | None = None
-        self._written_at: tuple[int, int] | None = None
-        """Versions of rows and cols when S was written last."""
+        self._writer = BlockWriter()
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
         self.shards: Shards | None = None
@@ -79,8 +78,7 @@ class SubnetState:
         out_features, in_features = self.shape[-2:]
         factor = config.output_rank_factor if whole_cols else config.rank_factor
         self.size = (subnet_size(factor, out_features), in_features if whole_cols else subnet_size(factor, in_features))
-        kind = config.frozen_products
-        self.packed = PackedWeight(kind) if kind and why_unpacked(self.shape, whole_cols, kind) is None else None
+        self.packed = PackedWeight.asked_for(config, self.shape, whole_cols)
         """W in 8 bits, where its frozen products are computed so; None elsewhere."""
         self._enlist()
         registry.place(self.weight, self)
@@ -127,6 +125,12 @@ class SubnetState:
         return values
 
     @property
+    def stored(self) -> QuantisedWeight | None:
+        """W, where that is kept in 8 bits alone."""
+        weight = self.held(self.parameter) if self.packed is not None and self.packed.instead else None
+        return weight if isinstance(weight, QuantisedWeight) else None
+
+    @property
     def weight_here(self) -> Tensor:
         """W as far as this process has it: all of it, but under FSDP2 its rows."""
         return self.weight if self.shards is None else local(self.weight)
@@ -165,16 +169,12 @@ class SubnetState:
     def written(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """W, rows, picked cols and S: what a write-back takes."""
         parameters, buffers = self.owner._parameters, self.owner._buffers
-        weight, values = parameters[self.parameter], parameters[self.values_name]
-        rows, cols = buffers[self.rows_name], buffers[self.cols_name]
-        assert weight is not None
-        assert values is not None
-        assert rows is not None
-        return weight, rows, None if self.whole_cols else cols, values
+        cols = None if self.whole_cols else buffers[self.cols_name]
+        found = (parameters[self.parameter], buffers[self.rows_name], cols, parameters[self.values_name])
+        return cast("tuple[Tensor, Tensor, Tensor | None, Tensor]", found)
 
     def notice_gradient(self) -> None:
-        if not self.learned:
-            self.learned = self.values.grad is not None
+        self.learned = self.learned or self.values.grad is not None
 
     @property
     def facts(self) -> SubnetFacts:
@@ -233,17 +233,17 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._placed = self.packed = None
+        self._writer, self.packed = BlockWriter(), None
         registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_placed")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_writer")}
         return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.agreement = self._placed = None
+        self.agreement, self._writer = None, BlockWriter()
         self._enlist()
         registry.COPIES.add(self)
 
@@ -284,15 +284,10 @@ class SubnetState:
 
     def write_back(self) -> None:
         """W[rows, cols] = S. To be called with gradients off."""
-        weight, rows, cols, values = self.written()
-        if self._placed is not None and self._placed.holds(weight, rows, cols, values):
-            self._placed.write()
-            return
-        scatter(weight, rows, cols, values.detach().to(weight.dtype))
-        at = (rows._version, -1 if cols is None else cols._version)
-        # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
-        self._placed = PlacedBlock.of(weight, rows, cols, values) if at == self._written_at else None
-        self._written_at = at
+        if (stored := self.stored) is not None:
+            stored.write(self.rows, self.cols, self.values)
+        else:
+            self._writer.write(*self.written())
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:
@@ -302,8 +297,15 @@ class SubnetState:
         self.values_here.copy_(self.here(self.block()))
 
     def block(self) -> Tensor:
-        """W[rows][:, cols], a copy; under FSDP2 put together from all ranks."""
+        """W[rows][:, cols], a copy: in W's dtype, of a W in 8 bits in float32; under FSDP2 of all ranks."""
+        if (stored := self.stored) is not None:
+            return stored.block(self.rows, self.cols)
         return self.block_of(self.weight) if self.shards is None else self.shards.block()
+
+    def as_held(self, values: Tensor) -> Tensor:
+        """``values``, of S's shape or of the part of it here, as W can hold them: what ``block`` gives of them."""
+        stored = self.stored
+        return values.to(self.weight.dtype) if stored is None else stored.held(values, self.rows)
 
     def block_of(self, full: Tensor) -> Tensor:
         """full[rows][:, cols] of a tensor of W's shape, a copy."""
@@ -324,7 +326,7 @@ class SubnetState:
     def gather_anew(self) -> None:
         """S = W[rows][:, cols], where it does not round to it already."""
         found, values = self.here(self.block()), self.values_here
-        values.copy_(torch.where(values.to(found.dtype) == found, values, found.to(values.dtype)))
+        values.copy_(torch.where(self.as_held(values) == found, values, found.to(values.dtype)))
 
 
 def own_states(module: nn.Module) -> dict[str, SubnetState]:

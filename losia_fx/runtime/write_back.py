@@ -11,9 +11,9 @@ from torch import Tensor
 from losia_fx.config import LosiaConfig
 from losia_fx.method import kernels
 from losia_fx.method.schedule import rewarm_factor
-from losia_fx.method.subnet import scatter
 
 from . import sharding
+from .quantised_weight import put_block
 from .state import SubnetState
 
 
@@ -25,11 +25,17 @@ def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
         sharding.write_back(states)
         return
     packed = [state for state in states if state.packed is not None and state.packed.is_of(state.weight)]
+    dense = []
+    for state in states:
+        if state.stored is None:
+            dense.append(state)
+        else:  # uncompiled: to the bit what agreement.py compares with
+            state.write_back()
     if compiled:
-        for block in _blocks(states):
+        for block in _blocks(dense):
             kernels.write_back(*zip(*(state.written() for state in block), strict=True))
     else:
-        for state in states:
+        for state in dense:
             state.write_back()
     for block in _blocks(packed):  # of what W is packed in otherwise, all is made anew at the next use
         _pack_rows(block, compiled)
@@ -58,7 +64,7 @@ def undo_write_back(state: SubnetState, before: Tensor, version: int) -> None:
     if state.shards is not None:
         sharding.write_back([state], [before])
     else:
-        scatter(state.weight, state.rows, state.picked_cols, before.to(state.weight.dtype))
+        put_block(state.weight, state.rows, state.picked_cols, before)
 
 
 def rewarm_share(state: SubnetState, config: LosiaConfig, step: int) -> float:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_fx.cli import main
 from losia_fx.config import LosiaConfig
+from losia_fx.errors import ConfigError
 from losia_fx.finetune import job as finetune_job
 from losia_fx.finetune import trainer as finetune_trainer
 from losia_fx.finetune.inputs import TEMPLATE, default_rate
@@ -217,6 +218,14 @@ def test_which_rule_is_taken(given: Mapping[str, Any], roams: bool) -> None:
     assert (settings.config().importance == "random") is roams
     assert settings.config().head_period == (given.get("head_period", 50) if roams else None)
     assert settings.config().period == given.get("period", 1 if roams else 50)
+
+
+def test_a_run_in_8_bits_alone_tracks_no_delta_unless_asked() -> None:
+    given: dict[str, Any] = {"frozen_products": "int8", "keep_dense": False}
+    assert not FinetuneSettings.of(given).config().track_delta
+    assert FinetuneSettings.of({"frozen_products": "int8"}).config().track_delta
+    with pytest.raises(ConfigError, match="--keep-dense False and track_delta=True"):
+        FinetuneSettings.of({**given, "track_delta": True})
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -59,9 +59,12 @@ def data(count: int = 64) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
-def model_of(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Module:
+def model_of(dtype: torch.dtype = torch.float32, seed: int = 1, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return losia_fx.transform(LossToy(layers=1).to(dtype), **OPTIONS)
+    return losia_fx.transform(LossToy(layers=1).to(dtype), **OPTIONS, **options)
+
+
+IN_8_BITS: dict[str, Any] = {"frozen_products": "int8", "keep_dense": False}
 
 
 def arguments(out: Path, **more: Any) -> TrainingArguments:
@@ -105,17 +108,22 @@ def test_importing_losia_fx_imports_no_transformers() -> None:
         losia_fx.LosiaCallbak  # noqa: B018
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_goes_on_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:losia_fx. frozen_products=.* steps are slower")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, IN_8_BITS)],
+    ids=["float32", "bfloat16", "in 8 bits"],
+)
+def test_resuming_goes_on_to_the_bit(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     """In the middle of a slot, at its edge, and in rewarming."""
-    whole = model_of(dtype)
+    whole = model_of(dtype, **options)
     trainer = trainer_of(whole, tmp_path)
     trainer.train()
     assert type(trainer.optimizer.optimizer).__name__ == "AdamW"
     assert losia_fx.controller(whole).step == STEPS
     assert [event.step for event in losia_fx.controller(whole).history] == [4, 8]
     for cut in (2, PERIOD, PERIOD + 1):
-        resumed = model_of(dtype, seed=2)
+        resumed = model_of(dtype, seed=2, **options)
         continued = trainer_of(resumed, tmp_path, save_strategy="no")
         continued.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut}"))
         assert_same(whole, resumed)

@@ -20,6 +20,7 @@ import losia_fx
 from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
 from losia_fx.runtime.agreement import strays
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.tools.bench import apart, host, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
@@ -70,7 +71,8 @@ def test_models_share_weights_and_nothing_else(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["losia", "losia, a block profiled", "losia int8", "losia, checkpointed", "losia by string"]
+    "name",
+    ["losia", "losia, a block profiled", "losia int8", "losia int8, instead", "losia, checkpointed", "losia by string"],
 )
 def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup, name: str) -> None:
     trial, other = built(setup, name), built(setup, "losia")
@@ -82,7 +84,8 @@ def test_what_another_method_wrote_is_not_looked_into_on_the_clock(setup: Setup,
     assert controller.agreement.differing() == []
     assert not controller.agreement.shows_a_write()
     assert strays(controller.states) == []
-    assert all(state.packed.is_of(state.weight) for state in controller.states if state.packed is not None)
+    packed = [state for state in controller.states if state.packed is not None]
+    assert all(state.stored is not None or (state.packed and state.packed.is_of(state.weight)) for state in packed)
 
 
 def test_size_counts_its_parameters() -> None:
@@ -277,6 +280,20 @@ def test_copies_in_8_bits_are_held_and_not_saved(setup: Setup) -> None:
     assert len(weights) == 7
     plain_memory, memory = measure_memory(plain), measure_memory(packed)
     assert memory.held - plain_memory.held == sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
+    assert memory.saved - plain_memory.saved < min(weight.numel() for weight in weights)
+
+
+def test_8_bits_instead_of_weights_take_their_place_in_one_model_alone(setup: Setup) -> None:
+    plain, instead = built(setup, "losia"), built(setup, "losia int8, instead")
+    for trial in (plain, instead):
+        trial.step()
+    weights = [weight for state in losia_fx.controller(instead.model).states if (weight := state.stored) is not None]
+    assert len(weights) == 7
+    assert not any(isinstance(weight, QuantisedWeight) for weight in setup.base.parameters())
+    packed = sum(weight.numel() + 4 * weight.shape[0] for weight in weights)
+    dense = sum(weight.numel() * weight.itemsize for weight in weights)
+    plain_memory, memory = measure_memory(plain), measure_memory(instead)
+    assert memory.held - plain_memory.held == packed - dense
     assert memory.saved - plain_memory.saved < min(weight.numel() for weight in weights)
 
 

@@ -35,9 +35,14 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "carry_moments": (["--carry-moments"], True),
     "frozen_products": (["--frozen-products", "float8"], "float8"),
     "head_period": (["--head-period", "9", "--schedule", "all"], 9),
+    "keep_dense": (["--no-keep-dense", "--frozen-products", "int8"], False),
 }
 
-BESIDE: dict[str, dict[str, Any]] = {"count_steps": {"head_rows": "frequent"}, "head_period": {"schedule": "all"}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "count_steps": {"head_rows": "frequent"},
+    "head_period": {"schedule": "all"},
+    "keep_dense": {"frozen_products": "int8"},
+}
 """Options that another one asks for."""
 
 

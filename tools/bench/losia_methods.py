@@ -13,8 +13,8 @@ import losia_fx
 from losia_fx._compat import ISOLATES_RECOMPILES
 from losia_fx.compile.backend import losia_backend
 from losia_fx.errors import LosiaWarning
-from losia_fx.method.subnet import scatter
 from losia_fx.runtime.controller import Controller, find_controller
+from losia_fx.runtime.quantised_weight import put_block
 
 from ..forecast import slots
 from .floors import checkpointed
@@ -23,6 +23,7 @@ from .sizes import Setup, block_linears
 
 INT8: dict[str, Any] = {"frozen_products": "int8"}
 FLOAT8: dict[str, Any] = {"frozen_products": "float8"}
+INSTEAD: dict[str, Any] = {**INT8, "keep_dense": False}
 
 
 def transformed(setup: Setup, mode: str, model: Any = None, **options: Any) -> nn.Module:
@@ -54,7 +55,7 @@ def _overlook_others(controller: Controller) -> None:
     wrote beside them is nothing to look into."""
     with torch.no_grad():
         for weight, rows, cols, values in (state.written() for state in controller.states):
-            scatter(weight, rows, cols, values.detach().to(weight.dtype))
+            put_block(weight, rows, cols, values.detach())
     controller.agreement.remember()
     for state in controller.states:
         if state.packed is not None:
@@ -121,6 +122,12 @@ LOSIA = (
         "losia int8, a block profiled",
         partial(build_profiled, **INT8),
         note="frozen products in int8; the middle block's group is profiled in every step",
+    ),
+    Method(
+        "losia int8, instead",
+        partial(build_idle, **INSTEAD),
+        note="frozen products in int8, whose numbers W is kept in alone: a copy of its own, where the other methods "
+        "share one of the dense weights; no group is profiled",
     ),
     Method("losia float8", partial(build_idle, **FLOAT8), note="frozen products in float8; no group is profiled"),
     Method("losia, all every 10", partial(_build_moving, period=10), note="one step of ten re-selects all groups"),

@@ -65,6 +65,10 @@ class SubnetWeight:
         packed = kind is not None and why_unpacked(self.shape, self.head, kind) is None
         return self.elements + FLOAT_BYTES * self.shape[0] if packed else 0
 
+    def dense_bytes(self, config: LosiaConfig) -> int:
+        """Of itself; none where it is kept in 8 bits alone."""
+        return 0 if not config.keep_dense and self.packed_bytes(config) else self.elements * self.itemsize
+
 
 @dataclass(frozen=True)
 class StepFacts:
@@ -171,7 +175,7 @@ def losia(facts: StepFacts) -> MethodCost:
     full = sum(count * itemsize for count, itemsize in facts.full)
     tensors = len(size) + len(facts.full)
     memory = {
-        "weights": facts.dense_bytes,
+        "weights": facts.dense_bytes - sum(w.elements * w.itemsize - w.dense_bytes(config) for w in facts.weights),
         "packed": sum(weight.packed_bytes(config) for weight in facts.weights),
         "subnets": sum(size.values()),
         "indices": INDEX_BYTES * sum(_indices(shape) for shape in shapes.values()),

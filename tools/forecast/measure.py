@@ -20,6 +20,7 @@ from losia_fx.config import LosiaConfig
 from losia_fx.errors import LosiaWarning
 from losia_fx.ops.localization import tapped_bytes
 from losia_fx.runtime.controller import Controller
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 
 from ..graphs.capture import tensors_of
 from ..load_model import Example
@@ -46,6 +47,7 @@ def measure(model: nn.Module, example: Example, config: LosiaConfig, group: int)
     open_slot(controller, group)
     packed = list(packed_tensors(controller))
     memory["packed"] = unique_bytes(packed)
+    memory["weights"] -= sum(w.numel() * w.itemsize for w in twin.parameters() if isinstance(w, QuantisedWeight))
     for _ in range(2):
         optimizer.zero_grad()
         found = _step(twin, example, packed)
@@ -72,11 +74,11 @@ def _step(model: nn.Module, example: Example, packed: Sequence[Tensor] = ()) -> 
 
 def kept_by(forward: Callable[[], Result], known: Iterable[Tensor]) -> tuple[Result, int]:
     """What ``forward`` returns, and the bytes that it keeps for the backward, the memory of ``known`` tensors aside."""
-    aside = {_memory(tensor) for tensor in known}
+    aside = {_memory(part) for tensor in known for part in _parts(tensor)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+        parts = _parts(tensor)
         kept.update({_memory(part): part.untyped_storage().nbytes() for part in parts if _memory(part) not in aside})
         return tensor
 
@@ -104,7 +106,15 @@ def packed_tensors(controller: Controller) -> Iterator[Tensor]:
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """The memory behind ``tensors``, each storage once."""
-    return sum({_memory(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    parts = (part for tensor in tensors for part in _parts(tensor))
+    return sum({_memory(part): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What has the memory of a tensor."""
+    if isinstance(tensor, QuantisedWeight):
+        return tensor.numbers, tensor.scales
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -34,6 +34,7 @@ from losia_fx.passes import (
 )
 from losia_fx.plan import SubnetPlan
 from losia_fx.runtime.controller import find_controller
+from losia_fx.runtime.quantised_weight import QuantisedWeight
 
 from ..load_model import Example
 from .places import Annotator, ModelNames, weight_groups
@@ -169,7 +170,9 @@ class _Recorder:
         """AOTAutograd of the graph itself, were its weights not frozen for their subnets' sake."""
         inputs = [holder.meta["example_value"] for holder in placeholders(gm)]
         for port in graph.plan.ports:
-            inputs[port.position] = inputs[port.position].detach().requires_grad_()
+            weight = inputs[port.position]
+            weight = weight.dense() if isinstance(weight, QuantisedWeight) else weight
+            inputs[port.position] = weight.detach().requires_grad_()
         plain = copy_graph_module(gm)
         for body in graph_modules(plain):
             if body is not plain:

@@ -96,6 +96,13 @@ _KNOWN = (
     Method("paper-head", "the paper's rule, and the head by it", HEAD_RATES, _subnets(**_HEAD), adam),
     Method("paper-head-frequent", "its blocks, the head by labels", HEAD_RATES, _subnets(**_FREQUENT), adam),
     Method("int8", "paper, frozen products in int8", SUBNET_RATES, _subnets(frozen_products="int8"), adam),
+    Method(
+        "int8-only",
+        "the same, W kept in int8 alone",
+        SUBNET_RATES,
+        _subnets(frozen_products="int8", keep_dense=False),
+        adam,
+    ),
     Method("float8", "paper, frozen products in float8", SUBNET_RATES, _subnets(frozen_products="float8"), adam),
     Method("roaming-head", "LosiaConfig.roaming(), with the head", HEAD_RATES, _roaming_with_head, _rms),
     Method(

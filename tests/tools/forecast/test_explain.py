@@ -106,6 +106,25 @@ def test_frozen_products_are_forecast(capsys: pytest.CaptureFixture[str], monkey
     assert re.search(r"frozen_products='int8': 7 weights, \d+% .* at 0\.50 of the time", capsys.readouterr().out)
 
 
+def test_weights_in_8_bits_alone_are_forecast(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against what a step holds: the dense ones are gone, and those of full fine-tuning and LoRA stay."""
+    monkeypatch.setattr("losia_fx.tools.forecast.products.share_of_dense", lambda *_: 0.5)
+    monkeypatch.setattr("losia_fx.runtime.expected.share_of_dense", lambda *_: 0.5)
+    argv = ["tests.support.tiny:decoder", "--frozen-products", "int8"]
+    beside = explained(capsys, *argv)
+    found = explained(capsys, *argv, "--no-keep-dense", "--measure")
+    for part in PARTS:
+        assert found["forecast"][part] == pytest.approx(found["measured"][part], rel=0.1), part
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    gone = 4 * sum(out * inner for out, inner in shapes)
+    assert found["forecast"]["packed"] == beside["forecast"]["packed"]
+    assert found["forecast"]["weights"] == beside["forecast"]["weights"] - gone
+    for mine, other in zip(found["methods"][1:], beside["methods"][1:], strict=True):
+        assert mine == other
+
+
 @pytest.fixture(scope="module")
 def facts() -> StepFacts:
     """Of the decoder, as captured with the default options."""

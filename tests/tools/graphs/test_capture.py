@@ -62,9 +62,12 @@ def test_stages_and_what_belongs_to_which_weight() -> None:
     assert all(place_of(node) is not None for stage in graph.stages.values() for node in stage.graph.nodes)
 
 
-def test_frozen_products_are_a_stage_and_belong_to_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep_dense", [True, False])
+def test_frozen_products_are_a_stage_and_belong_to_their_weights(
+    monkeypatch: pytest.MonkeyPatch, keep_dense: bool
+) -> None:
     monkeypatch.setattr("losia_fx.runtime.expected.share_of_dense", lambda *_: 0.5)
-    found = capture(Toy(width=16, inner=32), batch(), config(frozen_products="int8"))
+    found = capture(Toy(width=16, inner=32), batch(), config(frozen_products="int8", keep_dense=keep_dense))
     (graph,) = found.graphs
     assert found.stages == tuple(stage for stage in STAGES if stage != "settle-products")
     packed = dict.fromkeys((name for name in weights_of(2) if name != "head.weight"), 1)
