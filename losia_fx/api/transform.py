@@ -47,7 +47,7 @@ from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
 from losia_fx.runtime.watch import plain_forward
-from losia_fx.runtime.wrappers import refuse_wrappers
+from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
 
@@ -265,6 +265,7 @@ class CompiledCall:
         if train.sharded and not self._by_block:
             self._by_block = True
             compile_blocks(train, self._backend)
+        refuse_join(self.config)
         under_ddp = train.ranks.notice(train.states, train.progress.generator)
         labels.note(train, args, kwargs)
         _free_input_gradients(self.root)

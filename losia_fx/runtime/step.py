@@ -41,9 +41,9 @@ def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
     return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
 
 
-def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState], closure: bool) -> None:
-    """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are made
-    within the step."""
+def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState], within: bool) -> None:
+    """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``within``: the gradients are made,
+    or changed, within the step."""
     with train.lock:
         train.check_tree()
         look.check_calls(train)
@@ -66,7 +66,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
             state.notice_gradient()
             if state.profile is not None or state.rewarm_from is not None:
                 train.pending.before[state] = (state.values_here.detach().clone(), state.weight_here._version)
-        if not closure:
+        if not within:
             _fit(train, [optimizer], mine)
             take_in_gradients(train, mine, [optimizer])
         train.pending.open.update(mine)
@@ -91,7 +91,7 @@ def after(train: TrainState, followed: Followed) -> None:
             train.pending.open.difference_update(mine)
             return
         with _all_or_not_counted(train):
-            if followed.closure:
+            if followed.within:
                 _fit(train, optimizers, mine)
                 take_in_gradients(train, mine, optimizers)
             _finish(train, mine)
