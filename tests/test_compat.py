@@ -66,6 +66,23 @@ def test_graph_task_id_tells_backwards_apart() -> None:
     assert _compat.graph_task_id() == -1
 
 
+def test_is_transformed() -> None:
+    seen: list[bool] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(_compat.is_transformed())
+        return x * 2
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.vmap(note)(x)
+    torch.func.jvp(note, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        note(torch.autograd.forward_ad.make_dual(x, x))
+    note(x)
+    assert seen == [False, True, True, True, False]
+
+
 def test_has_gradient_hooks() -> None:
     x = torch.ones(2, requires_grad=True)
     assert not _compat.has_gradient_hooks(x)

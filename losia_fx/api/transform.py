@@ -21,6 +21,7 @@ from losia_fx._compat import (
     install_call,
     is_exporting,
     is_jit_tracing,
+    is_transformed,
     leaves,
     plain_call,
     whole_graphs,
@@ -255,6 +256,8 @@ class CompiledCall:
             look(train, learns)
         except Swapped:
             refuse_wrappers(self.root)
+            return call_with_others(train, args, kwargs)
+        if learns and is_transformed():  # no op of ours knows of these, and W made of S is an ordinary tensor
             return call_with_others(train, args, kwargs)
         if not learns:
             with plain_forward(train.watches.values()):
