@@ -95,6 +95,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     return model
 
 
+@torch.inference_mode(False)  # what is made here is to learn, wherever transform is called
 def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     model, settings = controller.root, controller.config
     controller.train.required_grad = {plan.name: (plan.parameter, plan.parameter.requires_grad) for plan in plans}
