@@ -7,7 +7,6 @@ the end of a slot re-select and go on to the next group. Wherever that is cut sh
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ from .steps import Followed
 from .take_in_shards import was_sharded
 from .train_state import TrainState
 from .write_back import rewarm, rewarm_share, undo_write_back, write_back
-
-log = logging.getLogger("losia_fx")
 
 
 def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
@@ -59,6 +56,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
         look.agree(train, values, learns=True, shown=False)
         if optimizer not in train.optimizers.known:
             owners.meet(train)
+        owners.notice_loaded(train, optimizer, mine)
         if optimizer in train.optimizers.of_this_step:
             _drop_silent_owners(train)
         train.optimizers.waited_for.add(optimizer)
@@ -186,7 +184,7 @@ def _update_importance(train: TrainState, state: SubnetState) -> None:
         add_importance(profile, state.weight_here, grad, fit, kind, betas, train.compiles)
         return
     train.progress.left_out += 1
-    log.warning("losia_fx: step %d: %s: gradient left out of the importance", train.progress.step, state.name)
+    notices.say_left_out(train, state)
 
 
 def _advance(train: TrainState, late: bool = False) -> None:

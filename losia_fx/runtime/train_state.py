@@ -111,6 +111,8 @@ class Optimizers:
     """Those that have stepped since t counted last."""
     known: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+    states: weakref.WeakKeyDictionary[Optimizer, int] = field(default_factory=weakref.WeakKeyDictionary)
+    """The id of each one's state at its last step: loading another makes a new one."""
 
 
 @dataclass
