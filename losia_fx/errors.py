@@ -28,7 +28,8 @@ class DeltaError(LosiaError):
 
 
 class GradientError(LosiaError, RuntimeError):
-    """A derivative that losia_fx does not compute: one of second order, through a weight that has a subnet."""
+    """A derivative that losia_fx does not compute: one of second order through a weight that has a subnet, or one of
+    a weight that only autograd sees and that several processes would have to average."""
 
 
 class PassPreconditionError(LosiaError):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +64,54 @@ def test_graph_task_id_tells_backwards_apart() -> None:
     assert seen[0] == seen[1] != seen[2] == seen[3]
     assert -1 not in seen
     assert _compat.graph_task_id() == -1
+
+
+def test_is_transformed() -> None:
+    seen: list[bool] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(_compat.is_transformed())
+        return x * 2
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.vmap(note)(x)
+    torch.func.jvp(note, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        note(torch.autograd.forward_ad.make_dual(x, x))
+    note(x)
+    assert seen == [False, True, True, True, False]
+
+
+def test_has_gradient_hooks() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert not _compat.has_gradient_hooks(x)
+    for register in (x.register_hook, x.register_post_accumulate_grad_hook):
+        hook = register(lambda _: None)
+        assert _compat.has_gradient_hooks(x)
+        hook.remove()
+        assert not _compat.has_gradient_hooks(x)
+
+
+def test_has_step_hooks() -> None:
+    optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)])
+    assert not _compat.has_step_hooks(optimizer)
+    optimizer.register_step_post_hook(lambda *_: None)
+    assert not _compat.has_step_hooks(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    assert _compat.has_step_hooks(optimizer)
+
+
+@pytest.mark.parametrize("throws", [False, True])
+def test_joins(throws: bool, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(nn.Linear(2, 2))
+        assert not _compat.joins(ddp)
+        with Join([ddp], throw_on_early_termination=throws):
+            assert _compat.joins(ddp) is not throws
+    finally:
+        dist.destroy_process_group()
 
 
 def test_fake_inputs_outside_of_tracing_are_the_tensors() -> None:

@@ -128,6 +128,11 @@ def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Modu
     return [module for module, call in calls.items() if module.__dict__.get(_CALL) is not call]
 
 
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something of the user's own runs before its steps, after the hooks of all optimizers."""
+    return bool(optimizer._optimizer_step_pre_hooks)
+
+
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own, by which Dynamo tells frames and counts their graphs."""
     assert isinstance(function, FunctionType)

@@ -24,6 +24,16 @@ def graph_counts() -> tuple[int, int]:
     return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is at work on what is called."""
+    return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+
+
+def has_gradient_hooks(leaf: torch.Tensor) -> bool:
+    """Whether somebody is to be told of the gradients that come to it, or to change them."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
+
+
 def graph_task_id() -> int:
     """The number of the backward pass that is running, -1 outside of one.
 

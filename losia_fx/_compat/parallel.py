@@ -27,6 +27,12 @@ def active_ddp() -> DistributedDataParallel | None:
     return found
 
 
+def joins(ddp: DistributedDataParallel) -> bool:
+    """Whether torch.distributed.algorithms.join.Join lets ranks with fewer batches go ahead of the others: such a rank
+    answers what DistributedDataParallel sends round, and nothing else."""
+    return bool(ddp._join_config.enable and not ddp._join_config.throw_on_early_termination)
+
+
 def ddp_ignores(module: nn.Module, add: Collection[str] = (), remove: Collection[str] = ()) -> None:
     """Parameters and buffers, by name, that a DistributedDataParallel made around ``module`` later leaves alone.
 

@@ -21,6 +21,7 @@ from losia_fx._compat import (
     install_call,
     is_exporting,
     is_jit_tracing,
+    is_transformed,
     leaves,
     plain_call,
     whole_graphs,
@@ -48,7 +49,7 @@ from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
 from losia_fx.runtime.watch import plain_forward
-from losia_fx.runtime.wrappers import refuse_wrappers
+from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
 
@@ -95,6 +96,7 @@ def transform(model: nn.Module, config: LosiaConfig | None = None, **options: An
     return model
 
 
+@torch.inference_mode(False)  # what is made here is to learn, wherever transform is called
 def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     model, settings = controller.root, controller.config
     controller.train.required_grad = {plan.name: (plan.parameter, plan.parameter.requires_grad) for plan in plans}
@@ -278,6 +280,8 @@ class CompiledCall:
         except Swapped:
             refuse_wrappers(self.root)
             return call_with_others(train, args, kwargs)
+        if learns and is_transformed():  # no op of ours knows of these, and W made of S is an ordinary tensor
+            return call_with_others(train, args, kwargs)
         if not learns:
             with plain_forward(train.watches.values()):
                 return plain_call(self.root, *args, **kwargs)
@@ -287,6 +291,7 @@ class CompiledCall:
         if train.sharded and not self._by_block:
             self._by_block = True
             compile_blocks(train, self._backend)
+        refuse_join(self.config)
         under_ddp = train.ranks.notice(train.states, train.progress.generator)
         labels.note(train, args, kwargs)
         _free_input_gradients(self.root)

@@ -76,9 +76,13 @@ def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
         if is_sharded(state.weight):
             loaded_shards(state)
             continue
+        agreement = agreement_of(state)
+        if agreement is not None and not agreement.moved(state)[0]:
+            look_at(state, values=True)  # what was loaded has no such weight: S may have been written before
+            continue
         follow_a_load(state)
         state.reload()
-        if (agreement := agreement_of(state)) is not None:
+        if agreement is not None:
             agreement.waiting.discard(state)
             agreement.remember([state], places=True)
 
@@ -91,7 +95,7 @@ def _apply_keeping_subnets(owner: nn.Module, fn: Callable[[Tensor], Tensor], rec
     """
     states = list(own_states(owner).values())
     for state in states:
-        look_at(state)  # afterwards both have moved, and nobody could tell which was newer
+        look_at(state, values=True)  # afterwards both have moved, and nobody could tell which was newer
     kept = [tensor for state in states for tensor in (state.values, state.values.grad)]
     indices = [index for state in states for index in (state.rows, state.cols)]
 

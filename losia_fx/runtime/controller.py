@@ -239,6 +239,7 @@ class Controller:
         self.look(shown=True)
         return snapshot.collect_cut(self.train)
 
+    @torch.inference_mode(False)  # what is kept of it is written to in training
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As losia_fx.load_state_dict(model, state)."""
         look.take_in(self.train)

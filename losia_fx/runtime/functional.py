@@ -1,4 +1,5 @@
-"""Calls with tensors that stand in the parameters' place (torch.func.functional_call), and whole weights as tensors."""
+"""Calls with tensors that stand in the parameters' place (torch.func.functional_call), calls that torch.func
+transforms, and whole weights as tensors."""
 
 from __future__ import annotations
 

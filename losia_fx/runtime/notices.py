@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +16,8 @@ from losia_fx.method.schedule import checked_steps
 
 from .state import SubnetState
 from .train_state import TrainState
+
+log = logging.getLogger("losia_fx")
 
 
 def _warn(text: str) -> None:
@@ -72,10 +75,36 @@ def warn_resumed() -> None:
     )
 
 
-def warn_kept(group: int | None) -> None:
-    """group: None of all."""
-    who = "all groups keep their" if group is None else f"group {group} keeps its"
-    _warn(f"{who} subnets: no step of the slot gave a gradient to score by")
+def warn_put_back(train: TrainState, states: Sequence[SubnetState]) -> None:
+    if _once(train, "put back"):
+        _warn(
+            f"the state that the optimizer has loaded is of before {len(states)} subnets moved ({_names(states)}): its "
+            "moments belong to other places of their weights. Load the LoSiA state of the same moment too "
+            "(losia_fx.load_state_dict)"
+        )
+
+
+def say_left_out(train: TrainState, state: SubnetState) -> None:
+    """A step's gradient cannot be scored; said of the first, the report counts the others."""
+    first = _once(train, "left out")
+    log.log(
+        logging.WARNING if first else logging.DEBUG,
+        "losia_fx: step %d: %s: gradient left out of the importance: not finite, or changed otherwise than by a factor "
+        "or a clip. losia_fx.report(model) counts them",
+        train.progress.step,
+        state.name,
+    )
+
+
+def warn_kept(train: TrainState, group: int | None) -> None:
+    """A slot has ended without a score. group: None of all."""
+    if _once(train, "kept"):
+        who = "all groups keep their" if group is None else f"group {group} keeps its"
+        _warn(
+            f"{who} subnets: no step of the slot gave a gradient to score by. Where the loop changes gradients "
+            "otherwise than by a factor or a clip (averages over processes by hand, noise, projections), average them "
+            'by DistributedDataParallel, or choose places without them: losia_fx.transform(model, importance="random")'
+        )
 
 
 def warn_not_carried(train: TrainState, optimizer: Optimizer) -> None:

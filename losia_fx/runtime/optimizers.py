@@ -29,7 +29,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 def signature(optimizer: Optimizer) -> tuple[Any, ...]:
     """Another whenever the optimizer's groups, or the subnets of the process, are others than before."""
-    return (registry.generation(), *((id(g["params"]), len(g["params"])) for g in optimizer.param_groups))
+    return (registry.generation(), *(tuple(map(id, group["params"])) for group in optimizer.param_groups))
 
 
 def live_optimizers() -> list[Optimizer]:

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from losia_fx import registry
-from losia_fx._compat import runs_uncompiled
+from losia_fx._compat import has_gradient_hooks, runs_uncompiled
+from losia_fx.errors import GradientError
 from losia_fx.ops.first_order import refuse_second
 from losia_fx.ops.linear import subnet_linear, subnet_weight
 from losia_fx.ops.localization import tap
 
-from .look import look_at
+from .look import look_at, train_state_of
 from .state import SubnetState, own_states, resolve
 from .watch import Watch
 
@@ -251,9 +252,35 @@ def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:
     refuse_second()
     found = weight()
     state = None if found is None else resolve(found)
-    if state is not None and grad is not None:
-        registry.RAN_OUTSIDE.add(state)
+    if state is None or grad is None:
+        return
+    registry.RAN_OUTSIDE.add(state)
+    _refuse_ranks(state)
+    values = state.values_in_use
+    if values.requires_grad and has_gradient_hooks(values):
+        _give_by_autograd(state, values, grad)
+    else:
         state.take_gradient(grad)
+
+
+def _give_by_autograd(state: SubnetState, values: nn.Parameter, grad: Tensor) -> None:
+    """As SubnetState.take_gradient, where hooks on S are to see its part come in (an optimizer that steps within the
+    backward): by a backward of its own."""
+    if state.profiling:
+        state.begin_use()
+        state.accumulate(grad, None, owned=False)
+    values.backward(state.block_of(grad.detach()).to(values.dtype))
+
+
+def _refuse_ranks(state: SubnetState) -> None:
+    """DistributedDataParallel averages what comes to S by autograd, and would never hear of this."""
+    train = train_state_of(state)
+    if train is not None and train.ranks.several:
+        raise GradientError(
+            f"{state.name}: is used where only autograd sees it (a torch.autograd.Function that no graph holds), and "
+            "the processes of DistributedDataParallel cannot average that gradient. Let torch.compile trace it (no "
+            "torch.compiler.disable and no graph break there), or name the weight in exclude"
+        )
 
 
 def _cut_down(weight: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from losia_fx import registry
 
 from . import notices, steps
+from .moves import KeepsOverMoves
 from .optimizer_state import has_stepped, note_constructed
 from .optimizers import inner_optimizers, live_optimizers, parameters_of, signature
 from .state import SubnetState
@@ -109,6 +110,26 @@ def meet(train: TrainState) -> None:
         # Others may own subnets too and step after this one: t waits for all of them.
         train.optimizers.waited_for.update(found)
     train.optimizers.known.update(found)
+
+
+def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:
+    """Where an optimizer has loaded a state since its last step: are its moments of places where subnets were before?
+    They are if they have seen more steps than there were since the last move; of one around others, whose steps may be
+    several of theirs, that says nothing."""
+    before, now = train.optimizers.states.get(optimizer), id(optimizer.__dict__.get("state"))
+    train.optimizers.states[optimizer] = now
+    keeps = isinstance(optimizer, KeepsOverMoves) or train.config.carry_moments
+    if before in (None, now) or keeps or inner_optimizers(optimizer):
+        return
+    moved = {event.group: event.step for event in train.progress.events if event.moved != 0}
+    old = []
+    for state in mine:
+        last = max(moved.get(state.group, 0), moved.get(None, 0))
+        steps = optimizer.state.get(state.values, {}).get("step")
+        if last and steps is not None and float(steps) > train.progress.step - last:
+            old.append(state)
+    if old:
+        notices.warn_put_back(train, old)
 
 
 def modes_of(train: TrainState) -> list[bool]:

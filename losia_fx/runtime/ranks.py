@@ -34,6 +34,12 @@ class Ranks:
         ddp = None if self._ddp is None else self._ddp()
         return None if ddp is None else ddp.process_group
 
+    @property
+    def several(self) -> bool:
+        """Whether DistributedDataParallel joins more processes than this."""
+        ranks = self.group()
+        return ranks is not None and dist.get_world_size(ranks) > 1
+
     def shard(self, states: Sequence[SubnetState], generator: torch.Generator, groups: Sequence[ProcessGroup]) -> None:
         """FSDP2 has sharded the model over a mesh, with one of ``groups`` a dimension: all ranks take the first one's
         subnets, of which S is gathered later."""

@@ -7,7 +7,6 @@ the end of a slot re-select and go on to the next group. Wherever that is cut sh
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from .take_in_shards import was_sharded
 from .train_state import TrainState
 from .write_back import rewarm, rewarm_share, undo_write_back, write_back
 
-log = logging.getLogger("losia_fx")
-
 
 def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
     """Whether a step only makes the optimizer's state, as torch.distributed.checkpoint has it do: no backward came
@@ -41,9 +38,9 @@ def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
     return all(state.values.grad is not None and not state.values.grad.any() for state in mine)
 
 
-def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState], closure: bool) -> None:
-    """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``closure``: the gradients are made
-    within the step."""
+def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState], within: bool) -> None:
+    """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``within``: the gradients are made,
+    or changed, within the step."""
     with train.lock:
         train.check_tree()
         look.check_calls(train)
@@ -59,6 +56,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
         look.agree(train, values, learns=True, shown=False)
         if optimizer not in train.optimizers.known:
             owners.meet(train)
+        owners.notice_loaded(train, optimizer, mine)
         if optimizer in train.optimizers.of_this_step:
             _drop_silent_owners(train)
         train.optimizers.waited_for.add(optimizer)
@@ -66,7 +64,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
             state.notice_gradient()
             if state.profile is not None or state.rewarm_from is not None:
                 train.pending.before[state] = (state.values_here.detach().clone(), state.weight_here._version)
-        if not closure:
+        if not within:
             _fit(train, [optimizer], mine)
             take_in_gradients(train, mine, [optimizer])
         train.pending.open.update(mine)
@@ -91,7 +89,7 @@ def after(train: TrainState, followed: Followed) -> None:
             train.pending.open.difference_update(mine)
             return
         with _all_or_not_counted(train):
-            if followed.closure:
+            if followed.within:
                 _fit(train, optimizers, mine)
                 take_in_gradients(train, mine, optimizers)
             _finish(train, mine)
@@ -186,7 +184,7 @@ def _update_importance(train: TrainState, state: SubnetState) -> None:
         add_importance(profile, state.weight_here, grad, fit, kind, betas, train.compiles)
         return
     train.progress.left_out += 1
-    log.warning("losia_fx: step %d: %s: gradient left out of the importance", train.progress.step, state.name)
+    notices.say_left_out(train, state)
 
 
 def _advance(train: TrainState, late: bool = False) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch.optim import Optimizer
 
 from losia_fx import registry
+from losia_fx._compat import has_step_hooks
 from losia_fx.errors import OptimizerError, listed
 
 from . import notices, step, steps
 from .optimizer_state import adopt_subnets
-from .optimizers import follow_optimizers, parameters_of
+from .optimizers import follow_optimizers, inner_optimizers, parameters_of
 from .owners import Owned, owned
 from .state import SubnetState
 from .take_in_shards import refuse_unsharded
@@ -50,7 +51,8 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         followed = steps.step_of(train)
         if followed is None:
             closure = any(callable(value) for value in (*args, *kwargs.values()))
-            followed = steps.Followed(closure, steps.caller_of(running))
+            hooked = any(map(has_step_hooks, (optimizer, *inner_optimizers(optimizer))))  # they run after this one
+            followed = steps.Followed(closure or hooked, steps.caller_of(running))
         fresh = [state for state in states if state not in followed.states] if followed.states else states
         if not followed.optimizers and step.is_rehearsal(optimizer, fresh):
             continue
@@ -69,9 +71,9 @@ def _refuse_unsharded(optimizer: Optimizer, theirs: Owned) -> None:
 
 def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]) -> None:
     notices.warn_outside(train)
-    if not followed.closure:
+    if not followed.within:
         notices.warn_without_grad(fresh)
-    step.before(train, followed.optimizers[0], fresh, followed.closure)
+    step.before(train, followed.optimizers[0], fresh, followed.within)
     train.remember_base(followed.optimizers[-1], fresh)  # after it, S and W agree
     followed.states += fresh
 

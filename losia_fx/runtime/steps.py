@@ -26,7 +26,8 @@ from .train_state import TrainState
 class Followed:
     """A step of one model: its subnets that have been begun, and the optimizers that step them, the outermost first."""
 
-    closure: bool
+    within: bool
+    """The gradients are made, or changed, within it: by a closure, or by hooks of the optimizer's own."""
     around: Any = None
     """Something that is no Optimizer, whose own step goes on after it with the same parameters (schedule-free's)."""
     states: list[SubnetState] = field(default_factory=list)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from losia_fx.config import LosiaConfig
 from losia_fx.method.fit import Fit
 from losia_fx.method.transfers import numbers_of
 
-from .agreement import Agreement
+from .agreement import Agreement, Swapped
 from .bases import Bases
 from .module_tree import ModuleTree
 from .ranks import Ranks
@@ -110,6 +111,8 @@ class Optimizers:
     """Those that have stepped since t counted last."""
     known: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+    states: weakref.WeakKeyDictionary[Optimizer, int] = field(default_factory=weakref.WeakKeyDictionary)
+    """The id of each one's state at its last step: loading another makes a new one."""
 
 
 @dataclass
@@ -133,6 +136,13 @@ class Pending:
     def forget_step(self) -> None:
         self.before.clear()
         self.fits.clear()
+
+
+def refuse_swapped(states: Iterable[SubnetState]) -> None:
+    """Raises Swapped where tensors stand in the place of parameters."""
+    held = ((state.owner._parameters, (state.parameter, state.values_name)) for state in states)
+    if not all(isinstance(parameters.get(key), (nn.Parameter, NoneType)) for parameters, keys in held for key in keys):
+        raise Swapped("tensors stand in the place of parameters (torch.func.functional_call): call the model itself")
 
 
 @dataclass(eq=False)
@@ -188,6 +198,7 @@ class TrainState:
     def agreement(self) -> AnyAgreement:
         """Of a copy made when first asked for: its modules have no parameters yet when its state is made."""
         if self._agreement is None:
+            refuse_swapped(self.states)  # torch.func.functional_call of a copy that was never used
             self._agreement = Agreement(self.states)
             self._agreement.averaged = self.copied_from is not None
         return self._agreement

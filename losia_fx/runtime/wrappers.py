@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from losia_fx._compat import active_ddp, joins
+from losia_fx.config import LosiaConfig
 from losia_fx.errors import TransformError
 
 from .living import living
@@ -26,6 +28,18 @@ def refuse_wrappers(root: nn.Module) -> None:
         name = next(kinds[kind] for kind in type(found).__mro__ if kind in kinds)
         if found in inside or _CONCERNS[name](found, root):
             raise TransformError(f"{name} and a transformed model: {_REASONS[name]}")
+
+
+def refuse_join(config: LosiaConfig) -> None:
+    """Raises TransformError where ranks with fewer batches are to go ahead of the others, while subnets move."""
+    ddp = active_ddp()
+    if ddp is not None and joins(ddp) and config.schedule != "static":
+        raise TransformError(
+            "torch.distributed.algorithms.join.Join and a transformed model: a rank that has no more batches neither "
+            "moves its subnets nor takes part in what the others measure, which would wait for it. Give every rank as "
+            "many batches (DistributedSampler does), use Join with throw_on_early_termination=True, or "
+            'losia_fx.transform(model, schedule="static")'
+        )
 
 
 def _stands_around(wrapper: nn.Module, root: nn.Module) -> bool:

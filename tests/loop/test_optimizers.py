@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, OneC
 
 import losia_fx
 from losia_fx import OptimizerError
+from tests.support.optimizers import Passing
 from tests.support.pair import PERIOD, Pair
 from tests.support.toy_runs import learning, toy, train
 from tests.support.toys import Toy, batch, loss_of
@@ -121,6 +122,23 @@ def test_step_with_a_closure(name: str) -> None:
 
         loss_of(pair.reference.model, ids).backward()
         pair.finish(lambda closure=closure: pair.optimizer.step(closure))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_clip_in_a_hook_of_the_optimizers_own(wrapped: bool) -> None:
+    """Such hooks run after those of all optimizers: what they make of the gradients counts for the importance too."""
+    make = maker("nesterov")
+    pair = Pair(lambda parameters: Passing(make(parameters)) if wrapped else make(parameters))
+    values = pair.values()
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(values, 0.05)
+
+    getattr(pair.optimizer, "base", pair.optimizer).register_step_pre_hook(clip)
+    for _ in pair.steps():
+        for loss in pair.losses(batch()):
+            loss.backward()
+        pair.finish(clip_norm=0.05)
 
 
 @pytest.mark.parametrize(

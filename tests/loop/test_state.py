@@ -227,6 +227,55 @@ def test_the_float32_subnet_of_a_bfloat16_weight_keeps_its_bits() -> None:
         assert torch.equal(subnet.values, subnets[name].values), name
 
 
+def test_a_state_collected_and_loaded_in_inference_mode() -> None:
+    steps, whole, resumed = batches(STEPS), toy(), toy(seed=2)
+    optimizer = adamw(learning(whole))
+    train(whole, optimizer, steps[:2])
+    with torch.inference_mode():
+        resumed.load_state_dict(whole.state_dict())
+        losia_fx.load_state_dict(resumed, losia_fx.state_dict(whole))
+    continued = adamw(learning(resumed))
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, each in ((whole, optimizer), (resumed, continued)):
+        train(model, each, steps[2:])
+    assert_same(whole, resumed)
+
+
+def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said() -> None:
+    """After a divergence, say: its moments are of places where the subnets are no longer."""
+    model = toy()
+    optimizer = adamw(learning(model))
+    train(model, optimizer, batches(PERIOD - 1))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), losia_fx.state_dict(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weights, moments, state in (kept, kept):
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(copy.deepcopy(moments))
+            losia_fx.load_state_dict(model, state)
+            train(model, optimizer, batches(PERIOD + 1))
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(copy.deepcopy(kept[1]))
+    with pytest.warns(LosiaWarning, match="Load the LoSiA state of the same moment") as said:
+        train(model, optimizer, batches(1))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("steps", [1, PERIOD + 1])
+def test_an_optimizer_that_is_put_back_to_where_the_subnets_are_is_not_said(steps: int) -> None:
+    """A learning rate finder's way: nothing has moved in between."""
+    model = toy()
+    optimizer = adamw(learning(model))
+    train(model, optimizer, batches(steps))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, batches(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(kept[0])
+        optimizer.load_state_dict(kept[1])
+        train(model, optimizer, batches(1))
+
+
 def test_without_subnets_there_is_no_state() -> None:
     with pytest.raises(TransformError):
         losia_fx.state_dict(Toy())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from tests.support.toys import Toy, batch, loss_of, plain_gradients
+from tests.support.twin import warned
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2}
 
@@ -199,3 +200,22 @@ def test_random_profiles_nothing_and_moves_in_turn() -> None:
     assert [event.group for event in losia_fx.controller(first).history] == [0, 1, 0]
     assert all(event.captured is None for event in losia_fx.controller(first).history)
     assert_same_path(first, second)  # the same seed
+
+
+def test_gradients_that_say_nothing_of_the_importance_are_named_once_with_what_to_do(caplog: Any) -> None:
+    """Noise, projections, an average over processes by hand: S learns by them, and has no reason to move."""
+    model, _ = twins(period=2, schedule="async")
+    values = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(values, lr=0.05)
+    with warned() as said:
+        for _ in range(8):
+            loss_of(model, batch()).backward()
+            for value in values:
+                value.grad = torch.randn_like(value)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(said) == 1, said
+    assert 'importance="random"' in said[0]
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert losia_fx.controller(model).left_out > 2
+    assert all(event.moved == 0 for event in losia_fx.controller(model).history)

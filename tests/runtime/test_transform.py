@@ -654,3 +654,15 @@ def test_the_views_refuse_a_plain_model() -> None:
     for view in (losia_fx.subnets, losia_fx.controller, losia_fx.report, losia_fx.restore):
         with pytest.raises(losia_fx.TransformError):
             view(Toy())
+
+
+def test_a_transform_in_inference_mode_trains() -> None:
+    model = Toy(layers=1)
+    with torch.inference_mode():
+        losia_fx.transform(model, compiler="eager")
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    before = model.head.weight.detach().clone()
+    for _ in range(2):
+        loss_of(model, batch()).backward()
+        optimizer.step()
+    assert not torch.equal(model.head.weight, before)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,6 +85,59 @@ def zero_redundancy_in_one_bucket() -> Any:
     return steps(model, ZeroRedundancyOptimizer(learning, optim.AdamW, parameters_as_bucket_view=True, lr=5e-3))
 
 
+class Product(torch.autograd.Function):
+    """A product that only autograd sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class ByHand(nn.Linear):
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self.weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def an_unseen_product() -> Any:
+    """DistributedDataParallel cannot average its gradient, and with unused parameters allowed it would not say so."""
+    model = Toy(layers=1)
+    model.layers[0].mlp.up = ByHand(16, 24, bias=False)
+    ddp = DistributedDataParallel(losia_fx.transform(model, compiler="eager"), find_unused_parameters=True)
+    try:
+        loss_of(ddp, batch()).backward()
+    except losia_fx.GradientError as error:
+        return {"error": str(error)}
+
+
+def uneven_batches() -> Any:
+    """Join: a rank without batches would be waited for where importance is measured."""
+    ddp = DistributedDataParallel(losia_fx.transform(Toy(layers=1), compiler="eager"))
+    try:
+        with Join([ddp]):
+            loss_of(ddp, batch())
+    except losia_fx.TransformError as error:
+        return {"error": str(error)}
+
+
+def uneven_batches_of_still_subnets() -> Any:
+    model = losia_fx.transform(Toy(layers=1).double(), schedule="static", compiler="eager")
+    ddp, optimizer = DistributedDataParallel(model), adamw(model)
+    with Join([ddp]):
+        for ids in joined_batches(STEPS + dist.get_rank()):
+            loss_of(ddp, mine(ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    values = {name: subnet.values.detach().clone() for name, subnet in losia_fx.subnets(model).items()}
+    return {"state_dict": model.state_dict(), "values": values}
+
+
 class Counting(Toy):
     """Has a buffer of its own."""
 
@@ -113,7 +167,8 @@ if __name__ == "__main__":
         run(
             [
                 a_bare_forward, a_bare_forward_on_one_rank, an_evaluation_on_one_rank, a_second_wrapper,
-                zero_redundancy, zero_redundancy_in_one_bucket, buffers,
+                zero_redundancy, zero_redundancy_in_one_bucket, buffers, an_unseen_product,
+                uneven_batches_of_still_subnets, uneven_batches,
             ]
         )
     )  # fmt: skip

@@ -70,6 +70,31 @@ def penalty(call: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_optimizers_that_step_within_the_backward(compiler: str) -> None:
+    """What is registered on a subnet hears of a gradient that no graph has brought, and may change it."""
+    model, twin = twins(WithHead(layers=1).double(), compiler=compiler)
+    for values in (values_of(model), twin.parameters()):
+        for value in values:
+            _step_in_backward(value)
+    for _ in range(3):
+        ids = batch()
+        for each in (model, twin):
+            loss_of(each, ids).backward()
+    assert_one(model, twin)
+
+
+def _step_in_backward(value: nn.Parameter) -> None:
+    optimizer = torch.optim.SGD([value], lr=0.5, momentum=0.9)
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    value.register_hook(lambda grad: grad.clamp(-1e-2, 1e-2))
+    value.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_first_derivatives(compiler: str) -> None:
     model, twin = twins(WithHead(layers=1).double(), compiler=compiler)
     ids = batch()

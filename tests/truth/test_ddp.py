@@ -65,3 +65,23 @@ def test_two_processes_train_as_one(found: list[dict[str, Any]], joined: _Joined
 def test_rows_and_cols_are_not_sent_round(found: list[dict[str, Any]]) -> None:
     """The model's own buffer is; and what keeps ours at home goes when the subnets do."""
     assert scenario(found, "buffers") == {"sent": ["seen"], "seen": 1.0, "left": []}
+
+
+def test_a_product_that_only_autograd_sees_is_refused(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "layers.0.mlp.up.weight" in rank["an_unseen_product"]["error"]
+        assert "exclude" in rank["an_unseen_product"]["error"]
+
+
+def test_uneven_batches_are_refused_where_subnets_move(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "throw_on_early_termination" in rank["uneven_batches"]["error"]
+
+
+def test_uneven_batches_of_still_subnets(found: list[dict[str, Any]]) -> None:
+    """In the end both have the weights of the rank that had most batches."""
+    one, other = (rank["uneven_batches_of_still_subnets"] for rank in found)
+    for part in ("state_dict", "values"):
+        assert one[part].keys() == other[part].keys()
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), name

@@ -827,3 +827,31 @@ def test_a_checkpointed_model(what: str) -> None:
         else:
             write("copied", model, twin)
     assert_one(model, twin)
+
+
+@pytest.mark.parametrize("write", ["in_place", "data"])
+def test_a_load_of_other_weights_undoes_no_write_to_a_subnet(write: str) -> None:
+    model, twin = begun(steps=1)
+    for values in (values_of(model), twin.parameters()):
+        for value in values:
+            value.grad = torch.ones_like(value)
+        S_WRITERS[write](values)
+    loaded = {"norm.weight": torch.rand(16, dtype=torch.float64)}
+    model.load_state_dict(loaded, strict=False)
+    twin.plain.load_state_dict(loaded, strict=False)
+    assert_one(model, twin)
+
+
+@pytest.mark.parametrize("write", ["in_place", "data"])
+def test_a_write_to_a_subnet_before_the_model_is_cast(write: str) -> None:
+    model, twin = twins(Toy(layers=1), target=("*.up",), output_rank_factor=0)
+    for _ in range(5):
+        with torch.no_grad():
+            model(batch())
+    for values in (values_of(model), twin.parameters()):
+        for value in values:
+            value.grad = torch.ones_like(value)
+        S_WRITERS[write](values)
+    model.double()
+    for name, weight in twin.weights().items():
+        close(model.get_parameter(name).detach(), weight.detach().double(), 1e-9, name)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import losia_fx
 from losia_fx import LosiaError, TransformError
@@ -445,6 +447,60 @@ def test_an_ensemble_of_models() -> None:
         stacked = vmap(lambda p, b: functional_call(made[0][0], (p, b), (ids,)))(parameters, buffers)
         for number, (_, twin) in enumerate(made):
             close(stacked[number], twin(ids), 1e-9, f"member {number}")
+
+
+def test_an_ensemble_by_a_copy_that_was_never_used() -> None:
+    """As torch's tutorial has it."""
+    made = [twins(Toy(layers=1).double(), seed=0) for _ in range(3)]
+    base = copy.deepcopy(made[0][0])
+    parameters, buffers = stack_module_state([model for model, _ in made])
+    ids = batch()
+    stacked = vmap(lambda p, b: functional_call(base, (p, b), (ids,)))(parameters, buffers)
+    for number, (_, twin) in enumerate(made):
+        close(stacked[number], twin(ids), 1e-9, f"member {number}")
+    close(base(ids), made[0][1](ids), 1e-9, "the copy itself, after that")
+
+
+class Blocks(Toy):
+    """What comes in are the embeddings, which can be differentiated by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def _dual(call: Callable[..., Any], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent: Tensor = forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        return tangent
+
+
+TRANSFORMED: dict[str, Callable[[Callable[..., Any], Tensor], Tensor]] = {
+    "vmap": lambda call, x: vmap(call)(x.unsqueeze(0)),
+    "jvp": lambda call, x: jvp(call, (x,), (torch.ones_like(x),))[1],
+    "jacrev": lambda call, x: jacrev(call)(x[:1, :2]),
+    "grad": lambda call, x: grad(lambda given: call(given).square().sum())(x),
+    "dual tensors": _dual,
+}
+
+
+@pytest.mark.parametrize("way", list(TRANSFORMED))
+def test_a_call_that_torch_func_transforms(way: str) -> None:
+    """Values, and what a loss of them says of the subnets."""
+    model, twin = twins(Blocks(layers=1).double())
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for _ in range(2):
+        found, expected = (TRANSFORMED[way](call, x) for call in (model, twin))
+        close(found, expected, 1e-9, "value")
+        zero(model, twin)
+        for value in (found, expected):
+            value.square().sum().backward()
+        for name, value in twin.values.items():
+            mine = subnets_of(model)[name].values.grad
+            assert mine is not None
+            assert value.grad is not None
+            close(mine, value.grad, 1e-9, name)
 
 
 def test_forward_mode_derivatives() -> None:

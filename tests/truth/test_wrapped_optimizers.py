@@ -828,3 +828,21 @@ def test_the_twin_itself() -> None:
     assert isinstance(twin, Twin)
     assert PERIOD == 3
     del model
+
+
+def test_a_list_of_parameters_that_is_changed_in_place() -> None:
+    """Another part of the model learns from then on, and as many parameters."""
+    model = losia_fx.transform(Toy(layers=1).double(), compiler="eager", rank_factor=0.25, period=50)
+    values = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw(values[:2])
+    with warned() as said:
+        for step in range(6):
+            if step == 3:
+                optimizer.param_groups[0]["params"][:] = values[2:4]
+            loss_of(model, batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losia_fx.state_dict(model)
+    assert not said
+    assert losia_fx.controller(model).step == 6
+    assert losia_fx.controller(model).left_out == 0
