@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
+from losia_fx import StateError
 from losia_fx.method.packing import DTYPES
 from losia_fx.method.subnet import draw, draw_all
 from losia_fx.runtime import expected
@@ -325,3 +326,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for name, entry in first[1].items():
         assert not isinstance(entry, Tensor) or torch.equal(entry, second[1][name]) or "importance" in name, name
     assert len(first[1]["history"]) == len(losia_fx.controller(one).history) == 2
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_it_is_refused_by_name() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = made()
+    for module in (*model.layers, model):
+        fully_shard(module)
+    with pytest.raises(StateError, match="frozen_products='int8' and a model that fully_shard has sharded"):
+        loss_of(model, batches(1)[0])
