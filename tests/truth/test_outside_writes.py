@@ -845,9 +845,8 @@ def test_a_load_of_other_weights_undoes_no_write_to_a_subnet(write: str) -> None
 @pytest.mark.parametrize("write", ["in_place", "data"])
 def test_a_write_to_a_subnet_before_the_model_is_cast(write: str) -> None:
     model, twin = twins(Toy(layers=1), target=("*.up",), output_rank_factor=0)
-    for _ in range(5):
-        with torch.no_grad():
-            model(batch())
+    for _ in range(5):  # the first of them compare values in any case
+        model.float()
     for values in (values_of(model), twin.parameters()):
         for value in values:
             value.grad = torch.ones_like(value)
