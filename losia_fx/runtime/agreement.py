@@ -18,7 +18,7 @@ from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.transfers import copies
 
-from .evidence import READ_AT_ONCE, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
+from .evidence import READ_AT_ONCE, Sample, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
 from .in_8_bits import keep_in_8_bits, refuse_lost_writes
 from .quantised_weight import put_block
 from .sharding import same_values
@@ -50,7 +50,7 @@ class Agreement:
         self._witnesses: dict[SubnetState, Witness | None] = {}
         self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
         """rows and picked cols, by number of the subnet."""
-        self._samples = Samples(())
+        self._samples, self._sample = Samples(()), Sample()
         self._lines = Samples(())
         self._turn = False
         self.averaged = False
@@ -82,8 +82,7 @@ class Agreement:
                     self._seen[at] = tensor = self._homes[at].get(self._keys[at])
                     (self._versions[at],), (self._places[at],) = marks_of([tensor])
         if self._samples.places != (held := self._places[len(self.states) :]):
-            self._samples = Samples([state.values for state in self.states], held)
-            self._sample = self._samples.take()
+            self._sample_anew(held, () if whole else set(self.states) - set(chosen))
         elif whole:
             self._sample = self._samples.take()
         else:
@@ -97,6 +96,14 @@ class Agreement:
         """Whether a write-back may write to its witness: to a column of a W in 8 bits, where a row gets a new scale."""
         witness = self._witnesses.get(state)
         return witness is not None and witness.dim == -1 and state.stored is not None
+
+    def _sample_anew(self, places: Sequence[int], others: Iterable[SubnetState]) -> None:
+        """Some S lie elsewhere now. others: what is known of these stays, as they may have been written since."""
+        before, known = self._samples, self._sample
+        self._samples = Samples([state.values for state in self.states], places)
+        self._sample = self._samples.take()
+        for number in (self._index[state] for state in others):
+            self._samples.of(self._sample, number).copy_(before.of(known, number))
 
     @property
     def _has_lines(self) -> bool:
