@@ -21,6 +21,7 @@ from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
 from losia_fx.runtime.agreement import strays
 from losia_fx.runtime.quantised_weight import QuantisedWeight
+from losia_fx.tools.bench import __main__ as command
 from losia_fx.tools.bench import apart, host, starts
 from losia_fx.tools.bench.__main__ import main
 from losia_fx.tools.bench.adapters import equal_rank
@@ -514,6 +515,17 @@ def test_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr()
     assert "round 2 of 2: floor (eager)" in printed.err
     assert all(name in printed.out for name in methods)
+
+
+def test_rounds_outlive_whatever_ends_what_comes_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_follow_schedule", interrupted)
+    assert main([*COMMAND, "--methods", "losia", "--modes", "eager", "--out", str(tmp_path)]) == 130
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["method"], len(row["ratios"])) for row in rows] == [("floor", 2), ("losia", 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
 
 
 @pytest.mark.slow

@@ -109,17 +109,22 @@ def _compare(
         else:
             setup = Setup.of(size, device)
             run(setup, entries, clock, report)
+            _write(args.out, bench)  # what comes now takes minutes of a large model, and somebody may not wait for it
             _follow_schedule(bench, setup, clock, report)
         report("imports in fresh processes")
         bench.import_s = import_times()
         if args.warm_start:
             report("losia's first step in fresh processes")
             bench.warm_start_s = warm_start(size, device)
-    write_json(args.out / "bench.json", bench.as_dict())
-    write_text(args.out / "bench.md", markdown(bench))
-    draw_bench(args.out / "bench.png", bench)
+    _write(args.out, bench)
     print_table(console, bench)
     console.print(f"written: {args.out}/bench.json, bench.md, bench.png", highlight=False)
+
+
+def _write(out: Path, bench: Bench) -> None:
+    write_json(out / "bench.json", bench.as_dict())
+    write_text(out / "bench.md", markdown(bench))
+    draw_bench(out / "bench.png", bench)
 
 
 def _follow_schedule(bench: Bench, setup: Setup, clock: Clock, report: Report) -> None:
