@@ -129,7 +129,8 @@ def _keep_in_8_bits(train: TrainState) -> None:
     """Where that is asked for: the last thing that changes a weight, when nothing can be refused any more."""
     for state in filter(is_asked_for, train.states):
         # The dense parameter is to go, and this one may be exchanged: restore() finds it by its name.
-        train.required_grad[state.name] = (nn.Parameter(torch.empty(0, device="cpu")), train.required_grad[state.name][1])
+        gone = nn.Parameter(torch.empty(0, device="cpu"))
+        train.required_grad[state.name] = (gone, train.required_grad[state.name][1])
         keep_in_8_bits(state)
         state.values.data.copy_(state.block())
 
