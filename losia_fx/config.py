@@ -87,8 +87,9 @@ class LosiaConfig:
         take three in 16 bits. A step's write to W is rounded to the nearest number, S itself is not; where a subnet
         leaves a place, to one of the two around at random, so that on average nothing is lost. Whatever reads W is
         given it in its own dtype, made for the moment: the model without gradients, the importance in a profiled slot,
-        state_dict() and with it save_pretrained(), which are dense. restore() gives a dense W of the values it has
-        then. Not with track_delta, nor for a weight that several modules share.
+        state_dict() and with it save_pretrained(), which are dense. A row that is loaded is rounded, unless the scale
+        that it has can say it; the LoSiA state of the same moment brings the scales. restore() gives a dense W of the
+        values it has then. Not with track_delta, nor for a weight that several modules share.
 
     A pattern is a shell-style glob (``*``, ``?``, ``[...]``). It matches a module or parameter of that dotted name, any
     whose name ends in ``.<pattern>``, and everything inside a module so matched: "q_proj", "layers.0", "*norm*".

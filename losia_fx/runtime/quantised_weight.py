@@ -169,6 +169,12 @@ class QuantisedWeight(Tensor):
         """Two weights are two: of tensors that share their memory, programs take one for the other."""
         return self.numbers.data_ptr()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
     def share_memory_(self) -> QuantisedWeight:
         self.numbers.share_memory_()
         self.scales.share_memory_()
@@ -210,7 +216,8 @@ def _unpickled(numbers: Tensor, scales: Tensor, kind: str, *facts: Any) -> Tenso
 def _no_write(what: str) -> LosiaError:
     return LosiaError(
         f"{what}: this weight is kept in 8 bits (keep_dense=False), and nothing but copy_ writes to it: copy_ all of "
-        "it, write to its subnet (losia_fx.subnets(model)[name].values), or transform with keep_dense=True"
+        "it, write to its subnet (losia_fx.subnets(model)[name].values), call losia_fx.restore(model) once training is "
+        "over, or transform with keep_dense=True"
     )
 
 
@@ -261,12 +268,22 @@ def _copy_(weight: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if isinstance(source, QuantisedWeight) and source.kind == weight.kind:
         numbers, scales = source.numbers, source.scales
     else:
-        numbers, scales = pack(source.expand(weight.shape).to(weight.device), weight.kind)
+        numbers, scales = _packed_anew(weight, source.expand(weight.shape).to(weight.device))
     weight.numbers.copy_(numbers)
     weight.scales.copy_(scales)
     weight.note_source(source)
     weight.written.count += 1  # torch's version grows by this one
     return weight
+
+
+def _packed_anew(weight: QuantisedWeight, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """A row that can be said with the scale that it has keeps that: what was read here and comes back is the same, and
+    one of its own making would round it again."""
+    numbers, scales = pack(dense, weight.kind)
+    said = nearest(dense.float() / weight.scales, weight.kind)
+    says = (dequantise(said, weight.scales, dense.dtype) == dense).all(1, keepdim=True)
+    kept = torch.where(says, as_bytes(said), as_bytes(numbers)).view(numbers.dtype)
+    return kept, torch.where(says, weight.scales, scales)
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Tensor | None:

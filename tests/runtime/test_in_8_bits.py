@@ -573,6 +573,20 @@ def test_state_dict_is_dense_and_a_plain_models(kind: str, dtype: torch.dtype) -
     assert isinstance(model.state_dict(keep_vars=True)[states_of(model)[0].name], QuantisedWeight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_its_own_values_back_changes_nothing(dtype: torch.dtype) -> None:
+    """As load_best_model_at_end and averages put back do."""
+    model = trained(steps=7, dtype=dtype)
+    before, learnt = numbers(model), [values.detach().clone() for values in losia_values(model)]
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(value, before[name]) for name, value in numbers(model).items())
+    assert all(torch.equal(one, other) for one, other in zip(losia_values(model), learnt, strict=True))
+
+
+def losia_values(model: nn.Module) -> list[nn.Parameter]:
+    return [subnet.values for subnet in losia_fx.subnets(model).values()]
+
+
 def test_save_pretrained_and_back(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 

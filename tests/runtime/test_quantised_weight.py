@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,6 +244,35 @@ def test_a_block_is_written_held_and_counted(kind: str) -> None:
     assert torch.equal(weight[rows][:, cols], expected.bfloat16())
     assert weight._version == 1
     assert not weight.lost_writes()
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_that_its_scale_can_say_keeps_that_and_others_are_packed(kind: str, dtype: torch.dtype) -> None:
+    weight = made(kind, dtype)
+    for size in (9.0, 0.1):  # the scale of row 3 is larger than its values ask for
+        weight.write(torch.tensor([3]), torch.arange(8), torch.full((1, 8), size))
+    before = [part.clone() for part in parts(weight)]
+    values = weight.dense()
+    weight.copy_(values)
+    assert_same_parts(weight, QuantisedWeight(before[0].view(DTYPES[kind]), before[1], dtype))
+    assert not torch.equal(weight.scales, pack(values, kind)[1])
+    weight.write(torch.tensor([3, 7]), torch.tensor([2]), torch.zeros(2, 1))  # since then
+    values[5] += 1
+    weight.copy_(values)
+    expected = pack(values, kind)
+    others = torch.arange(16) != 5
+    assert torch.equal(weight.scales[others], before[1][others])
+    assert torch.equal(parts(weight)[0][others], before[0][others])
+    assert torch.equal(weight.scales[5], expected[1][5])
+    assert torch.equal(parts(weight)[0][5], expected[0][5].view(torch.uint8))
+
+
+def test_its_values_leave_torch_as_those_of_the_dense_weight_do() -> None:
+    weight = made(dtype=torch.float32)
+    assert weight.tolist() == weight.dense().tolist()
+    assert (weight.detach().numpy() == weight.dense().numpy()).all()
+    assert (np.asarray(weight.detach()) == weight.dense().numpy()).all()
 
 
 @each_kind
