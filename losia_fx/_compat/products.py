@@ -22,7 +22,7 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 settle = torch.ops.prims.inductor_force_stride_order.default
-"""settle(x, strides of x) is x; Inductor, which takes it from any graph (2.11 to 2.15), makes a buffer of x there.
+"""settle(x, strides of x) is x; Inductor, which takes it from any graph (2.11 and 2.13), makes a buffer of x there.
 
 Whether it does, or has each reader compute x anew, nothing public decides; a copy or an op of our own would cost a pass
 over memory more.

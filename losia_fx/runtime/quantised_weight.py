@@ -37,7 +37,9 @@ class QuantisedWeight(Tensor):
 
     Every operation is that of the dense values, and gives what it gives of those: also one that gives a view of another
     tensor, so a write to what it gave is lost (``lost_writes``). Copies, aliases and other devices and dtypes of it are
-    such a tensor again. copy_ packs what it is given anew. Any other write raises LosiaError.
+    such a tensor again. copy_ packs what it is given anew, but for rows that their scales can say. Any other write
+    raises LosiaError. It has no storage: what asks for one (safetensors' save_file of parameters) fails in torch's
+    words, and is to be given the state_dict().
     """
 
     numbers: Tensor

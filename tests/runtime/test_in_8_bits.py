@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,26 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losia_fx
-from losia_fx import DeltaError, LosiaWarning, StateError, TransformError
+from losia_fx import DeltaError, StateError, TransformError
 from losia_fx.method.importance import importance_of
 from losia_fx.method.packing import pack
 from losia_fx.runtime import expected
 from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import SubnetState
-from tests.support.eight_bits import KINDS
+from tests.support.eight_bits import KINDS, fast
 from tests.support.toy_runs import adamw, assert_same, batches, learning, train
 from tests.support.toys import Toy, batch, by_string, loss_of, tiny_llama
 
+__all__ = ["fast"]
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2, "keep_dense": False}
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine on which 8-bit products are fast, so that nothing is said of it."""
-    monkeypatch.setattr(expected, "share_of_dense", lambda *_: 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LosiaWarning)
-        yield
 
 
 def plain(dtype: torch.dtype = torch.float32, seed: int = 1, **sizes: Any) -> Toy:

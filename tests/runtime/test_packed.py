@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +18,12 @@ from losia_fx.method.packing import pack
 from losia_fx.runtime import expected
 from losia_fx.runtime.packed import PackedWeight
 from losia_fx.runtime.state import SubnetState
-from tests.support.eight_bits import KINDS
+from tests.support.eight_bits import KINDS, fast
 from tests.support.toy_runs import adamw, learning, train
 from tests.support.toys import Toy, batch, by_string, loss_of
 
+__all__ = ["fast"]
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25, "period": 2}
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine on which 8-bit products are fast, so that nothing is said of it."""
-    monkeypatch.setattr(expected, "share_of_dense", lambda *_: 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LosiaWarning)
-        yield
 
 
 def made(kind: str = "int8", **options: Any) -> nn.Module:

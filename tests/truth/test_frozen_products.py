@@ -6,9 +6,6 @@ Where losia_fx alone decides (checkpoints, accumulation, deltas, ranks), to the 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from losia_fx.ops.library import VERSION
 from losia_fx.passes import Observer
 from losia_fx.runtime import expected
 from tests.support import table
-from tests.support.eight_bits import KINDS, needs_float8
+from tests.support.eight_bits import KINDS, needs_float8, trained_by_two
 from tests.support.toy_runs import adamw, assert_same, batches, learning, toy, train
 from tests.support.toys import Toy, loss_of
 
@@ -254,36 +251,15 @@ def test_other_architectures(case: table.Case) -> None:
     assert abs(losses[1] - losses[0]) <= 0.02 * losses[0]
 
 
-WORKER = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import losia_fx
-from tests.support.toy_runs import adamw, batches, learning, toy
-from tests.support.toys import loss_of
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+TWO = """
+from tests.support.toy_runs import toy
 model = toy(seed=1 + rank, frozen_products="int8")
-ddp, optimizer = DistributedDataParallel(model), adamw(learning(model))
-for ids in batches(9):
-    loss_of(ddp, ids[2 * rank : 2 * rank + 2]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save((model.state_dict(), losia_fx.state_dict(model)), f"{sys.argv[2]}.{rank}")
 """
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """DistributedDataParallel: the ranks agree to the bit, and nearly with one process on the joined batch."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    store = tmp_path / "store"
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(store)], env=environment) for rank in (0, 1)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    first, second = (torch.load(f"{store}.{rank}", weights_only=True) for rank in (0, 1))
+    first, second = trained_by_two(TWO, tmp_path)
     one = toy(frozen_products="int8")
     optimizer = adamw(learning(one))
     train(one, optimizer, batches(9), clip=None)

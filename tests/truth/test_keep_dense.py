@@ -4,9 +4,6 @@ to the nearest, rows that outgrow their scales, and draws where a subnet leaves 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from losia_fx.method.packing import DTYPES
 from losia_fx.method.subnet import draw, draw_all
 from losia_fx.runtime import expected
 from losia_fx.runtime.quantised_weight import QuantisedWeight
-from tests.support.eight_bits import KINDS
+from tests.support.eight_bits import KINDS, trained_by_two
 from tests.support.toy_runs import adamw, assert_same, batches, learning, train
 from tests.support.toys import Toy, loss_of
 
@@ -286,37 +283,15 @@ def test_the_loss_goes_down_as_it_does_with_dense_weights(kind: str) -> None:
     assert abs(ends[1] - ends[0]) <= 0.05 * ends[0]
 
 
-WORKER = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import losia_fx
-from tests.support.toy_runs import adamw, batches, learning
-from tests.support.toys import loss_of
+TWO = """
 from tests.truth.test_keep_dense import made
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 model = made(seed=1 + rank, period=4)
-ddp, optimizer = DistributedDataParallel(model), adamw(learning(model))
-for ids in batches(9):
-    loss_of(ddp, ids[2 * rank : 2 * rank + 2]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save((model.state_dict(), losia_fx.state_dict(model)), f"{sys.argv[2]}.{rank}")
 """
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """DistributedDataParallel: the ranks agree to the bit, their draws too, and nearly with one process."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    store = tmp_path / "store"
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(store)], env=environment) for rank in (0, 1)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    first, second = (torch.load(f"{store}.{rank}", weights_only=True) for rank in (0, 1))
+    first, second = trained_by_two(TWO, tmp_path)
     one = made(period=4)
     train(one, adamw(learning(one)), batches(9), clip=None)
     for name, value in one.state_dict().items():
