@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
+from itertools import repeat
+from operator import is_
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -123,9 +125,12 @@ def exchange_calls(places: Iterable[dict[str, Any]], calls: Iterable[Callable[..
         place[_CALL] = call
 
 
-def not_installed(calls: Mapping[nn.Module, Callable[..., Any]]) -> list[nn.Module]:
-    """The modules that run something else than what ``install_call`` gave them."""
-    return [module for module, call in calls.items() if module.__dict__.get(_CALL) is not call]
+def other_calls(places: Sequence[dict[str, Any]], calls: Sequence[Callable[..., Any]]) -> list[int]:
+    """Which of many modules, given by their __dict__, run something else than what ``install_call`` gave them."""
+    found = list(map(dict.get, places, repeat(_CALL)))
+    if all(map(is_, found, calls)):
+        return []
+    return [number for number, (one, other) in enumerate(zip(found, calls, strict=True)) if one is not other]
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

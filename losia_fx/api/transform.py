@@ -48,7 +48,6 @@ from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
-from losia_fx.runtime.watch import plain_forward
 from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
@@ -284,7 +283,7 @@ class CompiledCall:
         if learns and is_transformed():  # no op of ours knows of these, and W made of S is an ordinary tensor
             return call_with_others(train, args, kwargs)
         if not learns:
-            with plain_forward(train.watches.values()):
+            with train.watches.plain_forward():
                 return plain_call(self.root, *args, **kwargs)
         if self._compiled is None:
             refuse_wrappers(self.root)

@@ -104,6 +104,7 @@ def fits_from(measured: Sequence[Sequence[float]], clip: Sequence[float]) -> lis
     return [fit_from(numbers, fallback, limit=limit) for numbers in measured]
 
 
+@torch.no_grad()
 def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """What ``clip_limit`` decides by, of S.grad of all the subnets that an optimizer steps: 3 numbers, float32.
 
@@ -113,7 +114,7 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad.detach().reshape(-1))
+        by_device.setdefault(grad.device, []).append(grad.reshape(-1))
     if not by_device:
         return torch.zeros(3, device="cpu")
     tops = [_largest_of(flat) for flat in by_device.values()]

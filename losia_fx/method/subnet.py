@@ -84,19 +84,20 @@ class BlockWriter:
     """Writes one block after the other to one matrix; a small one that is written where the last one was, faster."""
 
     def __init__(self) -> None:
-        self._placed: PlacedBlock | None = None
+        self.placed: PlacedBlock | None = None
+        """What was written last, where it may be written again as it is."""
         self._at: tuple[int, int] | None = None
         """Versions of rows and cols at the last write."""
 
     def write(self, full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> None:
         """full[rows][:, cols] = values, in full's dtype. To be called with gradients off."""
-        if self._placed is not None and self._placed.holds(full, rows, cols, values):
-            self._placed.write()
+        if self.placed is not None and self.placed.holds(full, rows, cols, values):
+            self.placed.write()
             return
         scatter(full, rows, cols, values.detach().to(full.dtype))
         at = (rows._version, -1 if cols is None else cols._version)
         # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
-        self._placed = PlacedBlock.of(full, rows, cols, values) if at == self._at else None
+        self.placed = PlacedBlock.of(full, rows, cols, values) if at == self._at else None
         self._at = at
 
 

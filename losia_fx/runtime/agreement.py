@@ -18,7 +18,7 @@ from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.transfers import copies
 
-from .evidence import READ_AT_ONCE, Sample, Samples, Witness, equal, line_of, marks_of, sampled, witnesses_of
+from .evidence import READ_AT_ONCE, Sample, Samples, Witness, as_held, equal, line_of, marks_of, witnesses_of
 from .in_8_bits import keep_in_8_bits, refuse_lost_writes
 from .quantised_weight import put_block
 from .sharding import same_values
@@ -47,6 +47,7 @@ class Agreement:
         self._homes = [state.owner._parameters for state in states] * 2
         self._keys = [state.parameter for state in states] + [state.values_name for state in states]
         self._index = {state: number for number, state in enumerate(self.states)}
+        self._dense = not any(state.packed is not None and state.packed.instead for state in states)
         self._witnesses: dict[SubnetState, Witness | None] = {}
         self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
         """rows and picked cols, by number of the subnet."""
@@ -75,7 +76,7 @@ class Agreement:
         whole = states is None or len(chosen) == len(self.states)
         if whole:
             self._seen = self._tensors()
-            self._versions, self._places = marks_of(self._seen)
+            self._versions, self._places = marks_of(self._seen, self._dense)
         else:
             for state in chosen:
                 for at in self._positions(state):
@@ -87,7 +88,8 @@ class Agreement:
             self._sample = self._samples.take()
         else:
             self._samples.renew(self._sample, [self._index[state] for state in chosen])
-        self._witnesses.update(witnesses_of(chosen if places else filter(self._may_have_moved, chosen)))
+        if places or not self._dense:
+            self._witnesses.update(witnesses_of(chosen if places else filter(self._may_have_moved, chosen)))
         if places:
             self._indices.update((self._index[state], (state.rows, state.picked_cols)) for state in chosen)
         self._remember_lines(chosen, whole, places)
@@ -110,21 +112,27 @@ class Agreement:
         return self._lines.places == self._places[: len(self.states)]
 
     def _remember_lines(self, chosen: Sequence[SubnetState], whole: bool, moved: bool) -> None:
-        most = sampled(len(self.states))
+        count = len(self.states)
         if whole and (moved or not self._has_lines):
-            self._lines = Samples([line_of(state, most) for state in self.states], self._places[: len(self.states)])
+            self._lines = Samples([line_of(state, count) for state in self.states], self._places[: len(self.states)])
             self._line = self._lines.take()
         elif whole:
             self._line = self._lines.take()
         elif self._has_lines:  # else W by W is going somewhere else: the next look compares values
             numbers = [self._index[state] for state in chosen]
             if moved:
-                self._lines.look_at({number: line_of(self.states[number], most) for number in numbers})
+                self._lines.look_at({number: line_of(self.states[number], count) for number in numbers})
             self._lines.renew(self._line, numbers)
 
     def _positions(self, state: SubnetState) -> tuple[int, int]:
         number = self._index[state]
         return number, number + len(self.states)
+
+    @property
+    def stands(self) -> bool:
+        """Whether each W and S is the tensor that it was, and no shard of one."""
+        tensors = self._tensors()
+        return all(map(is_, tensors, self._seen)) and set(map(type, tensors)) == {nn.Parameter}
 
     def differing(self) -> list[SubnetState]:
         """The subnets of which W or S is not the tensor, the version or the storage that it was.
@@ -133,7 +141,7 @@ class Agreement:
         """
         tensors = self._tensors()
         if all(map(is_, tensors, self._seen)):
-            versions, places = marks_of(tensors)
+            versions, places = marks_of(tensors, self._dense)
             if versions == self._versions and places == self._places:
                 return []
         elif not all(isinstance(tensor, nn.Parameter) for tensor in tensors if tensor is not None):
@@ -279,7 +287,7 @@ class Agreement:
         stride = self._samples.strides[number]
         block, witness = state.block().reshape(-1)[::stride], self._witnesses.get(state)
         s = not bool(equal(now, before))
-        w = not bool(equal(block, _as_held(state, before, stride)))
+        w = not bool(equal(block, as_held(state, before, stride)))
         w = w or (witness is not None and not witness.holds(state))
         return s, w
 
@@ -321,15 +329,6 @@ def _same(states: Sequence[SubnetState]) -> list[bool]:
         return same_values(states)
     found = [equal(state.block(), state.as_held(state.values)) for state in states]
     return [bool(same) for same in copies(found)]
-
-
-def _as_held(state: SubnetState, sample: Tensor, stride: int) -> Tensor:
-    """A sample of S, every ``stride``-th element, as W can hold it."""
-    if state.stored is None:
-        return sample.to(state.weight.dtype)
-    whole = sample.new_zeros(state.values.numel())
-    whole[::stride] = sample
-    return state.as_held(whole.view_as(state.values)).reshape(-1)[::stride]
 
 
 def _refuse_torn(states: Sequence[SubnetState]) -> None:

@@ -78,8 +78,7 @@ class Controller:
         """Lets go of the model: no step is followed any more."""
         registry.TRAINED.discard(self.train)
         registry.changed()
-        for watching in self.train.watches.values():
-            watching.remove()
+        self.train.watches.remove()
         self.train.states, self.train.groups = [], []
         self.root.__dict__.pop(CONTROLLER, None)
 
@@ -170,7 +169,7 @@ class Controller:
         holders = [modules[name] for name in names]
         parents = [modules[name.rpartition(".")[0]] for name in names if name]
         fresh = [[m for m in dict.fromkeys(some) if self._is_to_watch(m)] for some in (holders, parents)]
-        self.train.watches.update((watching.module, watching) for watching in watch(*fresh))
+        self.train.watches.add(watch(*fresh))
 
     def _is_to_watch(self, module: nn.Module) -> bool:
         """The root sees to itself, and so does what backend="losia" compiles in place."""

@@ -33,13 +33,18 @@ WITNESSES = 256
 
 
 _version = attrgetter("_version")
-_place = methodcaller("data_ptr")  # not Tensor's own: a weight in 8 bits is where its numbers are
+_place: Callable[[Any], int] = methodcaller("data_ptr")  # not Tensor's own: of a weight in 8 bits, its numbers'
+_dense_place: Callable[[Any], int] = Tensor.data_ptr
 
 
-def marks_of(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
-    """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none."""
+def marks_of(tensors: Sequence[Tensor | None], dense: bool = False) -> tuple[list[int], list[int]]:
+    """Versions and places in memory. A tensor that is gone, or keeps no version (of inference mode), has none.
+
+    dense: none of them is a weight in 8 bits, and Tensor's own way to say where it is takes half the time.
+    """
+    place = _dense_place if dense else _place
     try:
-        return list(map(_version, tensors)), list(map(_place, tensors))
+        return list(map(_version, tensors)), list(map(place, tensors))
     except (AttributeError, TypeError, RuntimeError):
         return [_mark(tensor, _version) for tensor in tensors], [_mark(tensor, _place) for tensor in tensors]
 
@@ -101,10 +106,19 @@ def sampled(count: int) -> int:
     return min(MOST_SAMPLED, max(1, SAMPLED // max(1, count)))
 
 
-def line_of(state: SubnetState, most: int) -> Tensor:
-    """The beginning of a row of W, (n,), in the midst of its subnet: elements side by side cost a third of as many that
-    are apart. Nothing where the host would wait for it."""
-    weight = state.weight.detach()
+def as_held(state: SubnetState, sample: Tensor, stride: int) -> Tensor:
+    """A sample of S, every ``stride``-th element, as W can hold it."""
+    if state.stored is None:
+        return sample.to(state.weight.dtype)
+    whole = sample.new_zeros(state.values.numel())
+    whole[::stride] = sample
+    return state.as_held(whole.view_as(state.values)).reshape(-1)[::stride]
+
+
+def line_of(state: SubnetState, count: int) -> Tensor:
+    """The beginning of a row of W, one of ``count``, (n,), in the midst of its subnet: elements side by side cost a
+    third of as many that are apart. Nothing where the host would wait for it."""
+    weight, most = state.weight.detach(), sampled(count)
     if weight.device.type != "cpu":
         return torch.empty(0, dtype=weight.dtype, device="cpu")
     row = int(state.rows.reshape(-1)[state.rows.shape[-1] // 2])

@@ -17,7 +17,6 @@ from .look import look
 from .outside import whole_of
 from .state import SubnetState
 from .train_state import TrainState
-from .watch import plain_forward
 
 
 def call_with_others(train: TrainState, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -26,7 +25,7 @@ def call_with_others(train: TrainState, args: Sequence[Any], kwargs: Mapping[str
     Each S is put into its W, but for a W that was given by itself: so all that was given gets its gradient, a dense
     one, and so does an S that was not.
     """
-    with _subnets_in_place(train.states), plain_forward(train.watches.values()):
+    with _subnets_in_place(train.states), train.watches.plain_forward():
         return plain_call(train.root, *args, **kwargs)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from losia_fx import registry
-from losia_fx._compat import compiled_call, not_installed
 from losia_fx.errors import StateError, listed
 from losia_fx.method.schedule import checked_steps
 
@@ -22,7 +21,6 @@ from .shards import reshard_all
 from .state import SubnetState
 from .take_in_shards import take_in_shards, was_sharded
 from .train_state import TrainState
-from .write_back import write_back
 
 PART_LOOKS = 3
 """Uses of a weight, outside of forwards of the whole model, that compare values whatever the versions say."""
@@ -95,7 +93,7 @@ def mend(train: TrainState) -> None:
         if steps.under_way(train):
             return
         slot.finish_moves(train, train.states)
-        write_back(list(pending.open), train.compiles)
+        train.write_back(list(pending.open))
         train.agreement.remember(pending.open)
         pending.open.clear()
         pending.forget_step()
@@ -108,12 +106,6 @@ def check_weights(train: TrainState) -> None:
             f"{listed([state.name for state in found])}: the weights do not hold the subnets of the LoSiA state "
             "that was loaded. Load the model's weights of the same checkpoint as well (in either order)"
         )
-
-
-def check_calls(train: TrainState) -> None:
-    for module in not_installed(train.watches):  # Module.compile() since then: it serves while gradients are off
-        train.watches[module].before = compiled_call(module)
-        train.watches[module].install()
 
 
 # -- one weight by itself ---------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def warn_outside(train: TrainState) -> None:
 
 def warn_without_grad(states: Sequence[SubnetState]) -> None:
     """Weights that ran with gradients off within a forward, and have none."""
+    if not registry.RAN_WITHOUT_GRAD:
+        return
     silent = [state for state in states if state in registry.RAN_WITHOUT_GRAD and state.values.grad is None]
     registry.RAN_WITHOUT_GRAD.difference_update(states)
     fresh = [state for state in silent if not state.ran_without_grad]
@@ -81,6 +83,16 @@ def warn_put_back(train: TrainState, states: Sequence[SubnetState]) -> None:
             f"the state that the optimizer has loaded is of before {len(states)} subnets moved ({_names(states)}): its "
             "moments belong to other places of their weights. Load the LoSiA state of the same moment too "
             "(losia_fx.load_state_dict)"
+        )
+
+
+def warn_perhaps_put_back(train: TrainState, states: Sequence[SubnetState], step: int) -> None:
+    """``step``: of the last move among them."""
+    if _once(train, "put back"):
+        _warn(
+            f"the optimizer has loaded a state that counts no steps. If it is of before step {step}, its moments "
+            f"belong to other places of {len(states)} weights, whose subnets have moved since ({_names(states)}): load "
+            "the LoSiA state of the same moment too, then (losia_fx.load_state_dict)"
         )
 
 

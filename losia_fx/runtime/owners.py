@@ -58,6 +58,11 @@ def owned(optimizer: Optimizer) -> Owned:
     return known
 
 
+def found_before(optimizer: Optimizer) -> Owned:
+    """What ``owned`` found when the step began: of a step that ends, nothing is looked up anew."""
+    return OWNED.get(optimizer) or owned(optimizer)
+
+
 def _split(states: Sequence[SubnetState], held: set[int]) -> tuple[list[SubnetState], list[SubnetState]]:
     """Those whose S is held, and those of which W alone is."""
     mine, bare = [], []
@@ -115,21 +120,28 @@ def meet(train: TrainState) -> None:
 def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:
     """Where an optimizer has loaded a state since its last step: are its moments of places where subnets were before?
     They are if they have seen more steps than there were since the last move; of one around others, whose steps may be
-    several of theirs, that says nothing."""
+    several of theirs, that says nothing. Where nothing counts steps (SGD's momentum), they may be, unless the subnets
+    were put back too."""
     before, now = train.optimizers.states.get(optimizer), id(optimizer.__dict__.get("state"))
     train.optimizers.states[optimizer] = now
     keeps = isinstance(optimizer, KeepsOverMoves) or train.config.carry_moments
     if before in (None, now) or keeps or inner_optimizers(optimizer):
         return
     moved = {event.group: event.step for event in train.progress.events if event.moved != 0}
-    old = []
+    old, uncounted, latest = [], [], 0
     for state in mine:
         last = max(moved.get(state.group, 0), moved.get(None, 0))
-        steps = optimizer.state.get(state.values, {}).get("step")
+        kept = optimizer.state.get(state.values, {})
+        steps = kept.get("step")
         if last and steps is not None and float(steps) > train.progress.step - last:
             old.append(state)
+        elif last and steps is None and any(isinstance(value, Tensor) for value in kept.values()):
+            uncounted.append(state)
+            latest = max(latest, last)
     if old:
         notices.warn_put_back(train, old)
+    elif uncounted and not train.put_back:
+        notices.warn_perhaps_put_back(train, uncounted, latest)
 
 
 def modes_of(train: TrainState) -> list[bool]:

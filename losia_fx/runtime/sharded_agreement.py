@@ -40,6 +40,9 @@ class ShardedAgreement:
         for state in states:
             state.agreement = self
 
+    stands = True
+    """What has been sharded is whole no more."""
+
     def remember(self, states: Iterable[SubnetState] | None = None, places: bool = False) -> None:
         """S and W of ``states`` (None: of all) agree as they are now."""
         for state in self.states if states is None else states:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 def in_order(states: Iterable[SubnetState]) -> list[SubnetState]:
     """As they were made, which is the same order on every rank."""
-    return sorted(states, key=lambda state: int(state.handle))
+    return sorted(states, key=lambda state: state.number)
 
 
 def shards_of(state: SubnetState) -> Shards:

@@ -157,7 +157,7 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     train.pending.open.clear()
     train.agreement.waiting = set(strays(train.states))
     train.agreement.remember(places=True)
-    train.resumed = True
+    train.resumed = train.put_back = True
 
 
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:

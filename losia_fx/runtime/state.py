@@ -68,7 +68,7 @@ class SubnetState:
         """What knows whether S and W agree (agreement.agreement_of); None of a copy without a controller."""
         self.ahead = False
         """Of a copy: S was newer than W when it was made."""
-        self._writer = BlockWriter()
+        self.writer = BlockWriter()
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
         self.shards: Shards | None = None
@@ -85,7 +85,8 @@ class SubnetState:
 
     def _enlist(self) -> None:
         # On the CPU, whatever torch.set_default_device says: the host reads it in every graph.
-        self.handle = torch.tensor([registry.enter(self)], device="cpu")
+        self.number = registry.enter(self)
+        self.handle = torch.tensor([self.number], device="cpu")
 
     # -- the tensors, always read from the module: .to() and load_state_dict may replace them ---------------------
 
@@ -173,9 +174,6 @@ class SubnetState:
         found = (parameters[self.parameter], buffers[self.rows_name], cols, parameters[self.values_name])
         return cast("tuple[Tensor, Tensor, Tensor | None, Tensor]", found)
 
-    def notice_gradient(self) -> None:
-        self.learned = self.learned or self.values.grad is not None
-
     @property
     def facts(self) -> SubnetFacts:
         dtype = str(self.values.dtype).removeprefix("torch.")
@@ -233,17 +231,17 @@ class SubnetState:
             self.owner.__dict__.pop(ATTRIBUTE, None)
         for hook in self.hooks:
             hook.remove()
-        self._writer, self.packed = BlockWriter(), None
+        self.writer, self.packed = BlockWriter(), None
         registry.leave(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("handle", "agreement", "_writer")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("number", "handle", "agreement", "writer")}
         return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.
         self.__dict__.update(state)
-        self.agreement, self._writer = None, BlockWriter()
+        self.agreement, self.writer = None, BlockWriter()
         self._enlist()
         registry.COPIES.add(self)
 
@@ -287,7 +285,7 @@ class SubnetState:
         if (stored := self.stored) is not None:
             stored.write(self.rows, self.cols, self.values)
         else:
-            self._writer.write(*self.written())
+            self.writer.write(*self.written())
 
     @torch.no_grad()
     def move_to(self, rows: Tensor, cols: Tensor) -> None:

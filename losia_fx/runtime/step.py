@@ -25,7 +25,7 @@ from .state import SubnetState
 from .steps import Followed
 from .take_in_shards import was_sharded
 from .train_state import TrainState
-from .write_back import rewarm, rewarm_share, undo_write_back, write_back
+from .write_back import rewarm, rewarm_share, undo_write_back
 
 
 def is_rehearsal(optimizer: Optimizer, mine: Sequence[SubnetState]) -> bool:
@@ -43,13 +43,13 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
     or changed, within the step."""
     with train.lock:
         train.check_tree()
-        look.check_calls(train)
+        train.watches.install()
         if train.agreement.waiting:
             look.check_weights(train)
             look.look(train, learns=True)
         look.mend(train)
-        if was_sharded(train.states):  # around the model: it had whole weights in its forward, whose memory is gone
-            look.take_in(train)
+        if not train.agreement.stands and was_sharded(train.states):
+            look.take_in(train)  # around the model: it had whole weights in its forward, whose memory is gone
         # At the end of a slot the host waits for the device anyhow; of many short slots, once in a while.
         checked = (train.progress.step + 1) % checked_steps(train.config) == 0
         values = checked or train.agreement.vigilant or train.agreement.shows_a_write()
@@ -61,7 +61,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
             _drop_silent_owners(train)
         train.optimizers.waited_for.add(optimizer)
         for state in mine:
-            state.notice_gradient()
+            state.learned = state.learned or state.values.grad is not None
             if state.profile is not None or state.rewarm_from is not None:
                 train.pending.before[state] = (state.values_here.detach().clone(), state.weight_here._version)
         if not within:
@@ -153,19 +153,21 @@ def _finish(train: TrainState, mine: Sequence[SubnetState]) -> None:
     """Our part of a step, after the optimizer's."""
     pending = train.pending
     for state in mine:
-        state.notice_gradient()
+        state.learned = state.learned or state.values.grad is not None
         if state.profile is not None:
             _update_importance(train, state)
+        if state.rewarm_from is None:
+            continue
         if (share := rewarm_share(state, train.config, train.progress.step)) < 1.0:
             rewarm(state.values_here, pending.before[state][0], share)
         else:
             state.rewarm_from = None
-    write_back(mine, train.compiles)
+    train.write_back(mine)
     pending.before.clear()
     train.agreement.remember(mine)
     pending.open.difference_update(mine)
     train.progress.stepped.update(mine)
-    train.idle = train.agreement.averaged = False
+    train.idle = train.put_back = train.agreement.averaged = False
     train.vigilance.stepped(owners.modes_of(train))
     if not pending.rest_to_come:
         slot.select_due(train)
@@ -197,7 +199,7 @@ def _advance(train: TrainState, late: bool = False) -> None:
     optimizers.of_last_step, optimizers.of_this_step = optimizers.of_this_step, weakref.WeakSet()
     progress.stepped.clear()
     train.pending.forget_step()
-    drop_taps(int(state.handle) for state in train.states)
+    drop_taps(state.number for state in train.states)
     if progress.step % checked_steps(train.config) == 0:
         notices.warn_silent(train, owners.waited_for(train))
     if due and not late and not train.pending.rest_to_come:

@@ -17,7 +17,7 @@ from losia_fx.errors import OptimizerError, listed
 from . import notices, step, steps
 from .optimizer_state import adopt_subnets
 from .optimizers import follow_optimizers, inner_optimizers, parameters_of
-from .owners import Owned, owned
+from .owners import Owned, found_before, owned
 from .state import SubnetState
 from .take_in_shards import refuse_unsharded
 from .train_state import TrainState
@@ -81,7 +81,7 @@ def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]
 @torch.compiler.disable
 def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Global hook after every optimizer step of the process."""
-    if not owned(optimizer).mine:
+    if not found_before(optimizer).mine:
         return
     try:
         for train, followed in list(steps.made_by(optimizer).items()):

@@ -30,7 +30,8 @@ from .ranks import Ranks
 from .sharded_agreement import AnyAgreement, ShardedAgreement
 from .state import SubnetState
 from .vigilance import FIRST_LOOKS, Vigilance
-from .watch import Watch
+from .watch import Watches
+from .write_back import WriteBack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not in every build of torch
@@ -159,7 +160,7 @@ class TrainState:
     """Weight names by group, the head first."""
     bases: Bases | None = None
     """What the weights were before training; None where that is not tracked."""
-    watches: dict[nn.Module, Watch] = field(default_factory=dict)
+    watches: Watches = field(default_factory=Watches)
     required_grad: dict[str, tuple[nn.Parameter, bool]] = field(default_factory=dict)
     """Every parameter, by name, and its requires_grad before the transformation."""
     copied_from: int | None = None
@@ -173,11 +174,14 @@ class TrainState:
         self.ranks = Ranks()
         self.optimizers = Optimizers()
         self.pending = Pending()
+        self.write_back = WriteBack(self.compiles)
         self.vigilance = Vigilance()
         self.told: set[str] = set()
         """Of notices.py, what has been said once."""
         self.resumed = False
         """A LoSiA state was loaded."""
+        self.put_back = False
+        """It was since the last step."""
         self.idle = True
         """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
         self.by_hand: dict[SubnetState, Tensor] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from losia_fx._compat import (
     exchange_calls,
     install_call,
     is_jit_tracing,
+    other_calls,
     plain_call,
     runs_uncompiled,
 )
@@ -66,14 +68,45 @@ class Watch:
         return plain_call(self.module, *args, **kwargs)
 
 
-@contextmanager
-def plain_forward(watches: Iterable[Watch]) -> Iterator[None]:
-    """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns, so
-    its modules are called as they were before."""
-    watching = list(watches)
-    places = [each.module.__dict__ for each in watching]
-    try:
-        exchange_calls(places, [each.before for each in watching])
-        yield
-    finally:
-        exchange_calls(places, watching)
+class Watches:
+    """The watches of one model. They are looked at before every use, so what is asked of all is asked in few calls."""
+
+    def __init__(self) -> None:
+        self._by_module: dict[nn.Module, Watch] = {}
+
+    def add(self, watches: Iterable[Watch]) -> None:
+        self._by_module.update((each.module, each) for each in watches)
+        self.__dict__.pop("_lists", None)
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._by_module
+
+    @cached_property
+    def _lists(self) -> tuple[list[dict[str, Any]], list[Watch]]:
+        """The __dict__ of every module, and its Watch."""
+        return [module.__dict__ for module in self._by_module], list(self._by_module.values())
+
+    def install(self) -> None:
+        """Where Module.compile() has put its own call since: that serves while gradients are off."""
+        places, watches = self._lists
+        for number in other_calls(places, watches):
+            watches[number].before = compiled_call(watches[number].module)
+            watches[number].install()
+
+    def remove(self) -> None:
+        for each in self._by_module.values():
+            each.remove()
+
+    @contextmanager
+    def plain_forward(self) -> Iterator[None]:
+        """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns,
+        so its modules are called as they were before."""
+        places, watches = self._lists
+        try:
+            exchange_calls(places, [each.before for each in watches])
+            yield
+        finally:
+            exchange_calls(places, watches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_by_module": self._by_module}

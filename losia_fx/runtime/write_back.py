@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,34 +13,88 @@ from torch import Tensor
 from losia_fx.config import LosiaConfig
 from losia_fx.method import kernels
 from losia_fx.method.schedule import rewarm_factor
+from losia_fx.method.subnet import PlacedBlock
 
 from . import sharding
 from .quantised_weight import put_block
 from .state import SubnetState
 
 
-@torch.no_grad()
-def write_back(states: Sequence[SubnetState], compiled: bool) -> None:
-    """W[rows, cols] = S, and the rows of what W is packed in. compiled: a block at a time, where large blocks of one
-    kind share their compiled form."""
-    if states and states[0].shards is not None:
-        sharding.write_back(states)
-        return
-    packed = [state for state in states if state.packed is not None and state.packed.is_of(state.weight)]
-    dense = []
-    for state in states:
-        if state.stored is None:
-            dense.append(state)
-        else:  # uncompiled: to the bit what agreement.py compares with
+class WriteBack:
+    """W[rows, cols] = S, and the rows of what W is packed in, for subnets of one model."""
+
+    def __init__(self, compiled: bool) -> None:
+        """compiled: a block at a time, where large blocks of one kind share their compiled form."""
+        self._compiled = compiled
+        self._last: _SmallBlocks | None = None
+
+    @torch.no_grad()
+    def __call__(self, states: Sequence[SubnetState]) -> None:
+        if states and states[0].shards is not None:
+            sharding.write_back(states)
+            return
+        packed = [state for state in states if state.packed is not None and state.packed.is_of(state.weight)]
+        stored = [state for state in states if state.packed is not None and state.stored is not None]
+        for state in stored:  # uncompiled: to the bit what agreement.py compares with
             state.write_back()
-    if compiled:
-        for block in _blocks(dense):
-            kernels.write_back(*zip(*(state.written() for state in block), strict=True))
-    else:
-        for state in dense:
+        self._write([state for state in states if state.stored is None] if stored else states)
+        for block in _blocks(packed):  # of what W is packed in otherwise, all is made anew at the next use
+            _pack_rows(block, self._compiled)
+
+    def _write(self, states: Sequence[SubnetState]) -> None:
+        if self._compiled:
+            for block in _blocks(states):
+                kernels.write_back(*zip(*(state.written() for state in block), strict=True))
+        elif self._last is not None and self._last.are_of(states):
+            self._last.write()
+        else:
+            for state in states:
+                state.write_back()
+            self._last = _SmallBlocks(states)
+
+
+class _SmallBlocks:
+    """What many subnets have written last: looked at in a few calls for all, and written again where nothing moved."""
+
+    def __init__(self, states: Sequence[SubnetState]) -> None:
+        self._states = list(states)
+        placed = {state: placed for state in states if (placed := state.writer.placed) is not None}
+        self._placed: list[PlacedBlock] = list(placed.values())
+        self._others = [state for state in states if state not in placed]
+        """Large ones, and those that have just moved: each sees to itself."""
+        parameters = [state.owner._parameters for state in placed]
+        buffers = [state.owner._buffers for state in placed]
+        self._homes: list[dict[str, Any]] = [*parameters, *parameters, *buffers, *buffers]
+        self._keys = [getattr(state, key) for key in _KEYS for state in placed]
+        self._tensors = self._now()
+        self._marks = self._marks_of(self._tensors)
+
+    def are_of(self, states: Sequence[SubnetState]) -> bool:
+        """Whether these are the subnets, with the same tensors, where they were, and the same rows and cols, and no
+        more of them can be written so."""
+        if len(states) != len(self._states) or not all(map(is_, states, self._states)):
+            return False
+        if any(state.writer.placed is not None for state in self._others):
+            return False
+        now = self._now()
+        return all(map(is_, now, self._tensors)) and self._marks_of(now) == self._marks
+
+    def write(self) -> None:
+        for placed in self._placed:
+            placed.write()
+        for state in self._others:
             state.write_back()
-    for block in _blocks(packed):  # of what W is packed in otherwise, all is made anew at the next use
-        _pack_rows(block, compiled)
+
+    def _now(self) -> list[Any]:
+        return [home.get(key) for home, key in zip(self._homes, self._keys, strict=True)]
+
+    def _marks_of(self, tensors: Sequence[Tensor]) -> list[int]:
+        half = len(tensors) // 2
+        return [*map(Tensor.data_ptr, tensors[:half]), *map(_version, tensors[half:])]
+
+
+_version = attrgetter("_version")
+_KEYS = ("parameter", "values_name", "rows_name", "cols_name")
 
 
 def _blocks(states: Sequence[SubnetState]) -> Iterator[list[SubnetState]]:

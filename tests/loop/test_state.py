@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 
 import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
@@ -241,10 +242,20 @@ def test_a_state_collected_and_loaded_in_inference_mode() -> None:
     assert_same(whole, resumed)
 
 
-def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said() -> None:
+def momentum(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("make", "said_of"),
+    [(adamw, "is of before 3 subnets moved"), (momentum, "counts no steps. If it is of before step 8")],
+)
+def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said(
+    make: Callable[[Iterable[nn.Parameter]], Optimizer], said_of: str
+) -> None:
     """After a divergence, say: its moments are of places where the subnets are no longer."""
     model = toy()
-    optimizer = adamw(learning(model))
+    optimizer = make(learning(model))
     train(model, optimizer, batches(PERIOD - 1))
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), losia_fx.state_dict(model)))
     with warnings.catch_warnings():
@@ -256,9 +267,10 @@ def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said() 
             train(model, optimizer, batches(PERIOD + 1))
     model.load_state_dict(kept[0])
     optimizer.load_state_dict(copy.deepcopy(kept[1]))
-    with pytest.warns(LosiaWarning, match="Load the LoSiA state of the same moment") as said:
+    with pytest.warns(LosiaWarning, match="oad the LoSiA state of the same moment too") as said:
         train(model, optimizer, batches(1))
     assert len(said) == 1
+    assert said_of in str(said[0].message)
 
 
 @pytest.mark.parametrize("steps", [1, PERIOD + 1])

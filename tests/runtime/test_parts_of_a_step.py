@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from losia_fx.runtime.profile import Profile
 from losia_fx.runtime.slot import choose
 from losia_fx.runtime.state import SubnetState
 from losia_fx.runtime.train_state import Progress, TrainState
-from losia_fx.runtime.write_back import rewarm, rewarm_share, undo_write_back, write_back
+from losia_fx.runtime.write_back import WriteBack, rewarm, rewarm_share, undo_write_back
 
 CONFIG = LosiaConfig(rank_factor=0.25, period=4, compiler="eager")
 
@@ -61,7 +63,7 @@ def test_what_is_written_back_can_be_undone(state: SubnetState, compiled: bool) 
     whole, values = state.weight.detach().clone(), state.values.detach().clone()
     version = state.weight._version
     state.values.data.add_(1.0)
-    write_back([state], compiled)
+    WriteBack(compiled)([state])
     moved = whole.clone()
     moved[state.rows[:, None], state.cols] += 1.0
     assert torch.equal(state.weight, moved)
@@ -82,3 +84,81 @@ def test_the_choice_is_the_selection_by_the_score(state: SubnetState) -> None:
     again = choose(train, [state])[state].selection
     assert torch.equal(again.rows, state.rows)
     assert torch.equal(again.cols, state.cols)
+
+
+# -- many subnets that are written again where they were --------------------------------------------------------------
+
+
+def _rows_move(state: SubnetState) -> None:
+    state.rows.copy_(torch.tensor([0, 7]))
+
+
+def _cols_move(state: SubnetState) -> None:
+    state.cols.copy_(torch.tensor([2, 3, 5]))
+
+
+def _another_weight(state: SubnetState) -> None:
+    state.owner.weight = nn.Parameter(torch.randn(8, 12))
+
+
+def _another_subnet(state: SubnetState) -> None:
+    state.owner.weight_subnet = nn.Parameter(torch.randn(2, 3))
+
+
+def _other_rows(state: SubnetState) -> None:
+    state.owner.weight_subnet_rows = torch.tensor([2, 3])
+
+
+def _another_memory(state: SubnetState) -> None:
+    state.weight.data = torch.randn(8, 12)
+    state.values.data = torch.randn(2, 3)
+
+
+def _narrow(state: SubnetState) -> None:
+    state.owner.to(torch.bfloat16)
+
+
+def _nothing(state: SubnetState) -> None:
+    pass
+
+
+CHANGES = [_nothing, _rows_move, _cols_move, _another_weight, _another_subnet, _other_rows, _another_memory, _narrow]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_written_again_goes_where_it_belongs_now(change: Callable[[SubnetState], None]) -> None:
+    states = [SubnetState(nn.Linear(12, 8), "weight", f"layers.{n}.weight", CONFIG, n == 2) for n in range(4)]
+    for state in states:  # the third learns whole rows, so it is never written with the others
+        state.register(torch.tensor([1, 5]), torch.arange(12) if state.whole_cols else torch.tensor([0, 4, 11]))
+    write = WriteBack(compiled=False)
+    for number in range(7):
+        if number == 4:
+            change(states[1])
+        chosen = states[: 3 if number == 5 else 4]
+        wanted = []
+        for state in chosen:
+            state.values.data.normal_()
+            whole = state.weight.detach().clone()
+            whole[state.rows[:, None], state.cols] = state.values.detach().to(whole.dtype)
+            wanted.append(whole)
+        last = states[3].weight.detach().clone()
+        states[3].values.data.add_(1.0 if len(chosen) == 3 else 0.0)
+        write(chosen)
+        for state, whole in zip(chosen, wanted, strict=True):
+            assert torch.equal(state.weight, whole)
+        assert len(chosen) == 4 or torch.equal(states[3].weight, last)
+
+
+def test_of_small_blocks_that_stay_none_is_looked_at_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [SubnetState(nn.Linear(12, 8), "weight", f"layers.{n}.weight", CONFIG, n == 2) for n in range(4)]
+    alone = list[str]()
+    real = SubnetState.write_back
+    monkeypatch.setattr(SubnetState, "write_back", lambda state: (alone.append(state.name), real(state)))
+    for state in states:
+        state.register(torch.tensor([1, 5]), torch.arange(12) if state.whole_cols else torch.tensor([0, 4, 11]))
+    write = WriteBack(compiled=False)
+    for _ in range(3):
+        write(states)
+    alone.clear()
+    write(states)
+    assert alone == ["layers.2.weight"]
