@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import ctypes
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,11 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor.async_compile import AsyncCompile
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from losia_fx import _compat
+from losia_fx._compat import cpp_kernels
 from losia_fx.passes.nodes import use_of
 from losia_fx.tools.requirements import release, requirements
 
@@ -755,6 +759,46 @@ def test_every_name_of_it_is_tested() -> None:
     }
     tests = Path(__file__).read_text()
     assert not [name for name in public if f"_compat.{name}" not in tests]
+
+
+# -- kernels compiled together ----------------------------------------------------------------------------------------
+
+
+def three_kernels(x: Tensor, weight: Tensor) -> Tensor:
+    """Inductor makes one before, between and after two products."""
+    return torch.mm(torch.mm(x.softmax(-1), weight).exp(), weight).log_softmax(-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [False, True])
+def test_kernels_of_a_graph_are_compiled_in_one_go(
+    together: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("cpp_pybinding", "wait"):  # to be put back
+        monkeypatch.setattr(AsyncCompile, name, getattr(AsyncCompile, name))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if together:
+        cpp_kernels.compile_kernels_together()
+    x, weight = torch.randn(8, 16), torch.randn(16, 16) / 16
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(three_kernels)(x, weight), three_kernels(x, weight))
+    assert (len(list(tmp_path.rglob("*.main.cpp"))) == 1) == together
+
+
+def test_what_is_more_than_one_kernel_is_left_to_torch() -> None:
+    kernel = '#include <a.h>\nextern "C"  void  kernel(const float* in_ptr0, int64_t ks0)\n{\n    { in_ptr0; }\n}\n'
+    alone = cpp_kernels._function_alone(kernel)
+    assert alone is not None
+    assert alone.startswith('extern "C"')
+    assert "#include" not in alone
+    for more in ("int other() { return 1; }\n" + kernel, kernel + "static int a;", kernel + kernel):
+        assert cpp_kernels._function_alone(more) is None
+    assert cpp_kernels._type_of("const bfloat16*") == cpp_kernels._type_of("float*") == ctypes.c_void_p
+    assert cpp_kernels._type_of("const int64_t") is ctypes.c_int64
+    assert cpp_kernels._type_of("std::string") is None
+    code = inspect.signature(AsyncCompile.cpp_pybinding)
+    assert list(code.parameters) == ["self", "argtypes", "source_code"]
+    assert list(inspect.signature(AsyncCompile.wait).parameters) == ["self", "scope"]
 
 
 # -- nobody else ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ cut off goes on where it was.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import set_verbosity_error
 
+from losia_fx._compat.cpp_kernels import compile_kernels_together
 from losia_fx.config import COMPILERS
 from losia_fx.console import progress
 from losia_fx.errors import LosiaError
@@ -156,6 +158,9 @@ def _child(answer: Connection, name: str, compiler: str, dtype: str, library: st
     for stream in (1, 2):  # what models and compilers print would tear the table
         os.dup2(nothing, stream)
     set_verbosity_error()
+    if compiler == "inductor":  # nearly all of the time goes into g++, and most of that into reading headers
+        compile_kernels_together()
+    gc.disable()  # the process ends with its model
     try:
         answer.send(check(name, compiler, dtype, library))
     except Exception as error:  # one line of the table, not the end of it
