@@ -122,10 +122,11 @@ def run(names: Sequence[str], args: argparse.Namespace) -> Iterator[Result]:
     args: what check() takes beside the name (compiler, dtype, library), the number of jobs and the timeout in seconds.
     """
     methods = multiprocessing.get_all_start_methods()
-    # A fork server imports torch and transformers once; where there is none, each process does.
+    # A fork server imports torch and the library once; where there is none, each process does.
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["losia_fx.tools.coverage.check"])
+        source = f"losia_fx.tools.{LIBRARIES[args.library].source}"
+        context.set_forkserver_preload(["losia_fx.tools.coverage.command", source])
     waiting, running = list(reversed(names)), list[_Job]()
     try:
         while waiting or running:
