@@ -56,8 +56,11 @@ RAN_WITHOUT_GRAD: weakref.WeakSet[Any] = weakref.WeakSet()
 DENSE: MutableMapping[int, nn.Parameter] = weakref.WeakValueDictionary()
 """Weights that backend="losia" looked at and that are to learn in full, by id."""
 
-GRADIENT_HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
-"""The hook of each weight that has asked for its gradient."""
+GRADIENT_HOOKS: MutableMapping[Tensor, tuple[bool, RemovableHandle]] = WeakIdKeyDictionary()
+"""Of each weight that has asked for its gradient: whether it required grad by itself then, and the hook."""
+
+ASKING: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
+"""The weights that require grad because they were asked to, and for no longer."""
 
 STEPPING: MutableMapping[int, Any] = weakref.WeakValueDictionary()
 """The calls of optimizers' steps that are under way, by thread; a thread that ends takes its own along."""

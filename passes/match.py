@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from losia_fx.errors import UnsupportedGraphError
 from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetPort, WholeSite
 
 from .base import placeholders, region_of
@@ -123,5 +124,12 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
         joined.setdefault((body, holder), []).extend(users)
     for (body, holder), users in joined.items():
         names = tuple(dict.fromkeys(user.name for user in users))
-        said = ", ".join(sorted({use_of(user) for user in users}))
+        uses = {use_of(user) for user in users}
+        if any(use.rpartition(".")[2] == "set_" for use in uses):  # of an alias of the weight, it would be
+            raise UnsupportedGraphError(
+                f"{port.facts.fqn}: the forward itself gives the weight other memory (weight.data = ..., set_()), "
+                "where its subnet cannot follow: write weight.copy_(...) under torch.no_grad() instead, or name the "
+                "weight in exclude"
+            )
+        said = ", ".join(sorted(uses))
         yield WholeSite(holder.name, names, body, port.index, next(calls), said)

@@ -64,7 +64,8 @@ class PlacedBlock:
 
     def _read(self) -> tuple[int, ...]:
         full, rows, cols, values = self._tensors
-        return full.data_ptr(), rows._version, cols._version, values.data_ptr()
+        as_numbered = full.is_contiguous(), values.is_contiguous()  # no more, where they were transposed in place
+        return full.data_ptr(), rows._version, cols._version, values.data_ptr(), *as_numbered
 
     def holds(self, full: Tensor, rows: Tensor, cols: Tensor | None, values: Tensor) -> bool:
         """Whether these are the same tensors, where they were, and rows and cols say what they said."""
@@ -99,6 +100,21 @@ class BlockWriter:
         # A subnet that moves with every step is never written twice at one place, and what serves that takes time.
         self.placed = PlacedBlock.of(full, rows, cols, values) if at == self._at else None
         self._at = at
+
+
+SOME = 128
+"""Elements that tell whether a block was written, at most."""
+
+
+def some_of(block: Tensor) -> Tensor:
+    """Elements of a block, (n,), a view where there can be one: the same places of any block of its shape."""
+    return block.reshape(-1)[:: max(1, -(-block.numel() // SOME))]
+
+
+def numbers_of_some(block: Tensor) -> list[float] | None:
+    """What ``some_of`` has now, exactly; None of a tensor without numbers. Not a tensor: the memory of one that is made
+    for a pickle is gone when a spawned process asks for it."""
+    return None if block.is_meta else some_of(block.detach()).tolist()
 
 
 def among(indices: Tensor, others: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from losia_fx._compat import untraced
 from losia_fx.errors import StateError, listed
 from losia_fx.method.transfers import copies
 
+from .copied import only_s_was_written
 from .evidence import READ_AT_ONCE, Sample, Samples, Witness, as_held, equal, line_of, marks_of, witnesses_of
 from .in_8_bits import keep_in_8_bits, refuse_lost_writes
 from .quantised_weight import put_block
@@ -60,11 +61,10 @@ class Agreement:
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self._vigilant = 0
         for state in states:
-            if state.ahead:  # of a copy, which was made before the weight had followed
+            if state.ahead or only_s_was_written(state):  # of a copy, whose weight has not followed yet
                 with torch.no_grad():
                     state.write_back()
-                state.ahead = False
-            state.agreement = self
+            state.ahead, state.at_copy, state.agreement = False, None, self
         self.remember(places=True)
 
     def _tensors(self) -> list[Tensor | None]:
@@ -202,9 +202,10 @@ class Agreement:
         written, torn = [], []
         for state in stale:
             s, w = self._were_written(state)
-            if w and s and not self._is_average(state):
+            average = self._is_average(state)
+            if w and s and not average:
                 torn.append(state)
-            elif w or self._is_average(state):
+            elif w or (average and not s):
                 state.gather_anew()
                 self._note_unseen(state)
             else:

@@ -6,7 +6,7 @@ All hooks are module-level functions: a closure would keep the model from being 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.factored import Means
 from losia_fx.model.kinds import is_sharded
 
+from . import notices
 from .in_8_bits import exchanged_apart, follow_a_load, make_dense
 from .look import agreement_of, look_at, mend, train_state_of
 from .quantised_weight import QuantisedWeight
@@ -36,6 +37,7 @@ def attach(state: SubnetState, rows: Tensor, cols: Tensor) -> None:
     registrations: tuple[tuple[Callable[..., RemovableHandle], Callable[..., None]], ...] = (
         (owner.register_state_dict_pre_hook, _before_state_dict),
         (owner.register_state_dict_post_hook, _hide_subnets),
+        (owner.register_load_state_dict_pre_hook, _before_load),
         (owner.register_load_state_dict_post_hook, _after_load),
     )
     for register, hook in registrations:
@@ -47,7 +49,7 @@ def detach(state: SubnetState) -> None:
     make_dense(state)
     weight = state.owner._parameters.get(state.parameter)
     if weight is not None and (hook := registry.GRADIENT_HOOKS.pop(weight, None)) is not None:
-        hook.remove()
+        hook[1].remove()
     state.unregister()
     if ATTRIBUTE not in state.owner.__dict__:
         state.owner.__dict__.pop("_apply", None)
@@ -66,6 +68,15 @@ def _hide_subnets(module: nn.Module, state_dict: dict[str, Any], prefix: str, lo
         entry = state_dict.get(prefix + state.parameter)
         if isinstance(entry, QuantisedWeight) and not isinstance(entry, nn.Parameter):  # with keep_vars it is W itself
             state_dict[prefix + state.parameter] = entry.dense()
+
+
+def _before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Of what trains alone, as adapters are saved: its numbers are of a place, which nothing there tells."""
+    for state in own_states(module).values():
+        train = train_state_of(state)
+        by_place = prefix + state.values_name in state_dict and prefix + state.parameter not in state_dict
+        if train is not None and by_place and train.config.schedule != "static":
+            notices.warn_by_place(train)
 
 
 def _after_load(module: nn.Module, incompatible: _IncompatibleKeys) -> None:

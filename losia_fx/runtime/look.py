@@ -6,6 +6,9 @@ first (``mend``). When values are compared is vigilance.py's, what is done about
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -31,9 +34,16 @@ def look(train: TrainState, learns: bool | None = None, shown: bool = False) -> 
     """learns: of a forward, whether gradients are on; None for any other use, which compares values too. shown: the
     weights are evaluated or saved. Raises StateError where S and W cannot agree.
     """
-    with train.lock:
+    with train.lock, ordinary_tensors():
         if not steps.elsewhere(train):
             _look(train, learns, shown)
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What is noted of a model within torch.inference_mode() is written again outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _look(train: TrainState, learns: bool | None, shown: bool) -> None:
@@ -119,9 +129,10 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
     alone = state.agreement is not None and not shown and not steps.others()
     train = None if alone else train_state_of(state)
     if train is None:
-        _look_at(state, None, values, shown)
+        with ordinary_tensors():
+            _look_at(state, None, values, shown)
         return
-    with train.lock:
+    with train.lock, ordinary_tensors():
         if not steps.elsewhere(train):
             _look_at(state, train, values, shown)
 

@@ -152,6 +152,15 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
         )
 
 
+def warn_by_place(train: TrainState) -> None:
+    if _once(train, "by place"):
+        _warn(
+            "a state dict holds the numbers of subnets without their weights. They are right only where every subnet "
+            "still is where it was when they were taken: load model.state_dict(), or a delta file "
+            "(losia_fx.save_delta, losia_fx.load_delta), which know the places"
+        )
+
+
 def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     """At a slot's end: subnets that are in use and do not learn: no gradient reaches them, or no optimizer (``owned``:
     those that one steps)."""

@@ -224,15 +224,22 @@ def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) 
         weight = _whole_now(state)
         if weight is None:
             continue
+        by_itself = weight.requires_grad and weight not in registry.ASKING
         if not weight.requires_grad:
             asked.append(weight)
+            registry.ASKING[weight] = None
             weight.requires_grad_(True)
-            if weight not in registry.GRADIENT_HOOKS:
-                registry.GRADIENT_HOOKS[weight] = weight.register_hook(
-                    functools.partial(_take_gradient, weakref.ref(weight))
-                )
-        elif weight not in registry.GRADIENT_HOOKS:
-            registry.GRADIENT_HOOKS[weight] = weight.register_post_accumulate_grad_hook(_cut_down)
+        kind, hook = registry.GRADIENT_HOOKS.get(weight, (None, None))
+        if kind == by_itself:
+            continue
+        if hook is not None:  # it has been frozen since, or set free
+            hook.remove()
+        made = (
+            weight.register_post_accumulate_grad_hook(_cut_down)
+            if by_itself
+            else weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
+        )
+        registry.GRADIENT_HOOKS[weight] = by_itself, made
 
 
 def _whole_now(state: SubnetState) -> nn.Parameter | None:
@@ -245,6 +252,7 @@ def _whole_now(state: SubnetState) -> nn.Parameter | None:
 def stop_asking(weights: Iterable[nn.Parameter]) -> None:
     for weight in weights:
         weight.requires_grad_(False)
+        registry.ASKING.pop(weight, None)
 
 
 def _take_gradient(weight: weakref.ref[Tensor], grad: Tensor | None) -> None:

@@ -125,7 +125,7 @@ def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[Subnet
     before, now = train.optimizers.states.get(optimizer), id(optimizer.__dict__.get("state"))
     train.optimizers.states[optimizer] = now
     keeps = isinstance(optimizer, KeepsOverMoves) or train.config.carry_moments
-    if before in (None, now) or keeps or inner_optimizers(optimizer):
+    if before == now or keeps or inner_optimizers(optimizer):
         return
     moved = {event.group: event.step for event in train.progress.events if event.moved != 0}
     old, uncounted, latest = [], [], 0
@@ -135,10 +135,10 @@ def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[Subnet
         steps = kept.get("step")
         if last and steps is not None and float(steps) > train.progress.step - last:
             old.append(state)
-        elif last and steps is None and any(isinstance(value, Tensor) for value in kept.values()):
+        elif last and before and steps is None and any(isinstance(value, Tensor) for value in kept.values()):
             uncounted.append(state)
             latest = max(latest, last)
-    if old:
+    if old and not (train.put_back and before is None):  # an optimizer of before, or made anew for what was put back
         notices.warn_put_back(train, old)
     elif uncounted and not train.put_back:
         notices.warn_perhaps_put_back(train, uncounted, latest)

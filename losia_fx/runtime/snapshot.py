@@ -19,6 +19,7 @@ from losia_fx.model.kinds import is_sharded
 
 from .agreement import strays
 from .in_8_bits import is_asked_for, take_awaited_scales
+from .optimizer_state import restart_states
 from .profile import Profile
 from .shards import Shards
 from .state import SubnetState
@@ -136,6 +137,11 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     """Makes a checked state the model's own. Tensors that graphs and optimizers hold change in place."""
     profiled = _profiled(train, state["step"])
     profiles = {s: _profile(s, state) if s.group in profiled else None for s in train.states}
+    elsewhere = [
+        subnet
+        for subnet in train.states
+        if any(not torch.equal(held.cpu(), state[f"{subnet.name}:{part}"].cpu()) for part, held in _places(subnet))
+    ]
     for subnet, profile in profiles.items():  # what could fail for want of memory is done
         subnet.rows.copy_(state[f"{subnet.name}:rows"])
         subnet.cols.copy_(state[f"{subnet.name}:cols"])
@@ -158,6 +164,13 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     train.agreement.waiting = set(strays(train.states))
     train.agreement.remember(places=True)
     train.resumed = train.put_back = True
+    # Moments of other places go, but for what an optimizer has loaded since it stepped: that is of this state.
+    kept = [each for each in train.optimizers.known if train.optimizers.states.get(each) == id(vars(each).get("state"))]
+    restart_states(kept, elsewhere)
+
+
+def _places(subnet: SubnetState) -> tuple[tuple[str, Tensor], ...]:
+    return ("rows", subnet.rows), ("cols", subnet.cols)
 
 
 def _parts(subnet: SubnetState, profiled: bool) -> Iterator[tuple[str, Tensor]]:

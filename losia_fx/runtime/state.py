@@ -17,7 +17,7 @@ from losia_fx import registry
 from losia_fx.config import LosiaConfig, subnet_size
 from losia_fx.errors import StateError
 from losia_fx.method.factored import Means
-from losia_fx.method.subnet import BlockWriter, gather
+from losia_fx.method.subnet import BlockWriter, gather, numbers_of_some
 from losia_fx.method.visits import BaseHistory
 from losia_fx.plan import SubnetFacts
 
@@ -48,8 +48,7 @@ class SubnetState:
         self.group = 0
         self.profile: Profile | None = None
         self.rewarm_from: int | None = None
-        self.ran_outside = False
-        self.ran_without_grad = False
+        self.ran_outside = self.ran_without_grad = False
         self.ran = False
         """A graph or a module used the weight with gradients on, since the slot began."""
         self.learned = False
@@ -66,8 +65,8 @@ class SubnetState:
         """Of the head: how often each row was a label in the steps that have counted, (out,) int64."""
         self.agreement: _Agreement | None = None
         """What knows whether S and W agree (agreement.agreement_of); None of a copy without a controller."""
-        self.ahead = False
-        """Of a copy: S was newer than W when it was made."""
+        self.ahead, self.at_copy = False, cast("list[float] | None", None)
+        """Of a copy not used yet: S was newer than W when it was made, and some of S then."""
         self.writer = BlockWriter()
         self.hooks: list[RemovableHandle] = []
         self.base: BaseHistory | None = None
@@ -236,7 +235,9 @@ class SubnetState:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in ("number", "handle", "agreement", "writer")}
-        return {**kept, "ahead": self.ahead if self.agreement is None else self.agreement.is_ahead(self)}
+        if self.agreement is not None:  # else a copy itself, that nobody has used
+            kept |= {"ahead": self.agreement.is_ahead(self), "at_copy": numbers_of_some(self.values)}
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy's owner module may not have its parameters yet: it is entered under its weight when first asked for.

@@ -167,7 +167,7 @@ def _finish(train: TrainState, mine: Sequence[SubnetState]) -> None:
     train.agreement.remember(mine)
     pending.open.difference_update(mine)
     train.progress.stepped.update(mine)
-    train.idle = train.put_back = train.agreement.averaged = False
+    train.idle = train.agreement.averaged = False
     train.vigilance.stepped(owners.modes_of(train))
     if not pending.rest_to_come:
         slot.select_due(train)
@@ -198,6 +198,7 @@ def _advance(train: TrainState, late: bool = False) -> None:
     progress.step += 1
     optimizers.of_last_step, optimizers.of_this_step = optimizers.of_this_step, weakref.WeakSet()
     progress.stepped.clear()
+    train.put_back = False
     train.pending.forget_step()
     drop_taps(state.number for state in train.states)
     if progress.step % checked_steps(train.config) == 0:

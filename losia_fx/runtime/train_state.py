@@ -93,11 +93,12 @@ class Progress:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: between steps."""
         plain = {"step": self.step, "left_out": self.left_out, "events": self.history}
-        return {**plain, "generator": self.generator.get_state()}
+        # As bytes: the memory of a tensor that is made here is gone when a spawned process asks for it.
+        return {**plain, "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
-        generator.set_state(state["generator"])
+        generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8, device="cpu"))
         self.__init__(**{**state, "generator": generator})  # type: ignore[misc]
 
 
@@ -181,7 +182,7 @@ class TrainState:
         self.resumed = False
         """A LoSiA state was loaded."""
         self.put_back = False
-        """It was since the last step."""
+        """It was since t counted last."""
         self.idle = True
         """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
         self.by_hand: dict[SubnetState, Tensor] = {}

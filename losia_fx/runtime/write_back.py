@@ -90,7 +90,8 @@ class _SmallBlocks:
 
     def _marks_of(self, tensors: Sequence[Tensor]) -> list[int]:
         half = len(tensors) // 2
-        return [*map(Tensor.data_ptr, tensors[:half]), *map(_version, tensors[half:])]
+        matrices, indices = tensors[:half], tensors[half:]
+        return [*map(Tensor.data_ptr, matrices), *map(Tensor.is_contiguous, matrices), *map(_version, indices)]
 
 
 _version = attrgetter("_version")

@@ -288,6 +288,72 @@ def test_an_optimizer_that_is_put_back_to_where_the_subnets_are_is_not_said(step
         train(model, optimizer, batches(1))
 
 
+def test_two_optimizers_that_are_put_back_with_the_subnets_are_not_said() -> None:
+    model = toy()
+    values = learning(model)
+    optimizers = [momentum(values[:3]), momentum(values[3:])]
+
+    def run(count: int) -> None:
+        for ids in batches(count):
+            model.zero_grad()
+            loss_of(model, ids).backward()
+            for each in optimizers:
+                each.step()
+
+    run(PERIOD - 1)
+    kept = copy.deepcopy((model.state_dict(), [each.state_dict() for each in optimizers], losia_fx.state_dict(model)))
+    run(2 * PERIOD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(kept[0])
+        for each, moments in zip(optimizers, kept[1], strict=True):
+            each.load_state_dict(moments)
+        losia_fx.load_state_dict(model, kept[2])
+        run(1)
+
+
+def test_a_new_optimizer_that_takes_an_old_state_without_the_subnets_is_said() -> None:
+    model = toy()
+    optimizer = adamw(learning(model))
+    train(model, optimizer, batches(PERIOD - 1))
+    kept = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, batches(PERIOD + 1))
+    again = adamw(learning(model))
+    again.load_state_dict(kept)
+    with pytest.warns(LosiaWarning, match="Load the LoSiA state of the same moment too"):
+        train(model, again, batches(1))
+
+
+def test_moments_of_other_places_go_where_the_subnets_alone_are_put_back() -> None:
+    model = toy()
+    optimizer = adamw(learning(model))
+    train(model, optimizer, batches(PERIOD - 1))
+    kept = copy.deepcopy((model.state_dict(), losia_fx.state_dict(model)))
+    train(model, optimizer, batches(2 * PERIOD))
+    later = {name: (s.rows.clone(), s.cols.clone()) for name, s in losia_fx.subnets(model).items()}
+    model.load_state_dict(kept[0])
+    losia_fx.load_state_dict(model, kept[1])
+    moved = 0
+    for name, subnet in losia_fx.subnets(model).items():
+        stays = torch.equal(subnet.rows, later[name][0]) and torch.equal(subnet.cols, later[name][1])
+        assert bool(optimizer.state[subnet.values]) == stays
+        moved += not stays
+    assert moved > 1
+    train(model, optimizer, batches(1))
+
+
+def test_what_trains_alone_is_loaded_with_a_word_of_its_places() -> None:
+    model = toy()
+    alone = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    with pytest.warns(LosiaWarning, match="right only where every subnet still is where it was") as said:
+        model.load_state_dict(alone, strict=False)
+    assert len(said) == 1
+    still = toy(schedule="static")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        still.load_state_dict(alone, strict=False)
+
+
 def test_without_subnets_there_is_no_state() -> None:
     with pytest.raises(TransformError):
         losia_fx.state_dict(Toy())

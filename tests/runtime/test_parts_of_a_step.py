@@ -162,3 +162,21 @@ def test_of_small_blocks_that_stay_none_is_looked_at_by_itself(monkeypatch: pyte
     alone.clear()
     write(states)
     assert alone == ["layers.2.weight"]
+
+
+@pytest.mark.parametrize("way", ["W", "S"])
+def test_what_is_transposed_in_place_is_written_where_it_is_now(way: str) -> None:
+    state = SubnetState(
+        nn.Linear(8, 8), "weight", "layer.weight", LosiaConfig(rank_factor=0.25, compiler="eager"), False
+    )
+    state.register(torch.tensor([1, 5]), torch.tensor([0, 4]))
+    write = WriteBack(compiled=False)
+    for number in range(5):
+        if number == 3:
+            with torch.no_grad():
+                (state.weight if way == "W" else state.values).t_()
+        state.values.data.normal_()
+        whole = state.weight.detach().clone()
+        whole[state.rows[:, None], state.cols] = state.values.detach()
+        write([state])
+        assert torch.equal(state.weight, whole)

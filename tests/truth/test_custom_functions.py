@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import losia_fx
 from losia_fx import GradientError
+from losia_fx.errors import UnsupportedGraphError
 from tests.support.toys import Toy, batch
-from tests.support.twin import assert_one, close, loss_of, subnets_of, twins, values_of, zero
+from tests.support.twin import assert_one, backward, close, loss_of, subnets_of, twins, values_of, zero
 
 
 class Product(torch.autograd.Function):
@@ -129,3 +130,37 @@ def test_what_the_model_is_given_keeps_its_own_derivatives(compiler: str) -> Non
     (first,) = torch.autograd.grad(results["given"].sum(), leaf, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), leaf)
     torch.testing.assert_close(second, torch.full_like(leaf, 2.0))
+
+
+@pytest.mark.parametrize("free_first", [True, False])
+def test_weights_that_are_frozen_and_set_free_between_steps(free_first: bool) -> None:
+    """A GAN's way. W asks for its gradient otherwise where it requires grad by itself."""
+    model, twin = twins(WithHead(layers=1).double())
+    weights = [subnet.weight for subnet in subnets_of(model).values()]
+    optimizers = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(6):
+        for weight in weights:
+            weight.requires_grad_(free_first == (step % 4 < 2))
+        zero(model, twin)
+        backward(model, twin)
+        assert all(weight.grad is None for weight in weights)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_one(model, twin)
+
+
+class Constrained(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_forward_that_gives_a_weight_other_memory_is_refused(compiler: str) -> None:
+    model = Toy(layers=1)
+    model.layers[0].mix = Constrained(16, 16)
+    losia_fx.transform(model, compiler=compiler, rank_factor=0.25)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(UnsupportedGraphError, match=r"layers.0.mix.weight: .*weight.copy_\(...\) under torch.no_grad"):
+        loss_of(model, batch())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -1,0 +1,125 @@
+"""Copies of a transformed model: what is written to the subnets of one is followed, and nothing of it is undone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import losia_fx
+from tests.support.toys import Toy, batch
+from tests.support.twin import Twin, backward, close, logits, subnets_of, twins, values_of, zero
+
+pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
+
+
+def pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def in_place(values: nn.Parameter, to: Tensor) -> None:
+    with torch.no_grad():
+        values.copy_(to)
+
+
+def data(values: nn.Parameter, to: Tensor) -> None:
+    values.data.copy_(to)
+
+
+def data_assigned(values: nn.Parameter, to: Tensor) -> None:
+    values.data = to
+
+
+COPIES: list[Callable[[nn.Module], Any]] = [copy.deepcopy, pickled, lambda model: copy.deepcopy(pickled(model))]
+USES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "training": lambda model, ids: logits(model(ids)).detach(),
+    "evaluation": lambda model, ids: logits(torch.no_grad()(model)(ids)),
+    "saving": lambda model, ids: logits(_plain(model.state_dict())(ids)).detach(),
+}
+
+
+def _plain(state: dict[str, Tensor]) -> nn.Module:
+    plain = Toy(layers=1).double()
+    plain.load_state_dict(state)
+    return plain
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("first", [False, True], ids=["before the first use", "after it"])
+@pytest.mark.parametrize("write", [in_place, data, data_assigned])
+@pytest.mark.parametrize("made", COPIES, ids=["deepcopy", "pickle", "of a copy"])
+def test_a_write_to_the_subnets_of_a_copy(
+    made: Callable[[nn.Module], Any], write: Callable[[nn.Parameter, Tensor], None], first: bool, use: str
+) -> None:
+    model, _ = twins(Toy(layers=1).double())
+    mine, ids = made(model), batch()
+    if first:
+        mine(ids)
+    twin = Twin(copy.deepcopy(losia_fx.restore(copy.deepcopy(model))), subnets_of(model))
+    for name, subnet in losia_fx.subnets(mine).items():
+        to = torch.randn_like(subnet.values)
+        write(subnet.values, to.clone())
+        twin.values[name].data.copy_(to)
+    for _ in range(2):
+        close(USES[use](mine, ids), logits(twin(ids)).detach(), 1e-12, "logits")
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_teacher_that_averages_what_learns(unseen: bool) -> None:
+    """Its W follows its S, whether it is used meanwhile or at the end."""
+    model, twin = twins(Toy(layers=1).double())
+    teacher = copy.deepcopy(model)
+    wanted = {name: value.detach().clone() for name, value in twin.values.items()}
+    optimizers = torch.optim.SGD(values_of(model), lr=0.3), torch.optim.SGD(twin.parameters(), lr=0.3)
+    for _ in range(4):
+        zero(model, twin)
+        backward(model, twin)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for mine, value in zip(values_of(teacher), values_of(model), strict=True):
+                (mine.data if unseen else mine).lerp_(value, 0.25)
+            for name, value in twin.values.items():
+                wanted[name].lerp_(value, 0.25)
+    for name, value in wanted.items():
+        twin.values[name].data.copy_(value)
+    ids = batch()
+    close(logits(torch.no_grad()(teacher)(ids)), logits(twin(ids)).detach(), 1e-12, "logits")
+
+
+@pytest.mark.parametrize("made", COPIES, ids=["deepcopy", "pickle", "of a copy"])
+def test_a_copy_that_is_first_used_in_inference_mode_trains_in_parts(made: Callable[[nn.Module], Any]) -> None:
+    """What was noted of it there is written again outside."""
+    model, twin = twins(Toy(layers=1).double())
+    mine = made(model)
+    with torch.inference_mode():
+        mine(batch())
+    optimizers = []
+    for values in (values_of(mine), twin.parameters()):
+        optimizers += [torch.optim.SGD(values[:2], lr=0.1), torch.optim.SGD(values[2:], lr=0.1)]
+    for _ in range(3):
+        zero(mine, twin)
+        backward(mine, twin)
+        for optimizer in optimizers:
+            optimizer.step()
+    ids = batch()
+    close(logits(mine(ids)).detach(), logits(twin(ids)).detach(), 1e-12, "logits")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:backward hook")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_is_an_argument_of_a_spawned_process(used: bool) -> None:
+    model, _ = twins(Toy(layers=1))
+    if used:
+        logits(model(batch())).sum().backward()
+    process = mp.get_context("spawn").Process(target=losia_fx.subnets, args=(model,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
