@@ -232,6 +232,13 @@ def test_wrong_gradient_is_found() -> None:
     faults, worst = check_architecture.compare(ours, plain, "float64")
     assert [fault.startswith(name) for fault in faults] == [True, True]
     assert worst > 1e-9
+    for off, passes in ((1e-5, True), (1e-8, False)):  # of torch.compile alone, in the subnet
+        alone = check_architecture._Run(tiny, copy.deepcopy(plain.model))
+        alone.backward()
+        grad = alone.model.get_parameter(name).grad
+        assert grad is not None
+        grad[subnet.rows[1], subnet.cols[1]] += off
+        assert len(check_architecture.compare(ours, plain, "float64", alone)[0]) == 2 - passes
     subnet.values.grad = None
     assert any("no gradient" in fault for fault in check_architecture.compare(ours, plain, "float64")[0])
 
