@@ -125,7 +125,8 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
     for (body, holder), users in joined.items():
         names = tuple(dict.fromkeys(user.name for user in users))
         uses = {use_of(user) for user in users}
-        if any(use.rpartition(".")[2] == "set_" for use in uses):  # of an alias of the weight, it would be
+        if any(use.rpartition(".")[2] == "set_" for use in uses):
+            # What the users get is an alias of the weight: that would be given the memory, and not the weight.
             raise UnsupportedGraphError(
                 f"{port.facts.fqn}: the forward itself gives the weight other memory (weight.data = ..., set_()), "
                 "where its subnet cannot follow: write weight.copy_(...) under torch.no_grad() instead, or name the "

@@ -1,6 +1,6 @@
-"""Inductor's C++ kernels of a graph in one file, compiled at once: the same code, for a fifth of the compiler's time.
+"""Inductor's C++ kernels of a graph in one file, compiled at once: the same code, for a part of the compiler's time.
 
-Inductor (2.11 to 2.14) runs g++ for each kernel, and reading its headers takes most of that; there is no public way to
+Inductor (2.11 and 2.13) runs g++ for each kernel, and reading its headers takes most of that; there is no public way to
 say otherwise. For what compiles hundreds of small models once, and nothing else: a kernel is called through ctypes.
 """
 

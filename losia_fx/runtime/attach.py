@@ -73,9 +73,10 @@ def _hide_subnets(module: nn.Module, state_dict: dict[str, Any], prefix: str, lo
 def _before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Of what trains alone, as adapters are saved: its numbers are of a place, which nothing there tells."""
     for state in own_states(module).values():
+        if prefix + state.values_name not in state_dict or prefix + state.parameter in state_dict:
+            continue
         train = train_state_of(state)
-        by_place = prefix + state.values_name in state_dict and prefix + state.parameter not in state_dict
-        if train is not None and by_place and train.config.schedule != "static":
+        if train is not None and train.config.schedule != "static":
             notices.warn_by_place(train)
 
 
