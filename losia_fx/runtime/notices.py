@@ -90,9 +90,10 @@ def warn_perhaps_put_back(train: TrainState, states: Sequence[SubnetState], step
     """``step``: of the last move among them."""
     if _once(train, "put back"):
         _warn(
-            f"the optimizer has loaded a state that counts no steps. If it is of before step {step}, its moments "
-            f"belong to other places of {len(states)} weights, whose subnets have moved since ({_names(states)}): load "
-            "the LoSiA state of the same moment too, then (losia_fx.load_state_dict)"
+            "the optimizer has loaded a state, and the LoSiA state was not loaded with it. If it is of before step "
+            f"{step}, or of another model, its moments belong to other places of {len(states)} weights, whose subnets "
+            f"have moved since ({_names(states)}): load the LoSiA state of the same moment too, then "
+            "(losia_fx.load_state_dict)"
         )
 
 
@@ -149,6 +150,17 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
             "in their weights before. An average of them that was begun before they moved mixes different weights: "
             "average the weights by name instead (model.state_dict(), or the parameters that "
             "losia_fx.subnets(model)[name].weight gives). For values of this very place all is well"
+        )
+
+
+def warn_kept_by_place(train: TrainState, written: Sequence[SubnetState]) -> None:
+    if written and _once(train, "kept by place"):
+        _warn(
+            f"{len(written)} subnets ({_names(written)}) were written with numbers of the places in their weights that "
+            "they have left: whatever keeps these by parameter (master copies, slow weights, an anchor) is to make "
+            "them anew from the parameters when a subnet moves, when losia_fx.controller(model).history grows. "
+            "Or keep them of whole weights (losia_fx.subnets(model)[name].weight), or let no subnet move: "
+            'transform(model, schedule="static")'
         )
 
 

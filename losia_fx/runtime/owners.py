@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,28 +120,44 @@ def meet(train: TrainState) -> None:
 def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:
     """Where an optimizer has loaded a state since its last step: are its moments of places where subnets were before?
     They are if they have seen more steps than there were since the last move; of one around others, whose steps may be
-    several of theirs, that says nothing. Where nothing counts steps (SGD's momentum), they may be, unless the subnets
-    were put back too."""
-    before, now = train.optimizers.states.get(optimizer), id(optimizer.__dict__.get("state"))
+    several of theirs, that says nothing. Else they may be (of an earlier slot, of another model), unless the subnets
+    were put back too: of an optimizer that has stepped here before, as one that is made anew may go on from another."""
+    before, now = train.optimizers.states.get(optimizer), optimizer.__dict__.get("state")
     train.optimizers.states[optimizer] = now
-    keeps = isinstance(optimizer, KeepsOverMoves) or train.config.carry_moments
-    if before == now or keeps or inner_optimizers(optimizer):
+    if before is now or inner_optimizers(optimizer):
         return
     moved = {event.group: event.step for event in train.progress.events if event.moved != 0}
-    old, uncounted, latest = [], [], 0
+    old, perhaps, latest = [], [], 0
     for state in mine:
         last = max(moved.get(state.group, 0), moved.get(None, 0))
         kept = optimizer.state.get(state.values, {})
-        steps = kept.get("step")
-        if last and steps is not None and float(steps) > train.progress.step - last:
+        if not last or not _is_of_a_place(optimizer, kept, state):
+            continue
+        steps = None if train.config.carry_moments else kept.get("step")  # else it starts anew where a subnet moves
+        if steps is not None and float(steps) > train.progress.step - last:
             old.append(state)
-        elif last and before and steps is None and any(isinstance(value, Tensor) for value in kept.values()):
-            uncounted.append(state)
+        elif before is not None and not _same(kept, before.get(state.values, {})):
+            perhaps.append(state)
             latest = max(latest, last)
     if old and not (train.put_back and before is None):  # an optimizer of before, or made anew for what was put back
         notices.warn_put_back(train, old)
-    elif uncounted and not train.put_back:
-        notices.warn_perhaps_put_back(train, uncounted, latest)
+    elif perhaps and not train.put_back:
+        notices.warn_perhaps_put_back(train, perhaps, latest)
+
+
+def _is_of_a_place(optimizer: Optimizer, kept: Mapping[str, Any], state: SubnetState) -> bool:
+    """Whether an optimizer's state of a subnet holds something of the elements where it was. Of one that keeps what it
+    knows of the whole weight, only what is of S's size does."""
+    held = [value for key, value in kept.items() if key != "step" and isinstance(value, Tensor)]
+    if isinstance(optimizer, KeepsOverMoves):
+        held = [value for value in held if value.shape == state.values.shape]
+    return bool(held)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two states of a parameter hold the same tensors."""
+    pairs = ((value, other.get(key)) for key, value in one.items() if isinstance(value, Tensor))
+    return all(isinstance(was, Tensor) and value.equal(was.to(value)) for value, was in pairs)
 
 
 def modes_of(train: TrainState) -> list[bool]:

@@ -115,6 +115,7 @@ def _note_visit(state: SubnetState) -> None:
 def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
     moving = [state for state in states if state.pending is not None]
+    train.left.leaving(moving)
     for state in moving:
         assert state.pending is not None
         state.move_to(*state.pending)
@@ -122,6 +123,7 @@ def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     carries = functools.partial(carry_over, train) if train.config.carry_moments else None
     restart_states(train.optimizers.known, moving, carries)
     train.agreement.remember(moving, places=True)
+    train.left.arrived()
     for state in moving:
         state.pending = None
     train.pending.moving = False

@@ -164,8 +164,9 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     train.agreement.waiting = set(strays(train.states))
     train.agreement.remember(places=True)
     train.resumed = train.put_back = True
+    train.left.forget()
     # Moments of other places go, but for what an optimizer has loaded since it stepped: that is of this state.
-    kept = [each for each in train.optimizers.known if train.optimizers.states.get(each) == id(vars(each).get("state"))]
+    kept = [each for each in train.optimizers.known if train.optimizers.states.get(each) is vars(each).get("state")]
     restart_states(kept, elsewhere)
 
 

@@ -25,6 +25,7 @@ from losia_fx.method.transfers import numbers_of
 
 from .agreement import Agreement, Swapped
 from .bases import Bases
+from .kept_by_place import LeftPlaces
 from .module_tree import ModuleTree
 from .ranks import Ranks
 from .sharded_agreement import AnyAgreement, ShardedAgreement
@@ -113,8 +114,8 @@ class Optimizers:
     """Those that have stepped since t counted last."""
     known: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
-    states: weakref.WeakKeyDictionary[Optimizer, int] = field(default_factory=weakref.WeakKeyDictionary)
-    """The id of each one's state at its last step: loading another makes a new one."""
+    states: weakref.WeakKeyDictionary[Optimizer, Any] = field(default_factory=weakref.WeakKeyDictionary)
+    """Each one's state at its last step, itself: loading another makes a new one."""
 
 
 @dataclass
@@ -177,6 +178,7 @@ class TrainState:
         self.pending = Pending()
         self.write_back = WriteBack(self.compiles)
         self.vigilance = Vigilance()
+        self.left = LeftPlaces()
         self.told: set[str] = set()
         """Of notices.py, what has been said once."""
         self.resumed = False

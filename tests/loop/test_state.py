@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import losia_fx
 from losia_fx import LosiaWarning, StateError, TransformError
 from losia_fx.checkpoint.state import load_state, save_state
+from losia_fx.optim import SubnetRMS
 from losia_fx.storage.atomic import write_file
 from tests.support.toy_runs import PERIOD, adamw, assert_same, batches, learning, same, toy, train
 from tests.support.toys import Toy, batch, by_string, loss_of
@@ -248,7 +249,7 @@ def momentum(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 @pytest.mark.parametrize(
     ("make", "said_of"),
-    [(adamw, "is of before 3 subnets moved"), (momentum, "counts no steps. If it is of before step 8")],
+    [(adamw, "is of before 3 subnets moved"), (momentum, "If it is of before step 8, or of another model")],
 )
 def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said(
     make: Callable[[Iterable[nn.Parameter]], Optimizer], said_of: str
@@ -273,19 +274,56 @@ def test_an_optimizer_that_is_put_back_in_mid_run_without_the_subnets_is_said(
     assert said_of in str(said[0].message)
 
 
-@pytest.mark.parametrize("steps", [1, PERIOD + 1])
-def test_an_optimizer_that_is_put_back_to_where_the_subnets_are_is_not_said(steps: int) -> None:
-    """A learning rate finder's way: nothing has moved in between."""
+@pytest.mark.parametrize(("before", "between"), [(1, 1), (PERIOD + 1, 0)])
+def test_an_optimizer_that_is_put_back_to_where_the_subnets_are_is_not_said(before: int, between: int) -> None:
+    """A learning rate finder's way, before any subnet has moved; and a state loaded again at once."""
     model = toy()
     optimizer = adamw(learning(model))
-    train(model, optimizer, batches(steps))
+    train(model, optimizer, batches(before))
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(model, optimizer, batches(1))
+    train(model, optimizer, batches(between))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_state_dict(kept[0])
         optimizer.load_state_dict(kept[1])
         train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("carry_moments", [False, True])
+@pytest.mark.parametrize("others", [False, True], ids=["its own of a slot before", "another model's of the same step"])
+def test_a_state_that_may_be_of_other_places_is_said(others: bool, carry_moments: bool) -> None:
+    """Its count of steps does not tell: both are of after a move. In population-based training the better model's
+    weights and moments are loaded into the worse one."""
+    options: dict[str, Any] = {"schedule": "all", "carry_moments": carry_moments}
+    model, other = toy(**options), toy(seed=2, **options)
+    optimizers = [adamw(learning(each)) for each in (model, other)]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        train(each, optimizer, batches(PERIOD + 2))
+    kept = copy.deepcopy((model.state_dict(), optimizers[0].state_dict()))
+    train(model, optimizers[0], batches(2 * PERIOD))
+    train(other, optimizers[1], batches(2 * PERIOD))
+    if others:
+        kept = other.state_dict(), optimizers[1].state_dict()
+    model.load_state_dict(kept[0])
+    optimizers[0].load_state_dict(kept[1])
+    with pytest.warns(LosiaWarning, match=r"If it is of before step \d+, or of another model") as said:
+        train(model, optimizers[0], batches(2))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_subnet_rms_put_back_alone(momentum: float) -> None:
+    """What it keeps of a whole weight's rows and columns is right wherever a subnet is; its momentum is not."""
+    model = toy()
+    optimizer = SubnetRMS(model, lr=1e-3, momentum=momentum)
+    train(model, optimizer, batches(PERIOD + 2))
+    kept = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, batches(2 * PERIOD))
+    optimizer.load_state_dict(kept)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, optimizer, batches(1))
+    assert len(said) == (momentum > 0), [str(each.message) for each in said]
 
 
 def test_two_optimizers_that_are_put_back_with_the_subnets_are_not_said() -> None:
