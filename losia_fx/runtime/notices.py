@@ -164,6 +164,17 @@ def warn_kept_by_place(train: TrainState, written: Sequence[SubnetState]) -> Non
         )
 
 
+def warn_shared_memory(train: TrainState, moving: Iterable[SubnetState]) -> None:
+    held = [state for state in moving if state.rows.device.type == "cpu" and state.rows.is_shared()]
+    if held and _once(train, "shared memory"):
+        _warn(
+            f"{len(held)} subnets ({_names(held)}) move in memory that processes share (share_memory(), or a model "
+            "that was an argument of a spawned process). If another process trains them too, it goes on with moments "
+            "of other places, and counts steps of its own: let no subnet move there, "
+            'transform(model, schedule="static"), or train a copy.deepcopy(model) in each'
+        )
+
+
 def warn_by_place(train: TrainState) -> None:
     if _once(train, "by place"):
         _warn(

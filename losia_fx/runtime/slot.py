@@ -92,6 +92,7 @@ def _asked(state: SubnetState, choice: Choice) -> Tensor:
 
 
 def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> None:
+    notices.warn_shared_memory(train, selections)
     if train.bases is not None:
         places = {state: (selection.rows, selection.cols) for state, selection in selections.items()}
         train.bases.before_move(places, everywhere=train.config.schedule == "all")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import losia_fx
 from tests.support.toys import Toy, batch
-from tests.support.twin import Twin, backward, close, logits, subnets_of, twins, values_of, zero
+from tests.support.twin import Twin, backward, close, logits, loss_of, subnets_of, twins, values_of, warned, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -123,3 +123,39 @@ def test_a_model_is_an_argument_of_a_spawned_process(used: bool) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def _descend(values: list[nn.Parameter], model: Callable[[Tensor], Any], steps: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(values, lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch()).backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+def test_processes_that_train_one_model_in_shared_memory() -> None:
+    """Hogwild, one after the other: while no subnet moves, each sees what the others did."""
+    model, twin = twins(Toy(layers=1).double())
+    model.share_memory()
+    _descend(values_of(model), model, 3, seed=0)
+    process = mp.get_context("fork").Process(target=_descend, args=(values_of(model), model, 3, 1))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    _descend(values_of(model), model, 3, seed=2)
+    for seed in range(3):
+        _descend(twin.parameters(), twin, 3, seed)
+    ids = batch()
+    close(logits(model(ids)).detach(), logits(twin(ids)).detach(), 1e-12, "logits")
+
+
+@pytest.mark.parametrize("schedule", ["async", "all", "static"])
+def test_subnets_that_move_in_shared_memory_are_said_once(schedule: str) -> None:
+    model, _ = twins(Toy(layers=1), schedule=schedule, period=2, importance="random")
+    model.share_memory()
+    with warned() as said:
+        _descend(values_of(model), model, 8, seed=0)
+    assert len(said) == (schedule != "static"), said
+    assert all("move in memory that processes share" in text for text in said)
