@@ -765,6 +765,16 @@ def test_every_name_of_it_is_tested() -> None:
     assert not [name for home, name in found if f"_compat.{name}" not in tests and f"{home}.{name}" not in tests]
 
 
+def test_flatten_dense_takes_what_cat_of_flat_ones_does() -> None:
+    """Of any layout, one alone too, and as wide as the widest."""
+    mixed = [torch.randn(2, 3).t(), torch.ones(4, dtype=torch.bfloat16), torch.tensor(3.0, dtype=torch.float64)]
+    for some in (mixed, mixed[:1], mixed[1:]):
+        expected = torch.cat([each.reshape(-1) for each in some])
+        found = _compat.foreach.flatten_dense(some)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 # -- kernels compiled together ----------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,10 @@ from torch import _foreach_mul as foreach_mul
 from torch import _foreach_mul_ as foreach_mul_
 from torch import _foreach_reciprocal_ as foreach_reciprocal_
 from torch import _foreach_sqrt as foreach_sqrt
+from torch._utils import _flatten_dense_tensors as flatten_dense
 
 __all__ = [
+    "flatten_dense",
     "foreach_add_",
     "foreach_addcdiv_",
     "foreach_addcmul_",

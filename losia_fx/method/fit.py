@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from losia_fx._compat.foreach import flatten_dense
+
 
 class Fit(NamedTuple):
     """How the optimizer's gradient follows from the accumulated one: clamp(factor * G, -limit, limit)."""
@@ -114,10 +116,10 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad.reshape(-1))
+        by_device.setdefault(grad.device, []).append(grad)
     if not by_device:
         return torch.zeros(3, device="cpu")
-    tops = [_largest_of(flat) for flat in by_device.values()]
+    tops = [_largest_of(some) for some in by_device.values()]
     largest = _largest(torch.cat([top.to(tops[0].device) for top in tops]))
     if of_all is not None:
         largest = _largest(of_all(largest))
@@ -127,17 +129,17 @@ def measure_clip(grads: Sequence[Tensor], of_all: Callable[[Tensor], Tensor] | N
     return torch.stack([largest[0].float(), (alike[0] * enough).float(), others.float()])
 
 
-def _largest_of(flat: Sequence[Tensor]) -> Tensor:
+def _largest_of(grads: Sequence[Tensor]) -> Tensor:
     """Of one device's gradients; some of them side by side at a time, as calls cost more than copies."""
     parts: list[list[Tensor]] = [[]]
     count = 0
-    for grad in flat:
+    for grad in grads:
         count += grad.numel()
         if parts[-1] and count > AT_ONCE:
             parts.append([])
             count = grad.numel()
         parts[-1].append(grad)
-    return torch.cat([_largest(torch.cat(part)) for part in parts])
+    return torch.cat([_largest(flatten_dense(part)) for part in parts])
 
 
 def _largest(values: Tensor) -> Tensor:

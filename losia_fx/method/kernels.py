@@ -77,6 +77,11 @@ def _update(
     smooth(uncertainty, (new - importance).abs(), beta2)
 
 
+def worth_compiling(weights: Sequence[Tensor]) -> bool:
+    """Whether a block's weights are, for a pass over what is to be written to them."""
+    return sum(weight.numel() for weight in weights) >= WORTH_COMPILING
+
+
 def write_back(
     weights: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -84,7 +89,7 @@ def write_back(
     values: Sequence[Tensor],
 ) -> None:
     """W[rows, cols] = S for a block's weights, each in W's dtype, compiled where it pays; shapes of subnet.scatter."""
-    if sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+    if worth_compiling(weights):
         block = tuple((weight.shape, weight.dtype, weight.device) for weight in weights)
         written = _compiled_form(_write_back, block, dynamic=False)
         arguments = ([w.detach() for w in weights], list(rows), list(cols), [v.detach() for v in values])
@@ -110,7 +115,7 @@ def pack_rows(
     compiled: bool,
 ) -> None:
     """Makes those rows of packed weights anew (packing.pack_rows), compiled where it pays."""
-    if compiled and sum(weight.numel() for weight in weights) >= WORTH_COMPILING:
+    if compiled and worth_compiling(weights):
         block = (kind, *((weight.shape, weight.dtype, weight.device) for weight in weights))
         packs = _compiled_form(_pack_rows, block, dynamic=False)
         arguments = ([w.detach() for w in weights], list(rows), list(numbers), list(scales), kind)

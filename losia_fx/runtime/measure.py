@@ -67,10 +67,11 @@ def _seen_gradients(states: Sequence[SubnetState]) -> dict[SubnetState, tuple[Te
 
 
 def _measure_clip(states: Sequence[SubnetState], sharded: bool) -> Tensor:
-    grads = [grad for state in states if (grad := state.values.grad) is not None]
-    if not sharded:
-        return measure_clip(grads)
-    return measure_clip([local(grad) for grad in grads], lambda largest: sharding.largest_of_all(largest, states))
+    if sharded:
+        parts = [local(grad) for state in states if (grad := state.values.grad) is not None]
+        return measure_clip(parts, lambda largest: sharding.largest_of_all(largest, states))
+    values = [state.owner._parameters[state.values_name] for state in states]
+    return measure_clip([grad for each in values if each is not None and (grad := each.grad) is not None])
 
 
 def add_importance(

@@ -86,7 +86,9 @@ def owned_states(optimizer: Optimizer, train: TrainState) -> list[SubnetState]:
 
 def waited_for(train: TrainState) -> Iterable[SubnetState]:
     """The subnets that optimizers in use step: t counts once all of them have been."""
-    return itertools.chain.from_iterable(owned_states(each, train) for each in train.optimizers.waited_for)
+    used = train.optimizers
+    found = (found_before(each) if each in used.of_this_step else owned(each) for each in used.waited_for)
+    return itertools.chain.from_iterable(each.mine.get(train, []) for each in found)
 
 
 def meet_all(train: TrainState) -> tuple[list[Optimizer], list[Optimizer]]:

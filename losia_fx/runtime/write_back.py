@@ -24,8 +24,9 @@ class WriteBack:
     """W[rows, cols] = S, and the rows of what W is packed in, for subnets of one model."""
 
     def __init__(self, compiled: bool) -> None:
-        """compiled: a block at a time, where large blocks of one kind share their compiled form."""
+        """compiled: blocks that are worth it, each at a time; those of one kind share their compiled form."""
         self._compiled = compiled
+        self._divided: _Divided | None = None
         self._last: _SmallBlocks | None = None
 
     @torch.no_grad()
@@ -43,14 +44,35 @@ class WriteBack:
 
     def _write(self, states: Sequence[SubnetState]) -> None:
         if self._compiled:
-            for block in _blocks(states):
+            if self._divided is None or not _same(states, self._divided.states):
+                self._divided = _Divided(states)
+            for block in self._divided.compiled:
                 kernels.write_back(*zip(*(state.written() for state in block), strict=True))
-        elif self._last is not None and self._last.are_of(states):
+            states = self._divided.rest
+        if self._last is not None and self._last.are_of(states):
             self._last.write()
         else:
             for state in states:
                 state.write_back()
             self._last = _SmallBlocks(states)
+
+
+class _Divided:
+    """Subnets by how they are written: blocks that are worth compiling, and all others."""
+
+    def __init__(self, states: Sequence[SubnetState]) -> None:
+        self.states = list(states)
+        self.compiled: list[list[SubnetState]] = []
+        self.rest: list[SubnetState] = []
+        for block in _blocks(states):
+            if kernels.worth_compiling([state.weight for state in block]):
+                self.compiled.append(block)
+            else:
+                self.rest += block
+
+
+def _same(states: Sequence[SubnetState], others: Sequence[SubnetState]) -> bool:
+    return len(states) == len(others) and all(map(is_, states, others))
 
 
 class _SmallBlocks:
@@ -72,7 +94,7 @@ class _SmallBlocks:
     def are_of(self, states: Sequence[SubnetState]) -> bool:
         """Whether these are the subnets, with the same tensors, where they were, and the same rows and cols, and no
         more of them can be written so."""
-        if len(states) != len(self._states) or not all(map(is_, states, self._states)):
+        if not _same(states, self._states):
             return False
         if any(state.writer.placed is not None for state in self._others):
             return False
@@ -86,7 +108,7 @@ class _SmallBlocks:
             state.write_back()
 
     def _now(self) -> list[Any]:
-        return [home.get(key) for home, key in zip(self._homes, self._keys, strict=True)]
+        return list(map(dict.get, self._homes, self._keys))
 
     def _marks_of(self, tensors: Sequence[Tensor]) -> list[int]:
         half = len(tensors) // 2

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from losia_fx import LosiaConfig
+from losia_fx.method import kernels
 from losia_fx.method.fit import Fit
 from losia_fx.method.selection import select_subnet
 from losia_fx.runtime.measure import add_importance, fit_gradients
@@ -125,12 +126,13 @@ def _nothing(state: SubnetState) -> None:
 CHANGES = [_nothing, _rows_move, _cols_move, _another_weight, _another_subnet, _other_rows, _another_memory, _narrow]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_written_again_goes_where_it_belongs_now(change: Callable[[SubnetState], None]) -> None:
+def test_what_is_written_again_goes_where_it_belongs_now(change: Callable[[SubnetState], None], compiled: bool) -> None:
     states = [SubnetState(nn.Linear(12, 8), "weight", f"layers.{n}.weight", CONFIG, n == 2) for n in range(4)]
     for state in states:  # the third learns whole rows, so it is never written with the others
         state.register(torch.tensor([1, 5]), torch.arange(12) if state.whole_cols else torch.tensor([0, 4, 11]))
-    write = WriteBack(compiled=False)
+    write = WriteBack(compiled)
     for number in range(7):
         if number == 4:
             change(states[1])
@@ -149,19 +151,41 @@ def test_what_is_written_again_goes_where_it_belongs_now(change: Callable[[Subne
         assert len(chosen) == 4 or torch.equal(states[3].weight, last)
 
 
-def test_of_small_blocks_that_stay_none_is_looked_at_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_small_blocks_that_stay_none_is_looked_at_by_itself(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     states = [SubnetState(nn.Linear(12, 8), "weight", f"layers.{n}.weight", CONFIG, n == 2) for n in range(4)]
     alone = list[str]()
     real = SubnetState.write_back
     monkeypatch.setattr(SubnetState, "write_back", lambda state: (alone.append(state.name), real(state)))
     for state in states:
         state.register(torch.tensor([1, 5]), torch.arange(12) if state.whole_cols else torch.tensor([0, 4, 11]))
-    write = WriteBack(compiled=False)
+    write = WriteBack(compiled)
     for _ in range(3):
         write(states)
     alone.clear()
     write(states)
     assert alone == ["layers.2.weight"]
+
+
+def test_large_blocks_are_compiled_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which block a subnet is goes by its group; what is worth compiling, by the block's weights together."""
+    compiled: list[int] = []
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", 2 * 8 * 12)
+    monkeypatch.setattr(kernels, "_compiled_form", lambda function, kind, dynamic: function)
+    monkeypatch.setattr(kernels, "_runs", lambda form, given: (compiled.append(len(given[0])), form(*given)))
+    states = [SubnetState(nn.Linear(12, 8), "weight", f"layers.{n}.weight", CONFIG, False) for n in range(6)]
+    for state, group in zip(states, (0, 1, 1, 2, 3, 3), strict=True):
+        state.register(torch.tensor([1, 5]), torch.tensor([0, 4, 11]))
+        state.group = group
+    write = WriteBack(compiled=True)
+    for chosen in (states, states, states[1:], states[:2], states):
+        for state in chosen:
+            state.values.data.normal_()
+        compiled.clear()
+        write(chosen)
+        assert compiled == ([2, 2] if len(chosen) > 2 else [])
+        for state in chosen:
+            assert torch.equal(state.weight[state.rows[:, None], state.cols], state.values)
 
 
 @pytest.mark.parametrize("way", ["W", "S"])
