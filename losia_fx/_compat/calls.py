@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
@@ -121,8 +122,7 @@ def be_called_while_traced(module: nn.Module, really: bool) -> None:
 def exchange_calls(places: Iterable[dict[str, Any]], calls: Iterable[Callable[..., Any] | None]) -> None:
     """As ``install_call``, of many modules, given by their __dict__, whose calls will be exchanged again soon: None is
     left standing in the place, where Module's own None is."""
-    for place, call in zip(places, calls, strict=True):
-        place[_CALL] = call
+    deque(map(dict.__setitem__, places, repeat(_CALL), calls), maxlen=0)
 
 
 def other_calls(places: Sequence[dict[str, Any]], calls: Sequence[Callable[..., Any]]) -> list[int]:

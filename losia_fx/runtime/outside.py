@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import unserializable_hook
 
 from losia_fx import registry
 from losia_fx._compat import has_gradient_hooks, runs_uncompiled
@@ -237,7 +238,8 @@ def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) 
         made = (
             weight.register_post_accumulate_grad_hook(_cut_down)
             if by_itself
-            else weight.register_hook(functools.partial(_take_gradient, weakref.ref(weight)))
+            # A copy asks for itself: that this hook is not pickled is nothing to warn of.
+            else weight.register_hook(unserializable_hook(functools.partial(_take_gradient, weakref.ref(weight))))
         )
         registry.GRADIENT_HOOKS[weight] = by_itself, made
 

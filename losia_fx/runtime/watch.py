@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -101,12 +102,16 @@ class Watches:
     def plain_forward(self) -> Iterator[None]:
         """While a transformed model runs with gradients off: its weights have been looked at, and nothing in it learns,
         so its modules are called as they were before."""
+        self.install()
         places, watches = self._lists
         try:
-            exchange_calls(places, [each.before for each in watches])
+            exchange_calls(places, map(_before, watches))
             yield
         finally:
             exchange_calls(places, watches)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_by_module": self._by_module}
+
+
+_before = attrgetter("before")

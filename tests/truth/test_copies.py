@@ -113,7 +113,6 @@ def test_a_copy_that_is_first_used_in_inference_mode_trains_in_parts(made: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:backward hook")
 @pytest.mark.parametrize("used", [False, True])
 def test_a_model_is_an_argument_of_a_spawned_process(used: bool) -> None:
     model, _ = twins(Toy(layers=1))

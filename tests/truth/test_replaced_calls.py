@@ -87,6 +87,22 @@ def test_the_refusal_does_not_show_on_other_models() -> None:
     trains(model, twin)
 
 
+@pytest.mark.parametrize("first", ["evaluation", "training"])
+def test_a_part_that_is_compiled_after_the_transformation_is_so_in_evaluation(first: str) -> None:
+    """Whichever comes first; in training the subnets' own compiler runs. Gone is it only by the user's hand."""
+    model, twin = twins()
+    graphs: list[torch.fx.GraphModule] = []
+    model.layers[0].compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    ids = batch()
+    if first == "training":
+        backward(model, twin)
+        torch.optim.SGD(values_of(model), lr=0.0).step()
+    for _ in range(2):
+        with torch.no_grad():
+            close(logits(model(ids)), logits(twin(ids)).detach(), 1e-12, "logits")
+        assert len(graphs) == 1
+
+
 def test_a_model_compiled_before_is_trained_through_its_subnets() -> None:
     plain = Toy(layers=1).double()
     twin_of = copy.deepcopy(plain)
