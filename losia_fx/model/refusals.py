@@ -42,6 +42,21 @@ def refuse_weights(plans: list[WeightPlan], config: LosiaConfig) -> None:
     )
 
 
+def refuse_renormed(plans: list[WeightPlan]) -> None:
+    """Raises TransformError where an embedding's forward rewrites a weight that is to learn through a subnet: autograd
+    refuses that in the midst of a step, and names no weight."""
+    renormed = [
+        plan
+        for plan in plans
+        if plan.trained == "subnet" and any(getattr(owner, "max_norm", None) for _, owner, _ in plan.owners)
+    ]
+    _refuse(
+        renormed,
+        "an embedding with max_norm rewrites it in every forward, so no subnet of it can learn: leave out "
+        "train_tied_head=True, or set the embedding's max_norm to None",
+    )
+
+
 def _refuse(plans: list[WeightPlan], why: str) -> None:
     if plans:
         raise TransformError(f"{listed([plan.name for plan in plans])}: {why}")

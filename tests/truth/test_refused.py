@@ -124,3 +124,26 @@ def test_the_road_that_the_messages_name_works() -> None:
     trained(model, DistributedDataParallel(model))
     moved = {name for name, value in snapshot(model).items() if not torch.equal(before[name], value)}
     assert losia_fx.subnets(model).keys() <= moved
+
+
+def renormed() -> nn.Module:
+    model = Toy(layers=1)
+    model.embed = nn.Embedding(*model.embed.weight.shape, max_norm=1.0)
+    model.head.weight = model.embed.weight
+    return model
+
+
+def test_a_trained_head_whose_embedding_rewrites_it_in_every_forward() -> None:
+    model = renormed()
+    text = refused(
+        lambda: losia_fx.transform(model, **STILL, train_tied_head=True), model, "max_norm", error=TransformError
+    )
+    assert "train_tied_head" in text
+
+
+def test_an_embedding_that_is_renormed_and_does_not_learn() -> None:
+    """Torch writes to it in the forward, which is the model's own affair."""
+    model = losia_fx.transform(renormed(), **STILL)
+    before = model.embed.weight.detach().clone()
+    trained(model)
+    assert not torch.equal(before, model.embed.weight)
