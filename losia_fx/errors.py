@@ -23,6 +23,14 @@ class StateError(LosiaError):
     """A state or a file of it that does not fit the model, or is damaged; nothing of it was loaded."""
 
 
+class Swapped(StateError):
+    """A forward is called with other tensors in the parameters' place, and is to run with those."""
+
+
+class Torn(StateError):
+    """A weight and the values of its subnet were both written, and nobody can tell which is meant."""
+
+
 class DeltaError(LosiaError):
     """A delta file that cannot be made, read, applied or undone; whatever was to be changed is as it was."""
 

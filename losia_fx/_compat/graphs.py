@@ -81,6 +81,10 @@ def compiled_apart() -> Iterator[None]:
 
 def inner_compiler(name: str) -> Callable[..., Any]:
     """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
+    if name == "inductor":
+        from .inductor_order import keep_reads_behind_writes  # imports all of Inductor
+
+        keep_reads_behind_writes()
     return torch._dynamo.lookup_backend(name)
 
 

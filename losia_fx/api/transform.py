@@ -28,14 +28,13 @@ from losia_fx._compat import (
 )
 from losia_fx.compile.backend import LosiaBackend
 from losia_fx.config import LosiaConfig
-from losia_fx.errors import LosiaError, LosiaWarning, TransformError, listed
+from losia_fx.errors import LosiaError, LosiaWarning, Swapped, TransformError, listed
 from losia_fx.model.blocks import find_blocks, group_names
 from losia_fx.model.kinds import EXPERTS
 from losia_fx.model.roles import ADAPTER, plan_model
 from losia_fx.model.weight_plan import WeightPlan
 from losia_fx.ops.first_order import watch_functions
 from losia_fx.runtime import labels, notices
-from losia_fx.runtime.agreement import Swapped
 from losia_fx.runtime.attach import attach, detach
 from losia_fx.runtime.choose import random_selection
 from losia_fx.runtime.controller import Controller, Role, controller_of, find_controller
@@ -275,6 +274,7 @@ class CompiledCall:
         train, learns = controller.train, torch.is_grad_enabled()
         if learns:
             train.check_tree()
+            train.watches.install()
         try:
             look(train, learns)
         except Swapped:

@@ -7,7 +7,7 @@ from losia_fx._compat import is_flattened
 from losia_fx.config import LosiaConfig, matches
 from losia_fx.errors import TransformError, listed
 
-from .kinds import is_sharded
+from .kinds import is_embedding, is_sharded
 from .weight_plan import WeightPlan
 
 THE_ROAD = (
@@ -48,7 +48,8 @@ def refuse_renormed(plans: list[WeightPlan]) -> None:
     renormed = [
         plan
         for plan in plans
-        if plan.trained == "subnet" and any(getattr(owner, "max_norm", None) for _, owner, _ in plan.owners)
+        if plan.trained == "subnet"
+        and any(is_embedding(owner) and getattr(owner, "max_norm", None) is not None for _, owner, _ in plan.owners)
     ]
     _refuse(
         renormed,

@@ -15,11 +15,22 @@ from torch import Tensor, nn
 
 from losia_fx import registry
 from losia_fx._compat import untraced
-from losia_fx.errors import StateError, listed
+from losia_fx.errors import StateError, Swapped, Torn, listed
 from losia_fx.method.transfers import copies
 
 from .copied import only_s_was_written
-from .evidence import READ_AT_ONCE, Sample, Samples, Witness, as_held, equal, line_of, marks_of, witnesses_of
+from .evidence import (
+    READ_AT_ONCE,
+    Sample,
+    Samples,
+    Witness,
+    as_held,
+    equal,
+    in_shared_memory,
+    line_of,
+    marks_of,
+    witnesses_of,
+)
 from .in_8_bits import keep_in_8_bits, refuse_lost_writes
 from .quantised_weight import put_block
 from .sharding import same_values
@@ -27,14 +38,6 @@ from .state import SubnetState
 
 VIGILANT = 64
 """Comparisons in a row that find nothing, after which values are no longer compared at every look."""
-
-
-class Swapped(StateError):
-    """A forward is called with other tensors in the parameters' place, and is to run with those."""
-
-
-class Torn(StateError):
-    """S and W were both written, and nobody can tell which is meant."""
 
 
 class Agreement:
@@ -203,9 +206,10 @@ class Agreement:
         for state in stale:
             s, w = self._were_written(state)
             average = self._is_average(state)
-            if w and s and not average:
+            torn_apart = w and s and not average
+            if torn_apart and not in_shared_memory(state):  # where another process is writing the pair, S is the first
                 torn.append(state)
-            elif w or (average and not s):
+            elif not torn_apart and (w or (average and not s)):
                 state.gather_anew()
                 self._note_unseen(state)
             else:

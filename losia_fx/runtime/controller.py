@@ -18,12 +18,11 @@ from torch import nn
 from losia_fx import registry
 from losia_fx._compat import compiled_call
 from losia_fx.config import LosiaConfig
-from losia_fx.errors import LosiaError, StateError
+from losia_fx.errors import LosiaError, StateError, Torn
 from losia_fx.method.schedule import profiled_groups
 from losia_fx.model.blocks import plain_name
 
 from . import look, owners, slot, snapshot, step, step_hooks
-from .agreement import Torn
 from .bases import Bases
 from .outside import watch
 from .ranks import Ranks

@@ -14,7 +14,7 @@ from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losia_fx.method.write_through import as_bytes
 
@@ -113,6 +113,15 @@ def as_held(state: SubnetState, sample: Tensor, stride: int) -> Tensor:
     whole = sample.new_zeros(state.values.numel())
     whole[::stride] = sample
     return state.as_held(whole.view_as(state.values)).reshape(-1)[::stride]
+
+
+def in_shared_memory(state: SubnetState) -> bool:
+    """Whether other processes may write to W or S too, on the CPU."""
+    held = (state.weight, state.values, state.rows)
+    return any(type(each) in _PLAIN and each.device.type == "cpu" and each.is_shared() for each in held)
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def line_of(state: SubnetState, count: int) -> Tensor:

@@ -1,16 +1,18 @@
-"""Numbers that somebody keeps of S by its place (masters, slow weights, anchors) and writes back after S has moved.
+"""Numbers that somebody keeps of S by its place (masters, slow weights, anchors), and writes back after S has moved.
 
-They are of other elements of W than the subnet has now, and no version tells. So what S held before and after its last
-move is remembered in part, and the first write to S that is not ours is held against both.
+They are of other elements of W than the subnet has now, and no version tells. So some elements of what S held before
+and after its last move are remembered. Whatever trains S where it is knows nothing of what it held elsewhere: where
+that explains how S has changed since, somebody has kept it.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from losia_fx.method.subnet import some_of
 from losia_fx.method.transfers import numbers_of
@@ -18,74 +20,104 @@ from losia_fx.method.transfers import numbers_of
 from .state import SubnetState
 
 WATCHED = 32
-"""Subnets of one move that are remembered, at most: whoever keeps copies keeps them of many."""
-STEPS, FEW = 12, 4
-"""Steps after a move in which an optimizer is looked at that may keep copies (Lookahead takes its slow weights every
-five or ten), and of how many subnets then."""
-SHARE = 0.25
-"""Of the way back to what S held before the move, that a write has to go to be one of numbers kept by place: an average
-or slow weights go a part of it. A write that scales S by c goes (1 - c) / 2."""
-REST = 0.05
-"""Of the squared length of that way, what the write may do besides: a step of the optimizer."""
+"""Subnets of one move that are remembered, at most; from all over the model."""
+ENOUGH = 32
+"""Elements, at least, by which one can tell: of one subnet, or of all that moved at once."""
+SHARE, EXPLAINED, CERTAIN = 0.05, 0.3, 60.0
+"""Of what S held before: how much of it there is in the change, the share of the change that it explains, and how
+certain that is (F of a regression: by chance once in 1e10)."""
+
+
+@dataclass
+class _Move:
+    states: list[SubnetState]
+    before: Tensor
+    """Some elements of each, (states, n), padded with zeros."""
+    after: Tensor
+    writes: int = 0
+    """How often somebody else than us was found to have written to them since."""
 
 
 class LeftPlaces:
-    """Some elements of subnets before their last move and after it, until somebody else than us writes to them."""
+    """Some elements of subnets before their last move and after it."""
 
     def __init__(self) -> None:
-        self._before: dict[SubnetState, Tensor] = {}
-        self._moved: dict[SubnetState, tuple[Tensor, Tensor]] = {}
-        self._steps_left = 0
+        self._moves: list[_Move] = []
+        self._leaving: tuple[list[SubnetState], Tensor] | None = None
 
-    def leaving(self, states: Sequence[SubnetState]) -> None:
-        """May come again for a move that was cut short: what S held at first is what counts."""
-        for state in states[:WATCHED]:
-            self._before.setdefault(state, _some(state).clone())
+    def leaving(self, states: Sequence[SubnetState]) -> list[SubnetState]:
+        """To be asked before a move: which subnets hold again, in part, what they held before their last one. What the
+        head's rows have in common, its gradients have too, so of it one cannot tell. The host waits for the device."""
+        moving = [state for state in states if not state.whole_cols]
+        if not moving or self._leaving is not None:  # a move that was cut short: what S held at first is what counts
+            return []
+        again = set(moving)
+        judged = [move for move in self._moves if move is self._moves[-1] or not again.isdisjoint(move.states)]
+        self._moves = [move for move in self._moves if again.isdisjoint(move.states)]
+        watched = moving[:: -(-len(moving) // WATCHED)]
+        self._leaving = watched, _some(watched)
+        return _held_again(judged)
 
     def arrived(self) -> None:
-        self._moved.update((state, (before, _some(state).clone())) for state, before in self._before.items())
-        self._before.clear()
-        self._steps_left = STEPS
+        if self._leaving is not None:
+            states, before = self._leaving
+            self._moves.append(_Move(states, before, _some(states)))
+            self._leaving = None
 
     def forget(self) -> None:
         """S was put back to where it was at another time."""
-        self._before.clear()
-        self._moved.clear()
+        self._moves, self._leaving = [], None
 
-    @property
-    def lately(self) -> bool:
-        """Whether a subnet has moved so lately that ``written_in_step`` is worth asking."""
-        return bool(self._moved) and self._steps_left > 0
-
-    def written_in_step(self, states: Iterable[SubnetState]) -> list[SubnetState]:
-        """As ``written_again``, after a step of an optimizer that may keep copies: of a few subnets, several times."""
-        self._steps_left -= 1
-        few = itertools.islice((state for state in states if state in self._moved), FEW)
-        return _hold({state: self._moved[state] for state in few})
-
-    def written_again(self, states: Iterable[SubnetState]) -> list[SubnetState]:
-        """Which of ``states``, whose S somebody has written, hold numbers of the place that they have left. Asked for
-        the first time since a move, the host waits for the device once."""
-        return _hold({state: self._moved.pop(state) for state in list(states) if state in self._moved})
+    def written(self, states: Collection[SubnetState]) -> list[SubnetState]:
+        """As ``leaving``, where somebody else than us has written to ``states``; asked at the first such write since a
+        move, the second, the fourth, and so on."""
+        touched = [move for move in self._moves if any(state in states for state in move.states)]
+        for move in touched:
+            move.writes += 1
+        return _held_again([move for move in touched if move.writes & (move.writes - 1) == 0])
 
 
 @torch.no_grad()
-def _hold(known: Mapping[SubnetState, tuple[Tensor, Tensor]]) -> list[SubnetState]:
-    """Which of these subnets hold what they held before their last move, in part or whole; by what they held before
-    that, and after it."""
-    found = numbers_of([_way_back(_some(state), *both) for state, both in known.items()])
-    return [state for state, (share, rest) in zip(known, found, strict=True) if share > SHARE and rest < REST]
+def _some(states: Sequence[SubnetState]) -> Tensor:
+    values = [some_of(state.values_here.detach()) for state in states]
+    return pad_sequence([each.to(values[0].device, torch.float32) for each in values], batch_first=True)
 
 
-def _some(state: SubnetState) -> Tensor:
-    return some_of(state.values_here.detach())
+@torch.no_grad()
+def _held_again(moves: Iterable[_Move]) -> list[SubnetState]:
+    """The subnets whose change since a move is explained by what they held before it."""
+    asked = list(moves)
+    found: list[SubnetState] = []
+    for move, numbers in zip(asked, numbers_of([_regression(move).flatten() for move in asked]), strict=True):
+        *each, together = zip(*[iter(numbers)] * 3, strict=True)
+        found += move.states if _tells(*together) else [s for s, n in zip(move.states, each, strict=True) if _tells(*n)]
+    return found
 
 
-def _way_back(now: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """How much of the way from ``after`` to ``before`` lies between ``after`` and ``now``, and the squared length of
-    the rest in that of the whole way; (2,), NaN where there is no way."""
-    way, gone = before.to(now) - after.to(now), now - after.to(now)
-    length = way.dot(way)
-    share = gone.dot(way) / length
-    rest = gone - share * way
-    return torch.stack([share, rest.dot(rest) / length])
+def _tells(count: float, share: float, explained: float) -> bool:
+    certain = explained * (count - 2) > CERTAIN * (1 - explained)
+    return count >= ENOUGH and share > SHARE and explained > EXPLAINED and certain
+
+
+def _regression(move: _Move) -> Tensor:
+    """Of the change of S since a move on what it held before, with what it held after (a decay is of that) held fixed:
+    how many elements have changed in the move, the coefficient, and the share of the rest that it explains, of each
+    subnet and of all together, (subnets + 1, 3). NaN where there is nothing to explain, or to explain it by."""
+    now = _some(move.states)
+    before, after = move.before.to(now), move.after.to(now)
+    moved = (before != after).to(now)
+    known = moved, (now - after) * moved, before * moved, after * moved
+    return torch.cat([_explained(*known), _explained(*(each.view(1, -1) for each in known))])
+
+
+def _explained(moved: Tensor, change: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """As ``_regression``, row by row."""
+    size = _dot(after, after).clamp_min(torch.finfo(after.dtype).tiny)
+    before = before - after * (_dot(after, before) / size)
+    change = change - after * (_dot(after, change) / size)
+    both, length = _dot(before, change), _dot(before, before)
+    return torch.cat([moved.sum(1, keepdim=True), both / length, both * both / (length * _dot(change, change))], 1)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(1, keepdim=True)

@@ -88,7 +88,7 @@ def note(train: TrainState, written: list[SubnetState], learns: bool, shown: boo
     still = train.vigilance.still(written, modes_of(train))
     if learns:
         train.idle = False
-        notices.warn_kept_by_place(train, train.left.written_again(written))
+        notices.warn_kept_by_place(train, train.left.written(written))
         if train.vigilance.moves_unseen(checked_steps(train.config)):
             notices.warn_standing(train, written)
     elif shown and still:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from torch import nn
-from torch.optim import Optimizer
 
 
 @runtime_checkable
@@ -21,11 +20,3 @@ class KeepsOverMoves(Protocol):
 
         Called once rows, cols and S have changed in place; a second time for one move that was cut short.
         """
-
-
-def may_keep_copies(optimizer: Optimizer) -> bool:
-    """Whether it may keep numbers of S in other places than its state, which starts anew where a subnet moves."""
-    return not type(optimizer).__module__.startswith(_PLAIN) and not isinstance(optimizer, KeepsOverMoves)
-
-
-_PLAIN = ("torch.optim.", "accelerate.")

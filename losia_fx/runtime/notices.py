@@ -14,6 +14,7 @@ from losia_fx import registry
 from losia_fx.errors import LosiaWarning, listed
 from losia_fx.method.schedule import checked_steps
 
+from .evidence import in_shared_memory
 from .state import SubnetState
 from .train_state import TrainState
 
@@ -165,7 +166,7 @@ def warn_kept_by_place(train: TrainState, written: Sequence[SubnetState]) -> Non
 
 
 def warn_shared_memory(train: TrainState, moving: Iterable[SubnetState]) -> None:
-    held = [state for state in moving if state.rows.device.type == "cpu" and state.rows.is_shared()]
+    held = [state for state in moving if in_shared_memory(state)]
     if held and _once(train, "shared memory"):
         _warn(
             f"{len(held)} subnets ({_names(held)}) move in memory that processes share (share_memory(), or a model "

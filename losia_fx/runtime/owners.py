@@ -121,30 +121,42 @@ def meet(train: TrainState) -> None:
 
 def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:
     """Where an optimizer has loaded a state since its last step: are its moments of places where subnets were before?
-    They are if they have seen more steps than there were since the last move; of one around others, whose steps may be
-    several of theirs, that says nothing. Else they may be (of an earlier slot, of another model), unless the subnets
-    were put back too: of an optimizer that has stepped here before, as one that is made anew may go on from another."""
-    before, now = train.optimizers.states.get(optimizer), optimizer.__dict__.get("state")
-    train.optimizers.states[optimizer] = now
-    if before is now or inner_optimizers(optimizer):
-        return
-    moved = {event.group: event.step for event in train.progress.events if event.moved != 0}
-    old, perhaps, latest = [], [], 0
-    for state in mine:
-        last = max(moved.get(state.group, 0), moved.get(None, 0))
-        kept = optimizer.state.get(state.values, {})
-        if not last or not _is_of_a_place(optimizer, kept, state):
+    They are if they have seen more steps than there were since the last move; of one within another, whose steps may be
+    several of that one's, this says nothing. Else they may be (of an earlier slot, of another model), unless the
+    subnets were put back too: of one that has stepped here before, as one that is made anew may go on from another."""
+    inner = inner_optimizers(optimizer)
+    old, perhaps = [], dict[SubnetState, int]()
+    for each in (optimizer, *inner):
+        before, now = train.optimizers.states.get(each), each.__dict__.get("state")
+        if before is now or (before is None and inner):
             continue
-        steps = None if train.config.carry_moments else kept.get("step")  # else it starts anew where a subnet moves
-        if steps is not None and float(steps) > train.progress.step - last:
-            old.append(state)
-        elif before is not None and not _same(kept, before.get(state.values, {})):
-            perhaps.append(state)
-            latest = max(latest, last)
-    if old and not (train.put_back and before is None):  # an optimizer of before, or made anew for what was put back
-        notices.warn_put_back(train, old)
+        for state in mine:
+            last = _last_move(train, state)
+            kept = each.state.get(state.values, {})
+            if not last or not _is_of_a_place(each, kept, state):
+                continue
+            counted = None if train.config.carry_moments or inner else kept.get("step")  # starts anew at a move
+            if counted is not None and float(counted) > train.progress.step - last:
+                old.append(state)
+            elif before is not None and not _same(kept, before.get(state.values, {})):
+                perhaps[state] = last
+    if old and not (train.put_back and train.optimizers.states.get(optimizer) is None):
+        notices.warn_put_back(train, old)  # an optimizer of before, or made anew for what was put back
     elif perhaps and not train.put_back:
-        notices.warn_perhaps_put_back(train, perhaps, latest)
+        notices.warn_perhaps_put_back(train, list(perhaps), max(perhaps.values()))
+
+
+def _last_move(train: TrainState, state: SubnetState) -> int:
+    """The step of it; 0 where the subnet has not moved."""
+    own = (state.group, None)
+    return max((event.step for event in train.progress.events if event.group in own and event.moved != 0), default=0)
+
+
+def note_states(train: TrainState, optimizers: Iterable[Optimizer]) -> None:
+    """At the end of a step: one that puts another state in the place of its own has loaded nothing."""
+    for optimizer in optimizers:
+        for each in (optimizer, *inner_optimizers(optimizer)):
+            train.optimizers.states[each] = each.__dict__.get("state")
 
 
 def _is_of_a_place(optimizer: Optimizer, kept: Mapping[str, Any], state: SubnetState) -> bool:

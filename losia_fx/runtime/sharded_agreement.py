@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from losia_fx import registry
-from losia_fx.errors import StateError, listed
+from losia_fx.errors import StateError, Torn, listed
 
-from .agreement import Agreement, Torn
+from .agreement import Agreement
 from .evidence import marks_of
 from .sharding import gather_anew, same_values, shards_of, write_back
 from .state import SubnetState

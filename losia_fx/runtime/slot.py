@@ -116,7 +116,7 @@ def _note_visit(state: SubnetState) -> None:
 def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
     moving = [state for state in states if state.pending is not None]
-    train.left.leaving(moving)
+    notices.warn_kept_by_place(train, train.left.leaving(moving))
     for state in moving:
         assert state.pending is not None
         state.move_to(*state.pending)

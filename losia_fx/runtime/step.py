@@ -20,7 +20,6 @@ from losia_fx.ops.localization import drop_taps
 from . import labels, look, notices, owners, slot
 from .carry import take_in_gradients
 from .measure import add_importance, fit_gradients
-from .moves import may_keep_copies
 from .optimizers import found_inf
 from .state import SubnetState
 from .steps import Followed
@@ -82,6 +81,7 @@ def after(train: TrainState, followed: Followed) -> None:
     """Our part of a step that an optimizer has made, with those within it."""
     mine, optimizers, around = followed.states, followed.optimizers, followed.around
     with train.lock:
+        owners.note_states(train, optimizers)
         # What called the step from one of its own goes on after it, unseen: nothing moves before the next use.
         train.pending.rest_to_come = around is not None
         train.pending.around = None if around is None else weakref.ref(around)
@@ -90,8 +90,6 @@ def after(train: TrainState, followed: Followed) -> None:
             train.pending.open.difference_update(mine)
             return
         with _all_or_not_counted(train):
-            if train.left.lately and any(map(may_keep_copies, optimizers)):
-                notices.warn_kept_by_place(train, train.left.written_in_step(mine))
             if followed.within:
                 _fit(train, optimizers, mine)
                 take_in_gradients(train, mine, optimizers)
@@ -119,7 +117,7 @@ def by_hand(train: TrainState) -> None:
             if last is None:
                 last = state.here(state.block()).detach().to(state.values.dtype)
             train.pending.before[state] = (last, state.weight_here._version)
-        notices.warn_kept_by_place(train, train.left.written_again(mine))
+        notices.warn_kept_by_place(train, train.left.written(mine))
         train.pending.open.update(mine)
         with _all_or_not_counted(train):
             _fit(train, (), mine)

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 
 from losia_fx import registry
 from losia_fx.config import LosiaConfig
+from losia_fx.errors import Swapped
 from losia_fx.method.fit import Fit
 from losia_fx.method.transfers import numbers_of
 
-from .agreement import Agreement, Swapped
+from .agreement import Agreement
 from .bases import Bases
 from .kept_by_place import LeftPlaces
 from .module_tree import ModuleTree

@@ -581,3 +581,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         write_file(path, fail)
     assert path.read_bytes() == old
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+class MakesItsStateAnew(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self.state = type(self.state)(dict, {key: dict(value) for key, value in self.state.items()})
+        return result
+
+
+class Around(Optimizer):
+    """A wrapper with a state of its own."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
+
+
+def test_an_optimizer_that_makes_its_state_anew_has_loaded_nothing() -> None:
+    model = toy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, MakesItsStateAnew(learning(model), lr=1e-3), batches(4 * PERIOD))
+
+
+def test_a_state_loaded_into_an_optimizer_within_another_is_said() -> None:
+    model = toy(schedule="all")
+    inner = adamw(learning(model))
+    around = Around(inner)
+    train(model, around, batches(PERIOD + 2))
+    kept = copy.deepcopy(inner.state_dict())
+    train(model, around, batches(2 * PERIOD))
+    inner.load_state_dict(kept)
+    with pytest.warns(LosiaWarning, match="or of another model"):
+        train(model, around, batches(1))

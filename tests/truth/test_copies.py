@@ -150,10 +150,31 @@ def test_processes_that_train_one_model_in_shared_memory() -> None:
     close(logits(model(ids)).detach(), logits(twin(ids)).detach(), 1e-12, "logits")
 
 
-@pytest.mark.parametrize("schedule", ["async", "all", "static"])
-def test_subnets_that_move_in_shared_memory_are_said_once(schedule: str) -> None:
-    model, _ = twins(Toy(layers=1), schedule=schedule, period=2, importance="random")
+@pytest.mark.slow
+def test_processes_that_train_one_model_at_once() -> None:
+    """What one reads while another writes the pair is no tear: S counts, which is what optimizers step."""
+    model, _ = twins(Toy(layers=1).double())
     model.share_memory()
+    context = mp.get_context("fork")
+    processes = [context.Process(target=_descend, args=(values_of(model), model, 60, seed)) for seed in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    model.state_dict()
+    for subnet in subnets_of(model).values():
+        assert torch.equal(subnet.values, subnet.weight[subnet.rows][:, subnet.cols])
+
+
+@pytest.mark.parametrize("share", ["all of it", "what learns"])
+@pytest.mark.parametrize("schedule", ["async", "all", "static"])
+def test_subnets_that_move_in_shared_memory_are_said_once(schedule: str, share: str) -> None:
+    model, _ = twins(Toy(layers=1), schedule=schedule, period=2, importance="random")
+    if share == "all of it":
+        model.share_memory()
+    for values in values_of(model):
+        values.share_memory_()
     with warned() as said:
         _descend(values_of(model), model, 8, seed=0)
     assert len(said) == (schedule != "static"), said

@@ -163,7 +163,7 @@ def test_numbers_of_the_place_before(kind: type[Loop], schedule: str, dtype: str
     def made(model: nn.Module) -> Loop:
         return kind(model.bfloat16() if dtype == "bfloat16" else model)
 
-    _, said = run(made, 4 * PERIOD, schedule=schedule)
+    _, said = run(made, 8 * PERIOD, schedule=schedule)
     assert len(said) == 1, said
     assert "written with numbers of the places in their weights that they have left" in said[0]
     assert ".weight" in said[0], "names the weights"

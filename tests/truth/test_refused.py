@@ -147,3 +147,22 @@ def test_an_embedding_that_is_renormed_and_does_not_learn() -> None:
     before = model.embed.weight.detach().clone()
     trained(model)
     assert not torch.equal(before, model.embed.weight)
+
+
+class Constrained(nn.Linear):
+    """Keeps its rows short by itself, as constraints of networks for EEG do."""
+
+    max_norm = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.copy_(torch.renorm(self.weight, p=2, dim=0, maxnorm=self.max_norm))
+        return super().forward(x)
+
+
+def test_a_linear_with_a_max_norm_of_its_own_is_none_of_an_embedding() -> None:
+    model = Toy(layers=1)
+    width = model.layers[0].mix.in_features
+    model.layers[0].mix = Constrained(width, width)
+    trained(losia_fx.transform(model, **STILL))
+    assert (model.layers[0].mix.weight.norm(dim=1) < 1.1).all()

@@ -103,6 +103,18 @@ def test_a_part_that_is_compiled_after_the_transformation_is_so_in_evaluation(fi
         assert len(graphs) == 1
 
 
+def test_a_part_that_is_compiled_after_it_and_called_by_itself_trains_beside_the_model() -> None:
+    """An auxiliary loss, in the first step after."""
+    model, twin = twins()
+    model.layers[0].compile(backend="aot_eager")
+    x, ids = torch.randn(2, 5, model.layers[0].mix.in_features, dtype=torch.float64), batch()
+    (loss_of(model, ids) + model.layers[0](x).square().mean()).backward()
+    weights = {name.removeprefix("layers.0."): w for name, w in twin.weights().items() if name.startswith("layers.0.")}
+    (loss_of(twin, ids) + functional_call(twin.plain.layers[0], weights, (x,)).square().mean()).backward()
+    for name, subnet in subnets_of(model).items():
+        close(subnet.values.grad, twin.values[name].grad, 1e-12, name)
+
+
 def test_a_model_compiled_before_is_trained_through_its_subnets() -> None:
     plain = Toy(layers=1).double()
     twin_of = copy.deepcopy(plain)
