@@ -29,7 +29,7 @@ certain that is (F of a regression: by chance once in 1e10)."""
 
 
 @dataclass
-class _Move:
+class Move:
     states: list[SubnetState]
     before: Tensor
     """Some elements of each, (states, n), padded with zeros."""
@@ -42,26 +42,27 @@ class LeftPlaces:
     """Some elements of subnets before their last move and after it."""
 
     def __init__(self) -> None:
-        self._moves: list[_Move] = []
+        self._moves: list[Move] = []
         self._leaving: tuple[list[SubnetState], Tensor] | None = None
 
-    def leaving(self, states: Sequence[SubnetState]) -> list[SubnetState]:
-        """To be asked before a move: which subnets hold again, in part, what they held before their last one. What the
-        head's rows have in common, its gradients have too, so of it one cannot tell. The host waits for the device."""
+    def known(self, states: Sequence[SubnetState]) -> list[Move]:
+        """What is to be judged before ``states`` move: their last moves, and the last of all."""
+        moving = set(states)
+        return [move for move in self._moves if move is self._moves[-1] or not moving.isdisjoint(move.states)]
+
+    def leaving(self, states: Sequence[SubnetState]) -> None:
+        """Not the head: what its rows have in common, its gradients have too, so of it one cannot tell."""
         moving = [state for state in states if not state.whole_cols]
-        if not moving or self._leaving is not None:  # a move that was cut short: what S held at first is what counts
-            return []
-        again = set(moving)
-        judged = [move for move in self._moves if move is self._moves[-1] or not again.isdisjoint(move.states)]
-        self._moves = [move for move in self._moves if again.isdisjoint(move.states)]
-        watched = moving[:: -(-len(moving) // WATCHED)]
-        self._leaving = watched, _some(watched)
-        return _held_again(judged)
+        if moving and self._leaving is None:  # else a move that was cut short goes on: what S held at first counts
+            again = set(moving)
+            self._moves = [move for move in self._moves if again.isdisjoint(move.states)]
+            watched = moving[:: -(-len(moving) // WATCHED)]
+            self._leaving = watched, _some(watched)
 
     def arrived(self) -> None:
         if self._leaving is not None:
             states, before = self._leaving
-            self._moves.append(_Move(states, before, _some(states)))
+            self._moves.append(Move(states, before, _some(states)))
             self._leaving = None
 
     def forget(self) -> None:
@@ -69,12 +70,14 @@ class LeftPlaces:
         self._moves, self._leaving = [], None
 
     def written(self, states: Collection[SubnetState]) -> list[SubnetState]:
-        """As ``leaving``, where somebody else than us has written to ``states``; asked at the first such write since a
-        move, the second, the fourth, and so on."""
+        """Where somebody else than us has written to ``states``: which of them hold again, in part, what they held
+        before a move. Asked at the first such write since then, the second, the fourth, and so on, when the host waits
+        for the device."""
         touched = [move for move in self._moves if any(state in states for state in move.states)]
         for move in touched:
             move.writes += 1
-        return _held_again([move for move in touched if move.writes & (move.writes - 1) == 0])
+        asked = [move for move in touched if move.writes & (move.writes - 1) == 0]
+        return held_again(asked, numbers_of(questions(asked)))
 
 
 @torch.no_grad()
@@ -84,11 +87,15 @@ def _some(states: Sequence[SubnetState]) -> Tensor:
 
 
 @torch.no_grad()
-def _held_again(moves: Iterable[_Move]) -> list[SubnetState]:
+def questions(moves: Iterable[Move]) -> list[Tensor]:
+    """Of each move a 1-D tensor, whose numbers ``held_again`` wants."""
+    return [_regression(move).flatten() for move in moves]
+
+
+def held_again(moves: Iterable[Move], answers: Iterable[Sequence[float]]) -> list[SubnetState]:
     """The subnets whose change since a move is explained by what they held before it."""
-    asked = list(moves)
     found: list[SubnetState] = []
-    for move, numbers in zip(asked, numbers_of([_regression(move).flatten() for move in asked]), strict=True):
+    for move, numbers in zip(moves, answers, strict=True):
         *each, together = zip(*[iter(numbers)] * 3, strict=True)
         found += move.states if _tells(*together) else [s for s, n in zip(move.states, each, strict=True) if _tells(*n)]
     return found
@@ -99,7 +106,7 @@ def _tells(count: float, share: float, explained: float) -> bool:
     return count >= ENOUGH and share > SHARE and explained > EXPLAINED and certain
 
 
-def _regression(move: _Move) -> Tensor:
+def _regression(move: Move) -> Tensor:
     """Of the change of S since a move on what it held before, with what it held after (a decay is of that) held fixed:
     how many elements have changed in the move, the coefficient, and the share of the rest that it explains, of each
     subnet and of all together, (subnets + 1, 3). NaN where there is nothing to explain, or to explain it by."""

@@ -128,7 +128,7 @@ def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[Subnet
     old, perhaps = [], dict[SubnetState, int]()
     for each in (optimizer, *inner):
         before, now = train.optimizers.states.get(each), each.__dict__.get("state")
-        if before is now or (before is None and inner):
+        if before is now or now is None or (before is None and inner):
             continue
         for state in mine:
             last = _last_move(train, state)
@@ -156,7 +156,8 @@ def note_states(train: TrainState, optimizers: Iterable[Optimizer]) -> None:
     """At the end of a step: one that puts another state in the place of its own has loaded nothing."""
     for optimizer in optimizers:
         for each in (optimizer, *inner_optimizers(optimizer)):
-            train.optimizers.states[each] = each.__dict__.get("state")
+            if (held := each.__dict__.get("state")) is not None:  # accelerate's hands out that of the one within it
+                train.optimizers.states[each] = held
 
 
 def _is_of_a_place(optimizer: Optimizer, kept: Mapping[str, Any], state: SubnetState) -> bool:

@@ -19,6 +19,7 @@ from . import notices
 from .carry import carry_over
 from .choose import Choice, choose, share_of_all
 from .in_8_bits import leave_places
+from .kept_by_place import held_again, questions
 from .optimizer_state import restart_states
 from .profile import Profile
 from .state import SubnetState
@@ -64,15 +65,20 @@ def reselect(train: TrainState, groups: Sequence[int], label: int | None) -> Eve
     label: what the event calls the groups. Where all subnets are drawn, and at once, the host does not wait.
     """
     members = [state for group in groups for state in train.members(group)]
+    past = train.left.known(members)
     choices = choose(train, members)
     elements = sum(state.values.numel() for state in members)
     if train.config.schedule == "all" and choices and all(choice.total is None for choice in choices.values()):
         selections = {state: choice.selection for state, choice in choices.items()}
+        if members[0].weight.device.type == "cpu":
+            notices.warn_kept_by_place(train, held_again(past, numbers_of(questions(past))))
         moved = share_of_all(selections, elements)
         _move(train, selections)
         return _record(train, Event(train.progress.step, label, math.nan, None), moved)
     asked = [_asked(state, choice) for state, choice in choices.items()]
-    found = dict(zip(choices, numbers_of(asked), strict=True))  # the device waits once
+    numbers = numbers_of([*asked, *questions(past)])  # the device waits once
+    notices.warn_kept_by_place(train, held_again(past, numbers[len(asked) :]))
+    found = dict(zip(choices, numbers, strict=False))
     # What has no score stays.
     found = {state: numbers for state, numbers in found.items() if choices[state].total is None or numbers[0] > 0}
     if not found:
@@ -116,7 +122,7 @@ def _note_visit(state: SubnetState) -> None:
 def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
     moving = [state for state in states if state.pending is not None]
-    notices.warn_kept_by_place(train, train.left.leaving(moving))
+    train.left.leaving(moving)
     for state in moving:
         assert state.pending is not None
         state.move_to(*state.pending)

@@ -166,7 +166,8 @@ def apply(train: TrainState, state: Mapping[str, Any]) -> None:
     train.resumed = train.put_back = True
     train.left.forget()
     # Moments of other places go, but for what an optimizer has loaded since it stepped: that is of this state.
-    kept = [each for each in train.optimizers.known if train.optimizers.states.get(each) is vars(each).get("state")]
+    then = train.optimizers.states
+    kept = [each for each in train.optimizers.known if each in then and then[each] is vars(each).get("state")]
     restart_states(kept, elsewhere)
 
 
