@@ -4,7 +4,7 @@ The scheduler knows a written buffer by a new name, which whoever reads it after
 backend fuses loops of different shapes it finds a node's reads anew, and SchedulerNode.recompute_size_and_body gives
 them their new names only if the node has other dependencies by hand. The pass that reorders nodes for a lower peak of
 memory then moves such a read ahead of the write: gradients that are wrong in silence (EfficientLoFTR under losia_fx;
-the backward of any bilinear interpolation has such reads, in whatever order they end up).
+the backward of a bilinear interpolation behind a convolution has such reads, in whatever order they end up).
 
 Ends with the torch that renames in both cases; tests/test_compat.py says when.
 """

@@ -109,6 +109,30 @@ class Anchored(Loop):
                 value.lerp_(anchor, 0.7)
 
 
+class SlowWeightsByHand(SlowWeights):
+    """Nothing of torch's: the first writes to S after a move are plain steps."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for value in self.values:
+            value -= 0.01 * value.grad
+        losia_fx.stepped(self.model)
+        self.steps += 1
+        if self.steps % 5 == 0:
+            for slow, value in zip(self.slow, self.values, strict=True):
+                value.copy_(slow.lerp_(value, 0.5))
+
+
+class PulledSoftly(Anchored):
+    """L2-SP: a little of the way, after every step."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        for value, anchor in self.anchors.items():
+            value.lerp_(anchor, 0.05)
+
+
 class KeepsByParameter(Optimizer):
     """A wrapper that is an Optimizer, with slow weights in a table of its own."""
 
@@ -158,7 +182,9 @@ def run(kind: Callable[[nn.Module], Loop], steps: int, **options: Any) -> tuple[
 
 @pytest.mark.parametrize("dtype", ["as they are", "bfloat16"])
 @pytest.mark.parametrize("schedule", ["async", "sync", "all"])
-@pytest.mark.parametrize("kind", [Masters, MastersByData, SlowWeights, Anchored, Wrapped])
+@pytest.mark.parametrize(
+    "kind", [Masters, MastersByData, SlowWeights, SlowWeightsByHand, Anchored, PulledSoftly, Wrapped]
+)
 def test_numbers_of_the_place_before(kind: type[Loop], schedule: str, dtype: str) -> None:
     def made(model: nn.Module) -> Loop:
         return kind(model.bfloat16() if dtype == "bfloat16" else model)
@@ -231,3 +257,55 @@ def test_a_state_that_was_put_back_is_no_number_kept_by_place() -> None:
     assert losia_fx.controller(model).step == 1
     for subnet in subnets_of(model).values():
         assert torch.equal(subnet.values, subnet.weight[subnet.rows][:, subnet.cols])
+
+
+class Decayed(Plain):
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        for value in self.values:
+            value.mul_(0.9)
+
+
+@pytest.mark.parametrize("kind", [Plain, Decayed])
+@pytest.mark.parametrize("width", [8, 16])
+def test_subnets_of_a_few_elements_tell_nothing(width: int, kind: type[Loop]) -> None:
+    """S is 1 x 1, or 2 x 2: whatever becomes of it may look like the way back."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3)]
+    model = losia_fx.transform(nn.Sequential(*blocks), compiler="eager", period=2, importance="random")
+    loop = kind(model)
+    with warned() as said:
+        for _ in range(60):
+            model.zero_grad()
+            model(torch.randn(4, width)).square().mean().backward()
+            loop.step()
+    assert len(losia_fx.controller(model).history) > 20
+    assert not said
+
+
+def test_a_copy_of_a_few_layers_is_said_among_many() -> None:
+    """Where all subnets move at once, those that are watched come from all over the model."""
+
+    class OfTheLast(SlowWeights):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            last = [
+                subnet.values
+                for name, subnet in subnets_of(model).items()
+                if name.startswith(("layers.12", "layers.13"))
+            ]
+            self.slow = [value.detach().clone() for value in last]
+            self.values = last
+
+    torch.manual_seed(0)
+    model = losia_fx.transform(Toy(layers=14), **{**OPTIONS, "schedule": "all", "rank_factor": 0.5})
+    loop = OfTheLast(model)
+    with warned() as said:
+        for _ in range(4 * PERIOD):
+            model.zero_grad()
+            loss_of(model, batch()).backward()
+            loop.step()
+    assert len(said) == 1, said
+    assert "places in their weights that they have left" in said[0]
+    assert "layers.12" in said[0] or "layers.13" in said[0]
