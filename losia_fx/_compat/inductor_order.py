@@ -6,7 +6,7 @@ them their new names only if the node has other dependencies by hand. The pass t
 memory then moves such a read ahead of the write: gradients that are wrong in silence (EfficientLoFTR under losia_fx;
 the backward of a bilinear interpolation behind a convolution has such reads, in whatever order they end up).
 
-Ends with the torch that renames in both cases; tests/test_compat.py says when.
+Seen in torch 2.13.0 (tests/test_compat.py); ends with the torch that renames in both cases.
 """
 
 from __future__ import annotations

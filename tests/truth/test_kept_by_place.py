@@ -33,11 +33,8 @@ class Masters(Loop):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.make()
-        self.optimizer = optim.SGD(self.masters, lr=0.01)
-
-    def make(self) -> None:
         self.masters = [value.detach().double().clone() for value in self.values]
+        self.optimizer = optim.SGD(self.masters, lr=0.01)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,21 +42,18 @@ class Masters(Loop):
             master.grad = None if value.grad is None else value.grad.double()
         self.optimizer.step()
         for master, value in zip(self.masters, self.values, strict=True):
-            value.copy_(master)
+            self.write(value, master)
         losia_fx.stepped(self.model)
+
+    def write(self, value: nn.Parameter, master: Tensor) -> None:
+        value.copy_(master)
 
 
 class MastersByData(Masters):
     """No version grows."""
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for master, value in zip(self.masters, self.values, strict=True):
-            master.grad = None if value.grad is None else value.grad.double()
-        self.optimizer.step()
-        for master, value in zip(self.masters, self.values, strict=True):
-            value.data.copy_(master)
-        losia_fx.stepped(self.model)
+    def write(self, value: nn.Parameter, master: Tensor) -> None:
+        value.data.copy_(master)
 
 
 class MastersMadeAnew(Masters):
