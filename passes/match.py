@@ -11,7 +11,7 @@ from losia_fx.errors import UnsupportedGraphError
 from losia_fx.plan import ProductSite, SubnetFacts, SubnetPlan, SubnetPort, WholeSite
 
 from .base import placeholders, region_of
-from .nodes import use_of
+from .nodes import renorms, use_of
 from .products import Product, find_products
 
 
@@ -131,6 +131,11 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
                 f"{port.facts.fqn}: the forward itself gives the weight other memory (weight.data = ..., set_()), "
                 "where its subnet cannot follow: write weight.copy_(...) under torch.no_grad() instead, or name the "
                 "weight in exclude"
+            )
+        if any(renorms(user) for user in users):
+            raise UnsupportedGraphError(
+                f"{port.facts.fqn}: an embedding with max_norm rewrites it in every forward, so no subnet of it can "
+                "learn: leave max_norm out, or name the weight in exclude"
             )
         said = ", ".join(sorted(uses))
         yield WholeSite(holder.name, names, body, port.index, next(calls), said)

@@ -38,6 +38,13 @@ def _name_of(function: Any) -> str:
     return f"{getattr(function, '__module__', None) or '?'}.{name}"
 
 
+def renorms(node: fx.Node) -> bool:
+    """Whether the node is an embedding that writes to its table, to keep the rows that it looks up short."""
+    if use_of(node) not in ("embedding", "embedding_bag"):
+        return False
+    return (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None
+
+
 def dims_of(node: Any) -> int | None:
     """Dimensions of a node's value, where the tracer says."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None

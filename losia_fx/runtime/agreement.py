@@ -290,7 +290,7 @@ class Agreement:
         before = self._samples.of(self._sample, number)
         now = self._samples.of(self._samples.take([number]), number, alone=True)
         stride = self._samples.strides[number]
-        block, witness = state.block().reshape(-1)[::stride], self._witnesses.get(state)
+        block, witness = state.block().reshape(-1)[::stride][: now.numel()], self._witnesses.get(state)
         s = not bool(equal(now, before))
         w = not bool(equal(block, as_held(state, before, stride)))
         w = w or (witness is not None and not witness.holds(state))

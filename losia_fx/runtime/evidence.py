@@ -63,8 +63,8 @@ class Samples:
         """places: of the values in memory, for which the samples hold."""
         self.places = list(places)
         most = sampled(len(values))
-        self.strides = [max(1, -(-tensor.numel() // most)) for tensor in values]
-        self._views = [t.detach().view(-1)[::stride] for t, stride in zip(values, self.strides, strict=True)]
+        self.strides = [max(1, -(-t.numel() // most)) if t.is_contiguous() else 1 for t in values]
+        self._views = [_some_of(t.detach(), stride, most) for t, stride in zip(values, self.strides, strict=True)]
         self._kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         self._at: list[tuple[tuple[torch.device, torch.dtype], slice]] = []
         ends: dict[tuple[torch.device, torch.dtype], int] = {}
@@ -101,18 +101,26 @@ class Samples:
         return sample[kind] if alone else sample[kind][place]
 
 
+def _some_of(tensor: Tensor, stride: int, most: int) -> Tensor:
+    """A view, one-dimensional: of a tensor that was given memory where it does not lie as it is numbered (S.data = a
+    transpose), the beginning of its first row."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[::stride]
+    return tensor[(0,) * (tensor.dim() - 1)][:most]
+
+
 def sampled(count: int) -> int:
     """Elements that are kept of each of ``count`` tensors."""
     return min(MOST_SAMPLED, max(1, SAMPLED // max(1, count)))
 
 
 def as_held(state: SubnetState, sample: Tensor, stride: int) -> Tensor:
-    """A sample of S, every ``stride``-th element, as W can hold it."""
+    """A sample of S, every ``stride``-th element or the first of those, as W can hold it."""
     if state.stored is None:
         return sample.to(state.weight.dtype)
     whole = sample.new_zeros(state.values.numel())
-    whole[::stride] = sample
-    return state.as_held(whole.view_as(state.values)).reshape(-1)[::stride]
+    whole[::stride][: sample.numel()] = sample
+    return state.as_held(whole.view(state.values.shape)).reshape(-1)[::stride][: sample.numel()]
 
 
 def in_shared_memory(state: SubnetState) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn, optim
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import losia_fx
-from losia_fx import TransformError
+from losia_fx import LosiaError, TransformError
 from tests.support.toys import Toy, batch, loss_of
 from tests.support.twin import STILL, refused, snapshot
 
@@ -137,6 +138,35 @@ def test_a_trained_head_whose_embedding_rewrites_it_in_every_forward() -> None:
     model = renormed()
     texts = ("embed.weight", "max_norm", "train_tied_head")
     refused(lambda: losia_fx.transform(model, **STILL, train_tied_head=True), model, *texts, error=TransformError)
+
+
+class LooksUpItsHead(Toy):
+    """Takes the head's weight for its embedding, in the forward alone."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(layers=1)
+        self.by = by
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        table = self.head.weight
+        if self.by == "embedding":
+            looked_up = F.embedding(ids, table, max_norm=1.0)
+        elif self.by == "position":
+            looked_up = F.embedding(ids, table, None, 1.0)
+        else:
+            bags = F.embedding_bag(ids.reshape(-1, 1), table, max_norm=1.0)
+            looked_up = bags.unflatten(0, ids.shape)
+        for layer in self.layers:
+            looked_up = layer(looked_up)
+        return self.head(self.norm(looked_up))
+
+
+@pytest.mark.parametrize("by", ["embedding", "position", "embedding_bag"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_trained_head_that_the_forward_looks_up_and_rewrites(by: str, compiler: str) -> None:
+    model = losia_fx.transform(LooksUpItsHead(by), **{**STILL, "compiler": compiler})
+    with pytest.raises(LosiaError, match=r"head\.weight: an embedding with max_norm rewrites it .* in exclude"):
+        trained(model)
 
 
 def test_an_embedding_that_is_renormed_and_does_not_learn() -> None:

@@ -212,6 +212,33 @@ def test_a_weight_written_within_its_subnet_alone(what: str) -> None:
     assert_one(model, twin)
 
 
+def laid_out_by_columns(model: nn.Module) -> None:
+    for value in values_of(model):
+        value.data = value.data.mT.contiguous().mT
+        assert not value.is_contiguous()
+
+
+def test_subnets_that_were_given_memory_by_columns() -> None:
+    model, twin, mine, expected = deep(steps=4, period=3)
+    laid_out_by_columns(model)
+    for _ in range(8):
+        go_on(model, twin, mine, expected)
+    scaled(model, twin)
+    with warned():
+        assert_one(model, twin)
+
+
+def test_a_weight_written_beside_subnets_by_columns() -> None:
+    """W alone: its block is held against what S held, in the order in which S is numbered."""
+    model, twin, mine, expected = deep(steps=4)
+    laid_out_by_columns(model)
+    go_on(model, twin, mine, expected)
+    clamped(model, twin)
+    for _ in range(2):
+        go_on(model, twin, mine, expected)
+    assert_one(model, twin)
+
+
 def test_a_weight_that_is_all_subnet() -> None:
     """With a rank factor of 1 there is no outside; S and W are told apart all the same."""
     for what in ("S", "W"):
