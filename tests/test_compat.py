@@ -800,7 +800,7 @@ def stale_reads(nodes: list[Any]) -> list[str]:
 
 @pytest.mark.parametrize("mended", [False, True])
 def test_reads_of_a_buffer_stay_behind_the_writes_in_place(mended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not mended, torch 2.13.0 has such reads; of the torch that has none, losia_fx/_compat/inductor_order.py goes."""
+    """Not mended, torch 2.13.0 has such reads, and 2.14 has none: with 2.13, inductor_order.py goes."""
     if not mended and release(torch.__version__) != release("2.13.0"):
         pytest.skip("seen in torch 2.13.0")
     found: list[str] = []

@@ -84,7 +84,7 @@ def inner_compiler(name: str) -> Callable[..., Any]:
     if name == "inductor":
         from .inductor_order import keep_reads_behind_writes  # imports all of Inductor
 
-        keep_reads_behind_writes()
+        keep_reads_behind_writes()  # until torch 2.14, which does so itself
     return torch._dynamo.lookup_backend(name)
 
 
