@@ -65,8 +65,8 @@ def warn_without_grad(states: Sequence[SubnetState]) -> None:
     if fresh:
         _warn(
             f"{len(fresh)} weights do not learn: {_names(fresh)} ran with gradients off, under no_grad or in a "
-            "torch.autograd.Function none of whose inputs asks for a gradient (reversible layers). There it helps to "
-            "name the input embedding in trainable; else name these weights in exclude"
+            "torch.autograd.Function none of whose inputs asks for a gradient (reversible layers). There it helps if "
+            "the input does (transformers: model.enable_input_require_grads()); else name these weights in exclude"
         )
 
 
