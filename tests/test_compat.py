@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch._inductor import memory
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.dependencies import WeakDep
+from torch._inductor.lowering import lowerings
 from torch._inductor.scheduler import SchedulerNode
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from losia_fx import _compat
-from losia_fx._compat import cpp_kernels, inductor_order
+from losia_fx._compat import cpp_kernels, inductor_order, inductor_pooling
 from losia_fx.passes.nodes import use_of
 from losia_fx.tools.requirements import release, requirements
 
@@ -831,6 +832,64 @@ def test_the_inductor_that_losia_compiles_with_is_mended(monkeypatch: pytest.Mon
     _compat.inner_compiler("inductor")
     assert SchedulerNode.recompute_size_and_body is not _recompute
     inductor_order.keep_reads_behind_writes.cache_clear()
+
+
+# -- what Inductor divides by -----------------------------------------------------------------------------------------
+
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1d": lambda x: F.avg_pool1d(x.flatten(1), 2, ceil_mode=True),
+    "2d": lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
+    "2d, wider than the image": lambda x: F.avg_pool2d(x, 9, ceil_mode=True),
+    "2d, padded": lambda x: F.avg_pool2d(x[..., :6], 3, 2, 1, ceil_mode=True),
+    "3d": lambda x: F.avg_pool3d(x[None], 2, ceil_mode=True),
+}
+"""Of images of 7 x 7: the last windows stick out of what they pool, or of its padding."""
+
+
+@pytest.fixture
+def pooling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inductor's own lowerings, until the test has them mended, and after it."""
+    for op in (torch.ops.aten.avg_pool2d_backward.default, torch.ops.aten.avg_pool3d_backward.default):
+        monkeypatch.setitem(lowerings, op, getattr(lowerings[op], "__wrapped__", lowerings[op]))
+    inductor_pooling.divide_by_what_is_pooled.cache_clear()
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    inductor_pooling.divide_by_what_is_pooled.cache_clear()
+    torch.compiler.reset()
+
+
+def pooled_gradients(compiled: bool) -> dict[str, Tensor]:
+    x = torch.arange(2 * 3 * 7 * 7.0).view(2, 3, 7, 7).sin().requires_grad_(True)
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [pool(x).square().sum() for pool in POOLINGS.values()]
+
+    losses = (torch.compile(run) if compiled else run)(x)
+    gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses]
+    return dict(zip(POOLINGS, gradients, strict=True))
+
+
+@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.usefixtures("pooling")
+def test_the_gradient_of_a_mean_over_a_window_that_sticks_out(mended: bool) -> None:
+    """Not mended, all of them are wrong; of the torch that has them right, inductor_pooling.py goes."""
+    if mended:
+        _compat.inner_compiler("inductor")
+    expected, found = pooled_gradients(compiled=False), pooled_gradients(compiled=True)
+    right = [name for name in POOLINGS if torch.allclose(found[name], expected[name], rtol=1e-5)]
+    assert right == (list(POOLINGS) if mended else [])
+
+
+def test_inductor_draws_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
+    _compat.draw_as_eager()
+    torch.compiler.reset()
+    x, drawn = torch.ones(64), []
+    for call in (F.dropout, torch.compile(F.dropout)):
+        torch.manual_seed(0)
+        drawn.append(call(x))
+    assert torch.equal(*drawn)
 
 
 # -- kernels compiled together ----------------------------------------------------------------------------------------

@@ -83,9 +83,17 @@ def inner_compiler(name: str) -> Callable[..., Any]:
     """The compiler function behind a backend's name ("inductor", "aot_eager", "eager")."""
     if name == "inductor":
         from .inductor_order import keep_reads_behind_writes  # imports all of Inductor
+        from .inductor_pooling import divide_by_what_is_pooled
 
         keep_reads_behind_writes()  # until torch 2.14, which does so itself
+        divide_by_what_is_pooled()
     return torch._dynamo.lookup_backend(name)
+
+
+def draw_as_eager() -> None:
+    """From now on, in this process, Inductor's graphs draw the random numbers that eager mode does: by default they
+    have a generator of their own, and with dropout that is another model."""
+    torch._inductor.config.fallback_random = True
 
 
 Keep = Callable[[fx.GraphModule], None]

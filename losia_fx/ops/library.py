@@ -9,7 +9,7 @@ import torch
 
 library = torch.library.Library("losia", "DEF")
 
-VERSION = "v10"
+VERSION = "v11"
 """Of the bodies of all ops made by ``define``.
 
 The compilers' caches on disk know an op by its name and not by its body: a changed body under an old name would run old

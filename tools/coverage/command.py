@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import set_verbosity_error
 
+from losia_fx._compat import draw_as_eager
 from losia_fx._compat.cpp_kernels import compile_kernels_together
 from losia_fx.config import COMPILERS
 from losia_fx.console import progress
@@ -161,6 +162,7 @@ def _child(answer: Connection, name: str, compiler: str, dtype: str, library: st
     set_verbosity_error()
     if compiler == "inductor":  # nearly all of the time goes into g++, and most of that into reading headers
         compile_kernels_together()
+        draw_as_eager()
     gc.disable()  # the process ends with its model
     try:
         answer.send(check(name, compiler, dtype, library))
