@@ -38,6 +38,9 @@ class EnteredSubnet(Protocol):
 BY_HANDLE: MutableMapping[int, Any] = weakref.WeakValueDictionary()
 """Every subnet, by handle."""
 
+RETIRED: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
+"""S that was taken off again, with the model that it was of, weakly held: an optimizer may still step it."""
+
 TAPPED: dict[int, Any] = {}
 """Inputs kept for a backward, by ticket; each goes with its ticket, that is with its graph, or with its step."""
 
@@ -139,6 +142,12 @@ def leave(subnet: EnteredSubnet) -> None:
     for table in (COPIES, RAN_OUTSIDE, RAN_WITHOUT_GRAD):
         table.discard(subnet)
     changed()
+
+
+def retire(values: Tensor | None, root: nn.Module) -> None:
+    """``values`` was S of a weight of ``root``, and is to be taken off."""
+    if values is not None:
+        RETIRED[values] = weakref.ref(root)
 
 
 def find(weight: Tensor) -> EnteredSubnet | None:

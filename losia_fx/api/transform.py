@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from losia_fx import registry
 from losia_fx._compat import (
     CompilerFailed,
     OptimizedModule,
@@ -170,6 +171,7 @@ def _take_off(controller: Controller) -> None:
         make_dense(state)
     required = controller.required_before()
     for state in states:
+        registry.retire(state.held(state.values_name), root)
         detach(state)
     for parameter, before in required:
         parameter.requires_grad_(before)

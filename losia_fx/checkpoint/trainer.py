@@ -5,6 +5,7 @@ Imported by ``losia_fx.LosiaCallback`` only: transformers takes seconds to impor
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from losia_fx.api.views import controller
-from losia_fx.errors import StateError
+from losia_fx.errors import LosiaWarning, StateError
 
 from .state import load_state, save_state
 
@@ -38,6 +39,8 @@ class LosiaCallback(TrainerCallback):
         self.trainer, self.checkpoint = trainer, checkpoint
         self._logged = 0
         """How many of the controller's events have been logged."""
+        self._told = False
+        """It was said that a checkpoint lacks the weights."""
 
     @property
     def _model(self) -> nn.Module:
@@ -62,14 +65,45 @@ class LosiaCallback(TrainerCallback):
         load_state(self._model, folder / FILE)
         controller(self._model).check_weights()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._complete(args, state, control)
+
+    def _complete(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """With enable_jit_checkpoint a Trainer that is told to end saves at once, and says so to nobody."""
+        stopped = control.should_training_stop and getattr(args, "enable_jit_checkpoint", False)
+        if stopped and not (_folder(args, state) / FILE).exists():
+            self.on_save(args, state, control)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _folder(args, state)
         # Trials of a hyperparameter search save elsewhere, and never resume.
         writes = args.should_save and folder.is_dir()
         if writes or controller(self._model).sharded:
             save_state(self._model, folder / FILE, writes)
+        if writes and not self._told and _holds_adapters_alone(folder):
+            self._told = True
+            warnings.warn(
+                f"losia_fx: {folder} holds PEFT's adapters alone, and nothing of what the subnets have learnt in the "
+                "weights beneath: training cannot go on from it. losia_fx.save_delta(model, path) saves what was "
+                "learnt there, to be loaded into the base again by losia_fx.load_delta",
+                LosiaWarning,
+                stacklevel=2,
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._complete(args, state, control)
         followed, due = controller(self._model), control.should_log
         at_once = followed.config.schedule == "all"
         if at_once and not due:  # what may move with every step is told as often as the Trainer logs, the last of each
@@ -81,6 +115,11 @@ class LosiaCallback(TrainerCallback):
         if due:
             self.trainer.log({"losia/active_group": -1 if followed.active is None else followed.active})
         control.should_log = due  # any log takes it back, and the Trainer's own, of the loss, is still to come
+
+
+def _holds_adapters_alone(folder: Path) -> bool:
+    names = {file.name.partition(".")[0].partition("-")[0] for file in folder.iterdir()}
+    return "adapter_model" in names and not names & {"model", "pytorch_model"}
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

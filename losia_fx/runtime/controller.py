@@ -216,7 +216,7 @@ class Controller:
         if not all(state.whole for state in self.states):
             return  # a restore that failed goes on
         try:
-            self.look()
+            self.look(shown=True)
         except Torn:
             raise
         except StateError:

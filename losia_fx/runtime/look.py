@@ -83,15 +83,21 @@ def take_in(train: TrainState) -> bool:
 
 def note(train: TrainState, written: list[SubnetState], learns: bool, shown: bool) -> None:
     """``written``: subnets whose S somebody moved outside of a followed step."""
-    if not written or train.pending.rest_to_come or steps.under_way(train):
+    if not (written or train.unsaid) or train.pending.rest_to_come or steps.under_way(train):
         return
+    if not (learns or shown):
+        train.unsaid.update(written)
+        return
+    if train.unsaid:
+        written = [state for state in train.states if state in train.unsaid or state in written]
+        train.unsaid.clear()
     still = train.vigilance.still(written, modes_of(train))
     if learns:
         train.idle = False
         notices.warn_kept_by_place(train, train.left.written(written))
         if train.vigilance.moves_unseen(checked_steps(train.config)):
             notices.warn_standing(train, written)
-    elif shown and still:
+    elif still:
         notices.warn_averaged(train, still)
 
 

@@ -149,8 +149,9 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
         _warn(
             f"{len(written)} subnets ({_names(written)}) were written from outside of a step, and have been elsewhere "
             "in their weights before. An average of them that was begun before they moved mixes different weights: "
-            "average the weights by name instead (model.state_dict(), or the parameters that "
-            "losia_fx.subnets(model)[name].weight gives). For values of this very place all is well"
+            "average the weights by name instead (model.state_dict(), or torch.optim.swa_utils.AveragedModel and "
+            "ema_pytorch, which do; not what copies weights that are frozen, as diffusers' EMAModel does). For values "
+            "of this very place all is well"
         )
 
 
@@ -200,14 +201,36 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
         _warn(
             f"{len(deaf)} weights have had no gradient in the last {steps} steps: {_names(deaf)}. "
             "Nothing of them learns. Where a loss takes a weight by hand, take losia_fx.dense(model, name) instead; a "
-            "part that another compiler runs, or that this loss has no use for, is named in exclude"
+            "part that another compiler runs, or that this loss has no use for, is named in exclude; one that is "
+            "frozen for a while needs nothing"
         )
-    if ownerless and _once(train, "ownerless"):
+    train.idle_groups = idle
+    warn_unowned(train, ownerless, steps)
+
+
+def warn_unowned(train: TrainState, ownerless: Sequence[SubnetState], steps: int) -> None:
+    """``ownerless``: weights that are in use, and whose subnets no optimizer steps."""
+    if ownerless and "standing" not in train.told and _once(train, "ownerless"):
+        frozen = sum(not state.values.requires_grad for state in ownerless)
         _warn(
             f"{len(ownerless)} weights are in use, and no optimizer has stepped their subnets in the last "
             f"{steps} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
             "name these weights in exclude"
+            + (
+                f". {frozen} of the subnets were frozen after losia_fx.transform, as PEFT freezes what it finds: "
+                "transform the model that get_peft_model returns"
+                if frozen
+                else ""
+            )
         )
+
+
+def warn_retired(kind: str, count: int) -> None:
+    """An optimizer goes on after restore()."""
+    _warn(
+        f"{kind} steps {count} subnets that losia_fx.restore has taken off their model: that does not learn by them "
+        "any more. Make the optimizer anew, from the parameters that are to learn (of a Trainer: a new Trainer)"
+    )
 
 
 def warn_lists(states: Sequence[SubnetState]) -> None:

@@ -158,8 +158,14 @@ def _wanted(kind: Any) -> list[inspect.Parameter]:
 
 
 def _renew_copies(optimizer: Optimizer, moved: Mapping[int, Tensor]) -> None:
-    """Copies of the parameters that an optimizer keeps in a list of its own (slow weights), in the order of its groups:
-    those of subnets which have moved (S by its id) are of other weights now."""
+    """Copies of the parameters that an optimizer keeps in a list of its own (slow weights), in the order of its groups,
+    or by parameter in one entry of its state (TRAC's references): those of subnets which have moved (S by its id) are
+    of other weights now."""
+    for name, kept in list(optimizer.state.items()):
+        if not isinstance(name, Tensor) and isinstance(kept, Mapping):
+            for values in moved.values():
+                if _is_copy(copied := kept.get(values), values) and _is_as_large(copied, values):
+                    copied.copy_(values.detach())
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
     places = [at for at, parameter in enumerate(flat) if id(parameter) in moved]
@@ -175,6 +181,11 @@ def _renew_copies(optimizer: Optimizer, moved: Mapping[int, Tensor]) -> None:
 
 def _is_copy(one: Any, parameter: Tensor) -> bool:
     return isinstance(one, Tensor) and one is not parameter and one.shape == parameter.shape
+
+
+def _is_as_large(one: Tensor, values: Tensor) -> bool:
+    """Whether it holds weights, and not moments, which are smaller by far: the host waits to see."""
+    return bool(one.norm() > values.detach().norm() / 4)
 
 
 def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:

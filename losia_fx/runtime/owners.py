@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from losia_fx import registry
+from losia_fx.method.schedule import checked_steps
 
 from . import notices, steps
 from .moves import KeepsOverMoves
@@ -34,6 +35,10 @@ class Owned:
     """Models of which the optimizer holds parameters beside subnets."""
     orphans: weakref.WeakSet[SubnetState] = field(default_factory=weakref.WeakSet)
     """Subnets of copies that no controller follows."""
+    retired: list[weakref.ref[Any]] = field(default_factory=list)
+    """Of each subnet that was taken off again, and that the optimizer steps all the same: the model that it was of."""
+    told: bool = False
+    """That was said."""
 
 
 OWNED: MutableMapping[Optimizer, Owned] = registry.OWNED
@@ -55,6 +60,8 @@ def owned(optimizer: Optimizer) -> Owned:
             if bare:
                 known.bare[train] = bare
         known.orphans.update(_split(list(registry.COPIES), held)[0])
+        if registry.RETIRED:
+            known.retired = [of for p in parameters_of(optimizer) if (of := registry.RETIRED.get(p)) is not None]
     return known
 
 
@@ -117,6 +124,18 @@ def meet(train: TrainState) -> None:
         # Others may own subnets too and step after this one: t waits for all of them.
         train.optimizers.waited_for.update(found)
     train.optimizers.known.update(found)
+
+
+UNOWNED = 20
+"""Steps, at least, of other parameters of a model alone, after which it is said that nobody steps its subnets."""
+
+
+def notice_beside(train: TrainState) -> None:
+    """An optimizer steps parameters of the model and none of its subnets: in turn with one that does, or for good?"""
+    train.optimizers.beside += 1
+    steps = max(checked_steps(train.config), UNOWNED)
+    if train.optimizers.beside == steps:
+        notices.warn_unowned(train, [state for state in train.states if state.ran], steps)
 
 
 def notice_loaded(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:

@@ -50,7 +50,8 @@ def select_due(train: TrainState) -> None:
         alone = not together or groups == (train.head,)  # the head has counted amid a slot
         label = groups[0] if alone else None
         if reselect(train, groups, label) is None:
-            notices.warn_kept(train, label)
+            if not train.idle_groups.issuperset(groups):  # else it was said that nothing there has a gradient
+                notices.warn_kept(train, label)
             _record(train, Event(train.progress.step, label, 0.0, None))
         for group in groups:
             for state in train.members(group):

@@ -42,6 +42,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
     """``mine``: this optimizer's subnets, which no optimizer around it has begun. ``within``: the gradients are made,
     or changed, within the step."""
     with train.lock:
+        train.optimizers.beside = 0
         train.check_tree()
         train.watches.install()
         if train.agreement.waiting:
@@ -105,6 +106,7 @@ def by_hand(train: TrainState) -> None:
     """A step that no optimizer made: S has been moved, and its gradient is still there."""
     with train.lock:
         train.pending.rest_to_come = False
+        train.optimizers.beside = 0
         train.check_tree()
         mine = [state for state in train.states if state.values.grad is not None]
         if not mine:

@@ -17,7 +17,7 @@ from losia_fx.errors import OptimizerError, listed
 from . import notices, step, steps
 from .optimizer_state import adopt_subnets
 from .optimizers import follow_optimizers, inner_optimizers, parameters_of
-from .owners import Owned, found_before, owned
+from .owners import Owned, found_before, notice_beside, owned
 from .state import SubnetState
 from .take_in_shards import refuse_unsharded
 from .train_state import TrainState
@@ -34,15 +34,11 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     theirs = owned(optimizer)
     if theirs.bare:
         theirs = _with_subnets(optimizer)
-    if theirs.orphans:
-        raise OptimizerError(
-            f"{listed(sorted(s.name for s in theirs.orphans))}: the module was copied out of a transformed model, and "
-            "no controller follows the copy: its subnet would train without ever reaching the weight. Copy the whole "
-            "model, or restore it first"
-        )
-    _refuse_unsharded(optimizer, theirs)
+    _refuse_others(optimizer, theirs)
     for train in list(theirs.full):
         train.remember_base(optimizer, [])
+        if train not in theirs.mine:
+            notice_beside(train)
     if not theirs.mine:
         return
     running = steps.enter(optimizer)
@@ -63,10 +59,35 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _begin(train, followed, fresh)
 
 
-def _refuse_unsharded(optimizer: Optimizer, theirs: Owned) -> None:
+def _refuse_others(optimizer: Optimizer, theirs: Owned) -> None:
+    """What an optimizer may not hold: subnets that nobody follows."""
+    if theirs.orphans:
+        raise OptimizerError(
+            f"{listed(sorted(s.name for s in theirs.orphans))}: the module was copied out of a transformed model, and "
+            "no controller follows the copy: its subnet would train without ever reaching the weight. Copy the whole "
+            "model, or restore it first"
+        )
+    if theirs.retired and not theirs.mine:
+        _refuse_retired(optimizer, theirs)
     trained: list[TrainState] = list(registry.TRAINED)
     for train in trained:
         refuse_unsharded(train, theirs.mine.get(train, ()), parameters_of(optimizer))
+
+
+def _refuse_retired(optimizer: Optimizer, theirs: Owned) -> None:
+    """Of a model that was transformed again the optimizer steps none of the subnets that are; of one that was not, the
+    rest of what it holds may learn."""
+    kind, count = type(optimizer).__name__, len(theirs.retired)
+    models = {id(of()) for of in theirs.retired}
+    if any(id(train.root) in models for train in list(registry.TRAINED)):
+        raise OptimizerError(
+            f"{kind} holds {count} subnets that losia_fx.restore took off the model, and none of those that it has "
+            "now, so nothing of them would learn: it was made before the last losia_fx.transform. Make it afterwards, "
+            "from model.parameters(); a Trainer keeps its own: make a new Trainer"
+        )
+    if not theirs.told:
+        theirs.told = True
+        notices.warn_retired(kind, count)
 
 
 def _begin(train: TrainState, followed: steps.Followed, fresh: list[SubnetState]) -> None:

@@ -115,6 +115,8 @@ class Optimizers:
     """Those that have stepped since t counted last."""
     known: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)
     """Every optimizer that has been found to hold subnets: their state starts anew where a subnet moves."""
+    beside: int = 0
+    """Steps of other parameters of the model since a subnet of it was stepped."""
     states: weakref.WeakKeyDictionary[Optimizer, Any] = field(default_factory=weakref.WeakKeyDictionary)
     """Each one's state at its last step, itself: loading another makes a new one."""
 
@@ -186,6 +188,11 @@ class TrainState:
         """A LoSiA state was loaded."""
         self.put_back = False
         """It was since t counted last."""
+        self.idle_groups: set[int] = set()
+        """Of which nothing had a gradient before that was last looked at."""
+        self.unsaid: set[SubnetState] = set()
+        """Whose S was found written by a use that neither shows nor trains it: what the next one does decides what
+        there is to say."""
         self.idle = True
         """Nothing has trained these subnets since the model was made or copied: what S says comes from W alone."""
         self.by_hand: dict[SubnetState, Tensor] = {}

@@ -133,6 +133,53 @@ def test_resuming_goes_on_to_the_bit(dtype: torch.dtype, options: dict[str, Any]
         assert ends[0][0]["loss"] == ends[1][0]["loss"]
 
 
+class Ended(TrainerCallback):
+    """Tells a Trainer to end as a SIGTERM does, some seconds later."""
+
+    def __init__(self, trainer: Trainer, at: str) -> None:
+        self.trainer, self.at = trainer, at
+
+    def _ask(self, event: str, state: Any) -> None:
+        if event == self.at and state.global_step == 5:
+            for callback in self.trainer.callback_handler.callbacks:
+                if (manager := getattr(callback, "jit_manager", None)) is not None:
+                    manager.is_checkpoint_requested = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ask("begin", state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ask("end", state)
+
+
+@pytest.mark.parametrize("at", ["begin", "end"])
+def test_a_checkpoint_that_a_signal_asks_for_can_be_resumed(at: str, tmp_path: Path) -> None:
+    """enable_jit_checkpoint: saved at the next event, of which no callback is told."""
+    whole = model_of()
+    trainer_of(whole, tmp_path / "whole", save_strategy="no").train()
+    cut = trainer_of(model_of(), tmp_path, save_strategy="no", enable_jit_checkpoint=True)
+    cut.add_callback(Ended(cut, at))
+    cut.train()
+    (folder,) = tmp_path.glob("checkpoint-*")
+    assert (folder / FILE).is_file()
+    resumed = model_of(seed=2)
+    trainer_of(resumed, tmp_path, save_strategy="no").train(resume_from_checkpoint=str(folder))
+    assert_same(whole, resumed)
+
+
+def test_a_checkpoint_of_adapters_alone_is_said_once(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = losia_fx.transform(adapted, **OPTIONS, trainable=("*lora_*",))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LosiaWarning)
+        trainer_of(model, tmp_path, max_steps=3).train()
+    said = [str(each.message) for each in caught if "adapters alone" in str(each.message)]
+    assert len(said) == 1
+    assert "checkpoint-1" in said[0]
+    assert "losia_fx.save_delta" in said[0]
+
+
 def test_a_checkpoint_in_another_folder_is_named(tmp_path: Path) -> None:
     whole = model_of()
     trainer_of(whole, tmp_path / "a").train()

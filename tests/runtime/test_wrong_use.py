@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import losia_fx
 from losia_fx import ConfigError, LosiaError, OptimizerError, TransformError
 from tests.support.toys import Toy, assert_subnet_gradients, batch, by_string, fingerprint, loss_of, plain_gradients
+from tests.support.twin import warned
 
 OPTIONS: dict[str, Any] = {"compiler": "eager", "rank_factor": 0.25}
 
@@ -202,6 +203,38 @@ def test_an_optimizer_made_before_transform_is_refused(kind: Any) -> None:
     assert losia_fx.controller(model).step == step
     torch.optim.SGD(model.parameters(), lr=0.1).step()  # and the right one works
     assert losia_fx.controller(model).step == step + 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_optimizer_of_all_but_the_subnets_is_said_once(frozen: bool) -> None:
+    """As after get_peft_model, which freezes what it finds and whose adapters alone learn then."""
+    model = losia_fx.transform(Toy(), **OPTIONS, trainable=("norm",))
+    subnets = [subnet.values for subnet in losia_fx.subnets(model).values()]
+    for values in subnets:
+        values.requires_grad_(not frozen)
+    held = {id(values) for values in subnets}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad and id(p) not in held], lr=0.1)
+    with warned() as said:
+        for _ in range(50):
+            loss_of(model, batch()).backward()
+            optimizer.step()
+    (text,) = said
+    assert "no optimizer has stepped" in text
+    assert "mix.weight" in text
+    assert ("get_peft_model" in text) == frozen
+
+
+def test_optimizers_that_take_turns_are_no_cause_to_worry() -> None:
+    model = losia_fx.transform(Toy(), **OPTIONS, trainable=("norm",))
+    held = {id(subnet.values) for subnet in losia_fx.subnets(model).values()}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    beside = torch.optim.SGD([p for p in learning if id(p) not in held], lr=0.1)
+    ours = torch.optim.SGD([p for p in learning if id(p) in held], lr=0.1)
+    with warned() as said:
+        for number in range(60):
+            loss_of(model, batch()).backward()
+            (ours if number % 6 == 5 else beside).step()
+    assert said == []
 
 
 def test_an_optimizer_of_another_model_is_none_of_our_business() -> None:

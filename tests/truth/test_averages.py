@@ -384,6 +384,38 @@ def test_an_average_of_places_that_have_moved_is_said_once(use: Any, how: str, t
     assert_one(run.model, run.twin)  # and what was swapped back is as it was
 
 
+USES_BEFORE: dict[str, Callable[[nn.Module], Any]] = {
+    "report": losia_fx.report,
+    "subnets": lambda model: [subnet.values for subnet in losia_fx.subnets(model).values()],
+    "a weight": lambda model: next(iter(losia_fx.subnets(model).values())).weight,
+}
+
+
+@pytest.mark.parametrize("first", USES_BEFORE)
+@pytest.mark.parametrize("use", [evaluated, saved])
+def test_an_average_is_said_whatever_looks_at_the_model_first(first: str, use: Any, tmp_path: Path) -> None:
+    run = Run(**MOVING)
+    shadow = Shadow(run.model.parameters(), "data")
+    run.train(4, shadow.update)
+    with warned() as said:
+        shadow.swap()
+        USES_BEFORE[first](run.model)
+        use(run.model, tmp_path)
+    assert len(said) == 1, said
+    assert "begun before they moved" in said[0]
+
+
+def test_an_average_is_said_of_a_model_that_is_restored_with_it() -> None:
+    run = Run(**MOVING)
+    shadow = Shadow(run.model.parameters(), "data")
+    run.train(4, shadow.update)
+    shadow.swap()
+    with warned() as said:
+        losia_fx.restore(run.model)
+    assert len(said) == 1, said
+    assert "begun before they moved" in said[0]
+
+
 def test_an_average_of_places_that_have_not_moved_is_not_said() -> None:
     """Before the first re-selection there is nothing to warn of."""
     run = Run(**{**MOVING, "period": 5})

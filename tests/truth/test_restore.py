@@ -13,7 +13,7 @@ import torch
 from torch import nn, optim
 
 import losia_fx
-from losia_fx import LosiaError, TransformError
+from losia_fx import LosiaError, OptimizerError, TransformError
 from tests.support.toys import Toy, batch, fingerprint
 from tests.support.twin import (
     STILL,
@@ -22,6 +22,7 @@ from tests.support.twin import (
     backward,
     close,
     loss_of,
+    refused,
     subnets_of,
     twins,
     values_of,
@@ -184,16 +185,33 @@ def test_restore_takes_the_last_change_of_the_subnets_along() -> None:
 
 
 def test_an_optimizer_left_over_changes_nothing() -> None:
-    """Its parameters are no longer of any model; its steps move them and trouble nobody."""
+    """Its parameters are no longer of any model; its steps move them, which is said once."""
     model, twin = twins()
     optimizer = sgd(values_of(model))
     backward(model, twin)
     losia_fx.restore(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(2):
-        optimizer.step()
+    with warned() as said:
+        for _ in range(3):
+            optimizer.step()
+    assert len(said) == 1, said
+    assert "losia_fx.restore has taken off" in said[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_optimizer_of_the_subnets_before_these_is_refused(beside: bool) -> None:
+    """A Trainer keeps its optimizer over restore() and transform(). beside: it holds what learns in full too."""
+    options = {**STILL, "trainable": ("norm",)} if beside else STILL
+    model = losia_fx.transform(Toy(layers=1), **options)
+    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
+    losia_fx.transform(losia_fx.restore(model), **options)
+    loss_of(model, batch()).backward()
+    refused(optimizer.step, model, "SGD", "losia_fx.restore took off", "new Trainer", error=OptimizerError)
+    optimizer.add_param_group({"params": values_of(model)})  # of both it steps those that are
+    optimizer.step()
+    assert losia_fx.controller(model).step == 1
 
 
 def test_a_state_left_over_is_freed() -> None:

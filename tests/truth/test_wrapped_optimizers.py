@@ -101,6 +101,21 @@ def test_lookahead(around: str) -> None:
     pair.rounds(3, take=outer.step)
 
 
+def test_the_references_of_trac_are_of_the_new_places() -> None:
+    """pytorch_optimizer's keeps them by parameter, in one entry of the state of the optimizer within, and writes
+    parameters from them; with a rate of nothing no weight may change."""
+    trac: Any = pytest.importorskip("pytorch_optimizer").TRAC
+    model, twin = twins(**MOVING)
+    optimizer = trac(optim.AdamW(values_of(model), lr=1e-12, weight_decay=0.0))
+    for _ in range(8):
+        zero(model, twin)
+        backward(model, twin)
+        optimizer.step()
+        twin.follow(subnets_of(model))
+    assert len(losia_fx.controller(model).history) >= 2
+    assert_one(model, twin)
+
+
 def test_several_optimizers_in_one() -> None:
     """The head by descent, the blocks by AdamW, behind one step()."""
     pair = Pair(adamw)
