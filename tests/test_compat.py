@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor import memory
+from torch._inductor import memory, sizevars
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen import cpp
 from torch._inductor.dependencies import WeakDep
 from torch._inductor.lowering import lowerings
 from torch._inductor.scheduler import SchedulerNode
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from torch.utils.checkpoint import checkpoint
 
 from losia_fx import _compat
@@ -832,6 +835,25 @@ def test_the_inductor_that_losia_compiles_with_is_mended(monkeypatch: pytest.Mon
     _compat.inner_compiler("inductor")
     assert SchedulerNode.recompute_size_and_body is not _recompute
     inductor_order.keep_reads_behind_writes.cache_clear()
+
+
+# -- the strides that Inductor keeps ----------------------------------------------------------------------------------
+
+
+def test_strides_are_kept_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((sizevars, "stride_at"), (sizevars, "simplify_index_in_vec_range")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    for module in (sizevars, cpp):
+        monkeypatch.setattr(module, "stride_at_vec_range", module.stride_at_vec_range)
+    before = sizevars.stride_at_vec_range
+    x, y = sympy.symbols("x y", integer=True, nonnegative=True)
+    indices = [FloorDiv(x, 16) * n + ModularIndexing(x, 1, 16) * 3 + y for n in range(1, 140)]
+    expected = [before(index, x, 8) for index in indices]
+    assert before.cache_info().maxsize < len(indices)
+    cpp_kernels.keep_strides()
+    assert [cpp.stride_at_vec_range(index, x, 8) for index in indices] == expected
+    assert [sizevars.stride_at_vec_range(index, x, 8) for index in indices] == expected
+    assert sizevars.stride_at_vec_range.cache_info().hits == len(indices)
 
 
 # -- what Inductor divides by -----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Inductor's C++ kernels of a graph in one file, compiled at once: the same code, for a part of the compiler's time.
 
+So are the strides by which it chooses what to vectorise, once it keeps them all: see ``keep_strides``.
+
 Inductor (2.11 and 2.13) runs g++ for each kernel, and reading its headers takes most of that; there is no public way to
 say otherwise. For what compiles hundreds of small models once, and nothing else: a kernel is called through ctypes.
 """
@@ -7,12 +9,15 @@ say otherwise. For what compiles hundreds of small models once, and nothing else
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
+from torch._inductor import sizevars
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.codegen import cpp
 
 Call = Callable[..., None]
 
@@ -44,6 +49,19 @@ class _Kernel:
             function(*(x.data_ptr() if is_tensor else x for x, is_tensor in zip(args, tensors, strict=True)))
 
         return call
+
+
+def keep_strides() -> None:
+    """From now on, in this process, Inductor (2.11 to 2.14) works out the stride of an index once.
+
+    It keeps the last 128, and asks for all of a kernel's again and again: of a few hundred, none is there any more when
+    its turn comes, and a backward takes minutes instead of seconds.
+    """
+    for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
+        kept = functools.cache(getattr(sizevars, name).__wrapped__)
+        setattr(sizevars, name, kept)
+        if hasattr(cpp, name):
+            setattr(cpp, name, kept)
 
 
 def compile_kernels_together() -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from transformers.utils.logging import set_verbosity_error
 
 from losia_fx._compat import draw_as_eager
-from losia_fx._compat.cpp_kernels import compile_kernels_together
+from losia_fx._compat.cpp_kernels import compile_kernels_together, keep_strides
 from losia_fx.config import COMPILERS
 from losia_fx.console import progress
 from losia_fx.errors import LosiaError
@@ -162,6 +162,7 @@ def _child(answer: Connection, name: str, compiler: str, dtype: str, library: st
     set_verbosity_error()
     if compiler == "inductor":  # nearly all of the time goes into g++, and most of that into reading headers
         compile_kernels_together()
+        keep_strides()
         draw_as_eager()
     gc.disable()  # the process ends with its model
     try:
