@@ -58,10 +58,10 @@ def keep_strides() -> None:
     its turn comes, and a backward takes minutes instead of seconds.
     """
     for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
-        kept = functools.cache(getattr(sizevars, name).__wrapped__)
-        setattr(sizevars, name, kept)
-        if hasattr(cpp, name):
-            setattr(cpp, name, kept)
+        homes: list[Any] = [module for module in (sizevars, cpp) if hasattr(module, name)]  # 2.11 has them in cpp
+        kept = functools.cache(getattr(homes[0], name).__wrapped__)
+        for home in homes:
+            setattr(home, name, kept)
 
 
 def compile_kernels_together() -> None:
