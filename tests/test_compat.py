@@ -903,15 +903,16 @@ def test_the_gradient_of_a_mean_over_a_window_that_sticks_out(mended: bool) -> N
     assert right == (list(POOLINGS) if mended else [])
 
 
-def test_inductor_draws_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
-    _compat.draw_as_eager()
+def test_inductor_draws_as_eager() -> None:
     torch.compiler.reset()
     x, drawn = torch.ones(64), []
-    for call in (F.dropout, torch.compile(F.dropout)):
-        torch.manual_seed(0)
-        drawn.append(call(x))
+    with torch._inductor.config.patch(fallback_random=False):  # and back again
+        _compat.draw_as_eager()
+        for call in (F.dropout, torch.compile(F.dropout)):
+            torch.manual_seed(0)
+            drawn.append(call(x))
     assert torch.equal(*drawn)
+    assert not torch._inductor.config.fallback_random
 
 
 # -- kernels compiled together ----------------------------------------------------------------------------------------
