@@ -39,6 +39,8 @@ class LosiaCallback(TrainerCallback):
         self.trainer, self.checkpoint = trainer, checkpoint
         self._logged = 0
         """How many of the controller's events have been logged."""
+        self._saved = -1
+        """The step of the last checkpoint."""
         self._told = False
         """It was said that a checkpoint lacks the weights."""
 
@@ -83,13 +85,17 @@ class LosiaCallback(TrainerCallback):
     def _complete(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """With enable_jit_checkpoint a Trainer that is told to end saves at once, and says so to nobody."""
         stopped = control.should_training_stop and getattr(args, "enable_jit_checkpoint", False)
-        if stopped and not (_folder(args, state) / FILE).exists():
-            self.on_save(args, state, control)
+        if stopped and self._saved != state.global_step:
+            self._save(args, state, (_folder(args, state) / FILE).exists())  # that of an earlier run, not of this one
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = _folder(args, state)
+        self._save(args, state)
+
+    def _save(self, args: TrainingArguments, state: TrainerState, there: bool = False) -> None:
+        """All ranks together. there: the folder has a state, which stays."""
+        folder, self._saved = _folder(args, state), state.global_step
         # Trials of a hyperparameter search save elsewhere, and never resume.
-        writes = args.should_save and folder.is_dir()
+        writes = args.should_save and folder.is_dir() and not there
         if writes or controller(self._model).sharded:
             save_state(self._model, folder / FILE, writes)
         if writes and not self._told and _holds_adapters_alone(folder):

@@ -85,20 +85,20 @@ def note(train: TrainState, written: list[SubnetState], learns: bool, shown: boo
     """``written``: subnets whose S somebody moved outside of a followed step."""
     if not (written or train.unsaid) or train.pending.rest_to_come or steps.under_way(train):
         return
+    still = train.vigilance.still(written, modes_of(train)) if written else []
     if not (learns or shown):
-        train.unsaid.update(written)
+        train.unsaid.update(still)
         return
-    if train.unsaid:
-        written = [state for state in train.states if state in train.unsaid or state in written]
-        train.unsaid.clear()
-    still = train.vigilance.still(written, modes_of(train))
+    others = train.unsaid.difference(written)
+    unsaid = [state for state in train.states if state in others] if others else []
+    train.unsaid.clear()
     if learns:
         train.idle = False
-        notices.warn_kept_by_place(train, train.left.written(written))
+        notices.warn_kept_by_place(train, train.left.written([*written, *unsaid]))
         if train.vigilance.moves_unseen(checked_steps(train.config)):
-            notices.warn_standing(train, written)
-    elif still:
-        notices.warn_averaged(train, still)
+            notices.warn_standing(train, [*written, *unsaid])
+    elif still or unsaid:
+        notices.warn_averaged(train, [*still, *unsaid])
 
 
 def mend(train: TrainState) -> None:

@@ -504,6 +504,10 @@ def test_a_weight_that_schedule_free_moved_is_nobody_elses(of_package: str) -> N
             name = next(iter(subnets_of(run.model)))
             subnet = subnets_of(run.model)[name]
             close(run.model.state_dict()[name][subnet.rows][:, subnet.cols], found, 1e-12, name)
+        optimizer.eval()
+        losia_fx.report(run.model)  # in the one mode, and what is saved in the other
+        optimizer.train()
+        run.model.state_dict()
     assert losia_fx.controller(run.model).history
 
 
