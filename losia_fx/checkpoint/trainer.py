@@ -102,8 +102,8 @@ class LosiaCallback(TrainerCallback):
             self._told = True
             warnings.warn(
                 f"losia_fx: {folder} holds PEFT's adapters alone, and nothing of what the subnets have learnt in the "
-                "weights beneath: training cannot go on from it. losia_fx.save_delta(model, path) saves what was "
-                "learnt there, to be loaded into the base again by losia_fx.load_delta",
+                "weights beneath: training cannot go on from it. model.state_dict() has all of it; of a model "
+                "transformed with track_delta=True, losia_fx.save_delta(model, path) saves what was learnt there",
                 LosiaWarning,
                 stacklevel=2,
             )
