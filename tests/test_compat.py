@@ -382,8 +382,6 @@ def test_is_exporting() -> None:
 
 
 class Wrapped(nn.Module):
-    """Not a bare Linear: Dynamo leaves the frames of torch's own modules alone."""
-
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 2)
@@ -428,6 +426,25 @@ def test_compile_call_holds_a_module_to_its_limit(way: Callable[..., Any]) -> No
                 assert call(torch.ones(length, 2)).shape == (length, 2)
     assert (graphs.count("10"), graphs.count("3")) == (10, 3)
     assert torch._dynamo.config.recompile_limit == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_knows_no_limit_of_all_modules_together(way: Callable[..., Any]) -> None:
+    graphs: list[str] = []
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for index in range(4):
+            way(Wrapped(), names_of_graphs(graphs, str(index)), recompile_limit=4)(torch.ones(1, 2))
+        assert torch._dynamo.config.accumulated_recompile_limit == 2
+    assert graphs == [str(index) for index in range(4)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compile_call_makes_one_graph_of_a_module_of_torch(way: Callable[..., Any]) -> None:
+    """Whose frame Dynamo passes over."""
+    graphs: list[str] = []
+    module, x = nn.Sequential(nn.Linear(2, 2), nn.GELU(), Wrapped()), torch.ones(1, 2)
+    torch.testing.assert_close(way(module, names_of_graphs(graphs, "one"), recompile_limit=4)(x), module(x))
+    assert graphs == ["one"]
 
 
 @pytest.mark.parametrize("way", WAYS)

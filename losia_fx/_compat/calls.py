@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import skip_code
 
 
@@ -43,14 +45,15 @@ ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).p
 def compile_call(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
     """``plain_call`` of the module, compiled.
 
-    The limit is raised and held apart from that of other modules: the code that is compiled here, Module._call_impl,
-    is the same for all modules of a process, and so would be its limit of 8 graphs.
+    The limit is raised and held apart from that of other modules: the code that is compiled here, the class's forward,
+    is the same for all its modules, and so would be its limit of 8 graphs.
     """
-    if not ISOLATES_RECOMPILES:
+    forward = module.forward
+    if not ISOLATES_RECOMPILES or (isinstance(forward, MethodType) and trace_rules.check(forward)):
         return compile_own_code(module, backend, recompile_limit)
-    limits: dict[str, Any] = {"recompile_limit": recompile_limit, "isolate_recompiles": True}  # not in the overloads
-    compiled: Callable[..., Any] = torch.compile(MethodType(type(module)._call_impl, module), backend=backend, **limits)
-    return compiled
+    apart: dict[str, Any] = {"isolate_recompiles": True}  # not in the overloads
+    call = MethodType(type(module)._call_impl, module)
+    return _limited(torch.compile(call, backend=backend, **apart), recompile_limit)
 
 
 @runs_uncompiled
@@ -76,21 +79,27 @@ def compile_forward(
 
 @runs_uncompiled
 def compile_own_code(module: nn.Module, backend: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
-    """compile_call for torch 2.11 and 2.12; ends with 2.13, where torch.compile isolates and takes the limit.
+    """compile_call of a module whose forward is torch's own (nn.Sequential), and of all with torch 2.11 and 2.12: newer
+    ones isolate and take the limit.
 
-    Dynamo counts graphs by code object, so every module gets one of its own. It cannot be a new _call_impl: Dynamo
-    passes over that frame, as torch's, and counts the ones that it calls. (So it does with frames that a graph break
-    leaves: those share their count with other modules.)
+    Dynamo passes over torch's own frames, Module._call_impl among them, and compiles those that they call, each by
+    itself: it needs a frame of ours to begin with. It counts graphs by code object, so every module gets one of its
+    own. (Frames that a graph break leaves share their count with other modules.)
     """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self)._call_impl(self, *args, **kwargs)
 
-    compiled = torch.compile(MethodType(own_code(call), module), backend=backend)
+    return _limited(torch.compile(MethodType(own_code(call), module), backend=backend), recompile_limit)
+
+
+def _limited(compiled: Callable[..., Any], recompile_limit: int) -> Callable[..., Any]:
+    """``compiled`` with a limit for each module alone, not for all of a class in a process together, which Dynamo holds
+    to 256 graphs: a search over a hundred models of one class would end uncompiled."""
 
     @runs_uncompiled
     def limited(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit, accumulated_recompile_limit=sys.maxsize):
             return compiled(*args, **kwargs)
 
     return limited

@@ -130,6 +130,16 @@ def warn_not_carried(train: TrainState, optimizer: Optimizer) -> None:
         )
 
 
+def warn_corrected(train: TrainState, optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    if _once(train, f"corrected: {kind}"):
+        _warn(
+            f"{kind} keeps averages of the parameters, which its eval() divides by a count of all steps and puts in "
+            "their place. Those of subnets that move start anew, and what is put there will be too small: let no "
+            'subnet move, transform(model, schedule="static"), or do not call its eval()'
+        )
+
+
 def warn_standing(train: TrainState, written: Sequence[SubnetState]) -> None:
     if _once(train, "standing"):
         _warn(

@@ -188,6 +188,29 @@ def _is_as_large(one: Tensor, values: Tensor) -> bool:
     return bool(one.norm() > values.detach().norm() / 4)
 
 
+def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bool:
+    """Whether the optimizer has an ``eval`` that puts averages of the parameters in their place, which began at zero
+    and are corrected by a count of all steps (SPlus): of what is made anew in mid-run too little is there for that.
+    The host waits to see it."""
+    if not callable(getattr(optimizer, "eval", None)):
+        return False
+    entries = (
+        (value, state.values.detach())
+        for state in states
+        for value in (optimizer.state.get(state.values) or {}).values()
+        if _is_copy(value, state.values)
+    )
+    return any(_is_in_part(value.float(), values.float()) for value, values in entries)
+
+
+def _is_in_part(one: Tensor, values: Tensor) -> bool:
+    """Whether it points where the weights do, as no gradient does, and is smaller."""
+    if one.numel() < 64:
+        return False  # by chance
+    large, small = values.norm(), one.norm()
+    return bool(((one * values).sum() > 0.5 * small * large) & (small < 0.95 * large))
+
+
 def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:
     """Whether the optimizer's state of a subnet comes from a step, and not from its constructor, or from a step that
     was only to make it and has left every moment at zero."""

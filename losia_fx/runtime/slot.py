@@ -20,7 +20,7 @@ from .carry import carry_over
 from .choose import Choice, choose, share_of_all
 from .in_8_bits import leave_places
 from .kept_by_place import held_again, questions
-from .optimizer_state import restart_states
+from .optimizer_state import corrects_averages, restart_states
 from .profile import Profile
 from .state import SubnetState
 from .train_state import Event, TrainState
@@ -124,6 +124,9 @@ def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
     """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
     moving = [state for state in states if state.pending is not None]
     train.left.leaving(moving)
+    for optimizer in train.optimizers.known:
+        if corrects_averages(optimizer, moving):
+            notices.warn_corrected(train, optimizer)
     for state in moving:
         assert state.pending is not None
         state.move_to(*state.pending)

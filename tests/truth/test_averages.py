@@ -511,6 +511,31 @@ def test_a_weight_that_schedule_free_moved_is_nobody_elses(of_package: str) -> N
     assert losia_fx.controller(run.model).history
 
 
+@pytest.mark.parametrize("moving", [False, True], ids=["still", "moving"])
+def test_averages_that_a_count_of_all_steps_corrects(moving: bool) -> None:
+    """SPlus: its eval() is right while no subnet moves. Where one does, its average starts anew: that is said, once."""
+    splus: Any = pytest.importorskip("pytorch_optimizer").SPlus
+    model, _ = twins(**(MOVING if moving else {}))
+    optimizer = splus(values_of(model), lr=0.001)
+    with warned() as said:
+        for _ in range(7):
+            model.zero_grad()
+            loss_of(model, batch()).backward()
+            optimizer.step()
+    if moving:
+        assert len(said) == 1, said
+        assert "SPlus keeps averages" in said[0]
+        return
+    averages = {
+        name: optimizer.state[subnet.values]["ema"] / (1 - 0.999**7) for name, subnet in subnets_of(model).items()
+    }
+    optimizer.eval()
+    whole = model.state_dict()
+    for name, subnet in subnets_of(model).items():
+        close(whole[name][subnet.rows][:, subnet.cols], averages[name], 1e-9, name)
+    assert not said
+
+
 def test_a_schedule_free_checkpoint_goes_on(tmp_path: Path) -> None:
     """Saved in eval mode, as its readme asks, and loaded into a model and an optimizer made anew."""
     schedulefree = pytest.importorskip("schedulefree")
