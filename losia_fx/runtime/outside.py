@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -40,7 +40,7 @@ from losia_fx.ops.linear import subnet_linear, subnet_weight
 from losia_fx.ops.localization import tap
 
 from .look import look_at, train_state_of
-from .state import SubnetState, own_states, resolve
+from .state import SubnetState, own_states, resolve, states_of
 from .watch import Watch
 
 # -- calls of modules -------------------------------------------------------------------------------------------------
@@ -63,6 +63,8 @@ class _Entered(threading.local):
         """Forwards of transformed models under way, with gradients on."""
         self.paused = False
         """A compiled graph is running: it sees to its weights itself."""
+        self.looked: frozenset[SubnetState] = frozenset()
+        """Of the modules under way that are called by themselves: whose S and W have been made to agree."""
 
 
 _entered = _Entered()
@@ -81,13 +83,37 @@ def compiled_region() -> Iterator[None]:
 @runs_uncompiled
 def call_owner(watch: Watch, *args: Any, **kwargs: Any) -> Any:
     """Calls a module whose weights have subnets. Running at all means: no graph of ours holds this call."""
-    module = watch.module
+    return _after_a_look(_call_owner, watch, args, kwargs)
+
+
+@runs_uncompiled
+def call_around(watch: Watch, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module right around those, which may use their weights without calling them."""
+    return _after_a_look(_call_around, watch, args, kwargs)
+
+
+@runs_uncompiled
+def _after_a_look(call: Callable[..., Any], watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """At all weights within, however the module uses them (nn.MultiheadAttention takes its out_proj's, the fast path of
+    nn.TransformerEncoderLayer that of its child's child): unless a module around it, or the whole model, has done so.
+    """
+    before = _entered.looked
     if not _entered.calls:
-        for state in own_states(module).values():
+        fresh = [state for state in states_of(watch.module) if state not in before]
+        for state in fresh:
             look_at(state)
+        _entered.looked = before.union(fresh)
+    try:
+        return call(watch, args, kwargs)
+    finally:
+        _entered.looked = before
+
+
+@runs_uncompiled
+def _call_owner(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         if _entered.calls:
-            registry.RAN_WITHOUT_GRAD.update(own_states(module).values())
+            registry.RAN_WITHOUT_GRAD.update(own_states(watch.module).values())
         return watch.plain(*args, **kwargs)
     if _entered.modes:  # a module around this one has seen to it
         return watch.plain(*args, **kwargs)
@@ -100,8 +126,7 @@ def call_owner(watch: Watch, *args: Any, **kwargs: Any) -> Any:
 
 
 @runs_uncompiled
-def call_around(watch: Watch, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module right around those, which may use their weights without calling them."""
+def _call_around(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         return watch.plain(*args, **kwargs)
     inside = [state for child in watch.module.children() for state in own_states(child).values()]
