@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from losia_fx import registry
 from losia_fx._compat import untraced
 from losia_fx.errors import StateError, Swapped, Torn, listed
-from losia_fx.method.transfers import copies
 
 from .copied import only_s_was_written
 from .evidence import (
@@ -25,6 +24,7 @@ from .evidence import (
     Samples,
     Witness,
     as_held,
+    differ_by_lines,
     equal,
     in_shared_memory,
     line_of,
@@ -33,7 +33,7 @@ from .evidence import (
 )
 from .in_8_bits import keep_in_8_bits, refuse_lost_writes
 from .quantised_weight import put_block
-from .sharding import same_values
+from .same import same
 from .state import SubnetState
 
 VIGILANT = 64
@@ -62,6 +62,8 @@ class Agreement:
         """Of a copy that nothing has trained: what moved its S and W alike was an average, of which W is right."""
         self.waiting: set[SubnetState] = set()
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
+        self.unclear: list[SubnetState] = []
+        """Found to differ, and nothing told whether S or W was written; until somebody has said so."""
         self._vigilant = 0
         for state in states:
             if state.ahead or only_s_was_written(state):  # of a copy, whose weight has not followed yet
@@ -175,8 +177,8 @@ class Agreement:
             if w:
                 self._take_in(state)
         written, torn = [], []
-        for (state, (w, s)), same in zip(moved.items(), _same(list(moved)), strict=True):
-            if same:
+        for (state, (w, s)), alike in zip(moved.items(), same(list(moved)), strict=True):
+            if alike:
                 continue
             if s and not w:
                 state.write_back()
@@ -201,10 +203,13 @@ class Agreement:
         """
         # Of a meta tensor (offloaded, or a rehearsal without a device) there is no value to compare.
         chosen = [state for state in (self.states if states is None else states) if not state.weight.is_meta]
-        stale = [state for state, same in zip(chosen, _same(chosen), strict=True) if not same]
+        stale = [state for state, alike in zip(chosen, same(chosen), strict=True) if not alike]
         written, torn = [], []
         for state in stale:
             s, w = self._were_written(state)
+            if not (s or w or in_shared_memory(state)):
+                self.unclear.append(state)
+                w = differ_by_lines(state)
             average = self._is_average(state)
             torn_apart = w and s and not average
             if torn_apart and not in_shared_memory(state):  # where another process is writing the pair, S is the first
@@ -269,10 +274,16 @@ class Agreement:
             looks = [looks[self._turn]]
         return any(samples.differ(sample) for samples, sample in looks)
 
+    def shows_a_write_to(self, state: SubnetState) -> bool:
+        """The same of one subnet."""
+        number = self._index[state]
+        looks = [(self._samples, self._sample), (self._lines, self._line)]
+        return not self._has_lines or any(samples.differs(sample, number) for samples, sample in looks)
+
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
         """Whether W has yet to follow S: what a copy of both has to know, which cannot tell by itself."""
-        if state in self.waiting or state.weight.is_meta or _same([state])[0]:
+        if state in self.waiting or state.weight.is_meta or same([state])[0]:
             return False
         w, s = self.moved(state)
         if w or s:
@@ -319,21 +330,6 @@ class Agreement:
             if before is not None:
                 weight.requires_grad_(before.requires_grad)
             keep_in_8_bits(state)
-
-
-@torch.no_grad()
-def strays(states: Iterable[SubnetState]) -> list[SubnetState]:
-    """The subnets that are not in their weights, W[rows, cols]: those are of another checkpoint than the state."""
-    chosen = list(states)
-    return [state for state, same in zip(chosen, _same(chosen), strict=True) if not same]
-
-
-def _same(states: Sequence[SubnetState]) -> list[bool]:
-    """Whether W[rows, cols] is S as W can hold it, of each; each device is waited for once."""
-    if states and states[0].shards is not None:
-        return same_values(states)
-    found = [equal(state.block(), state.as_held(state.values)) for state in states]
-    return [bool(same) for same in copies(found)]
 
 
 def _refuse_torn(states: Sequence[SubnetState]) -> None:

@@ -95,6 +95,11 @@ class Samples:
         now = self.take() if at_hand else {}
         return any(not torch.equal(now[kind], sample[kind]) for kind in at_hand)
 
+    def differs(self, sample: Sample, number: int) -> bool:
+        """The same of one tensor alone."""
+        view = self._views[number]
+        return view.device.type == "cpu" and not torch.equal(view, self.of(sample, number))
+
     def of(self, sample: Sample, number: int, alone: bool = False) -> Tensor:
         """The elements of one S. alone: the sample was taken of it only."""
         kind, place = self._at[number]
@@ -185,6 +190,14 @@ def _read(weight: Tensor, dim: int, line: Tensor) -> Tensor:
 def _first_gaps(indices: Tensor) -> Tensor:
     """The lowest index that is not among those in each row of ``indices`` (n, count), sorted; (n,)."""
     return (indices == torch.arange(indices.shape[1], device=indices.device)).sum(1)
+
+
+def differ_by_lines(state: SubnetState) -> bool:
+    """Whether S and W[rows, cols] differ in whole rows, or in whole columns: whoever writes to a few of them writes to
+    W, which has names for them, and so does whoever sets a few elements of S alone write to S."""
+    differ = state.block() != state.as_held(state.values)
+    by_rows, by_cols = differ.any(-1, keepdim=True), differ.any(-2, keepdim=True)
+    return bool((differ == by_rows).all() | (differ == by_cols).all())
 
 
 def equal(one: Tensor, other: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from losia_fx.errors import StateError, listed
 from losia_fx.method.schedule import checked_steps
 
 from . import notices, slot, steps
-from .agreement import strays
+from .agreement import Agreement
 from .owners import modes_of
+from .same import strays
 from .sharded_agreement import AnyAgreement
 from .shards import reshard_all
 from .state import SubnetState
@@ -68,7 +69,9 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
             moved = train.agreement.differing()
         note(train, train.agreement.settle(moved, train.idle), learns, shown)
     if values:
-        note(train, train.agreement.compare(), learns, shown)
+        written = train.agreement.compare()
+        notices.warn_unclear(train)
+        note(train, written, learns, shown)
 
 
 def take_in(train: TrainState) -> bool:
@@ -155,11 +158,16 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
     if any(agreement.moved(state)):
         written += agreement.settle([state], agreement.averaged)
     # Of shards nothing is compared here: all ranks would have to be.
-    if state.shards is None and (values or agreement.vigilant or state.part_looks < PART_LOOKS):
+    if isinstance(agreement, Agreement) and (values or _may_have_been_written(state, agreement)):
         state.part_looks += 1
         written += agreement.compare([state])
     if train is not None:
+        notices.warn_unclear(train)
         note(train, written, learns=False, shown=shown)
+
+
+def _may_have_been_written(state: SubnetState, agreement: Agreement) -> bool:
+    return agreement.vigilant or state.part_looks < PART_LOOKS or agreement.shows_a_write_to(state)
 
 
 def agreement_of(state: SubnetState) -> AnyAgreement | None:

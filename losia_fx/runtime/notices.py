@@ -165,6 +165,17 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
         )
 
 
+def warn_unclear(train: TrainState) -> None:
+    """S and W were found to differ, with nothing to tell by which of the two was written."""
+    found, train.agreement.unclear = train.agreement.unclear, []
+    if found and _once(train, "unclear"):
+        _warn(
+            f"{len(found)} weights ({_names(found)}) and their subnets hold different numbers: a few elements of the "
+            "one or the other were written through .data, and nothing tells of which. Where whole rows or columns "
+            "differ the weight counts, else the subnet. Write within torch.no_grad() instead, and not through .data"
+        )
+
+
 def warn_kept_by_place(train: TrainState, written: Sequence[SubnetState]) -> None:
     if written and _once(train, "kept by place"):
         _warn(

@@ -30,6 +30,8 @@ class ShardedAgreement:
     def __init__(self, states: Sequence[SubnetState]) -> None:
         self.states = list(states)
         self.averaged = False
+        self.unclear: list[SubnetState] = []
+        """Nothing, as there compare() raises."""
         self.waiting: set[SubnetState] = set()
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self.fresh: set[SubnetState] = set(states)

@@ -17,10 +17,10 @@ from losia_fx.method.schedule import profiled_groups
 from losia_fx.method.sums import sums_shapes
 from losia_fx.model.kinds import is_sharded
 
-from .agreement import strays
 from .in_8_bits import is_asked_for, take_awaited_scales
 from .optimizer_state import restart_states
 from .profile import Profile
+from .same import strays
 from .shards import Shards
 from .state import SubnetState
 from .train_state import Event, TrainState

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import losia_fx
 from losia_fx._compat import compile_call, inner_compiler, install_call
 from losia_fx.errors import ConfigError
-from losia_fx.runtime.agreement import strays
 from losia_fx.runtime.quantised_weight import QuantisedWeight
+from losia_fx.runtime.same import strays
 from losia_fx.tools.bench import __main__ as command
 from losia_fx.tools.bench import apart, host, starts
 from losia_fx.tools.bench.__main__ import main

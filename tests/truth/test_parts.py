@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import losia_fx
+from tests.support.toys import Toy, batch
 from tests.support.twin import close
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
@@ -65,3 +67,25 @@ def test_a_part_sees_what_was_written_to_the_subnets_beneath(
         plain.load_state_dict(model.state_dict())
         with torch.no_grad():
             close(found.detach(), part(plain, x), 1e-12, "forward")
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["evaluated", "learning"])
+def test_a_write_to_data_after_many_uses_of_parts_alone(learns: bool) -> None:
+    """The model itself is never called: no look at it compares values."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: Toy(layers=2) for name in ("actor", "critic")}).double()
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, period=1000)
+    x = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that parts run uncompiled
+        for _ in range(20):
+            model["actor"](x).square().mean().backward()
+    for _ in range(3):
+        for subnet in losia_fx.subnets(model).values():
+            subnet.values.data.add_(0.1)
+        with torch.set_grad_enabled(learns):
+            found = model["actor"](x).detach()
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            close(found, plain["actor"](x), 1e-12, "forward")

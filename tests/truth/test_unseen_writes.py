@@ -12,7 +12,7 @@ from torch import nn, optim
 import losia_fx
 from tests.support.optimizers import ClassicLookahead
 from tests.support.toys import batch
-from tests.support.twin import Twin, assert_one, backward, subnets_of, twins, values_of, warned, zero
+from tests.support.twin import Twin, assert_one, backward, close, subnets_of, twins, values_of, warned, zero
 from tests.truth.test_averages import Run as Averaged
 from tests.truth.test_averages import Shadow, assert_sees
 from tests.truth.test_wrapped_optimizers import MOVING, Run, adamw
@@ -210,6 +210,32 @@ def test_a_weight_written_within_its_subnet_alone(what: str) -> None:
     model.get_parameter(name).data[rows.unsqueeze(-1), cols] += 1
     twin.write(name, new)
     assert_one(model, twin)
+
+
+@pytest.mark.parametrize("what", ["row of W", "column of W", "element of S"])
+def test_a_few_elements_that_nothing_tells_of(what: str) -> None:
+    """Of a subnet too large for every element to be remembered: whole lines are W's, and it is said, once."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512)) for _ in range(2))).double()
+    losia_fx.transform(model, rank_factor=0.5, compiler="eager", period=1000)
+    name, subnet = next(iter(losia_fx.subnets(model).items()))
+    optimizer = torch.optim.SGD(values_of(model), lr=0.1)
+    for _ in range(5):
+        model(torch.randn(2, 512, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    weight = model.get_parameter(name)
+    with warned() as said:
+        for line in (3, 5):
+            expected = weight.detach().clone()
+            if what == "element of S":
+                subnet.values.data[line, 3] = 7.0
+                expected[subnet.rows[line], subnet.cols[3]] = 7.0
+            else:
+                at = subnet.rows[line] if what == "row of W" else (slice(None), subnet.cols[line])
+                weight.data[at] = expected[at] = 0.0
+            close(model.state_dict()[name], expected, 0.0, what)
+            close(subnet.values.detach(), expected[subnet.rows][:, subnet.cols], 0.0, what)
+    assert len(said) == 1, said
+    assert "nothing tells of which" in said[0]
 
 
 def laid_out_by_columns(model: nn.Module) -> None:
