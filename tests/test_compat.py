@@ -331,13 +331,30 @@ def test_a_module_to_be_called_while_traced_is() -> None:
     before = sorted(module.linear.__dict__)
     _compat.install_call(module.linear, lambda x: x * 3)
     x = torch.ones(1, 2)
-    for really in (True, False):
+    for call in (_compat.plain_call, None):
         torch._dynamo.reset()
-        _compat.be_called_while_traced(module.linear, really)
+        _compat.be_called_while_traced(module.linear, call)
         y = torch.compile(module, backend="eager", fullgraph=True)(x)
-        torch.testing.assert_close(y, x * 3 if really else module.linear.forward(x))
+        torch.testing.assert_close(y, x * 3 if call else module.linear.forward(x))
     _compat.install_call(module.linear, None)
     assert sorted(module.linear.__dict__) == before
+
+
+def test_whose_call_it_is_that_runs_what_was_installed() -> None:
+    seen: list[Any] = []
+    module, other = Wrapped(), Wrapped()
+
+    @torch.compiler.disable(recursive=False)
+    def call(x: Tensor) -> Tensor:
+        seen.append(_compat.called_module())
+        return x
+
+    _compat.install_call(module, call)
+    other.__dict__.update(module.__dict__)
+    for each in (module, other):
+        each(torch.ones(1, 2))
+    call(torch.ones(1, 2))
+    assert [one is of for one, of in zip(seen, (module, other, None), strict=True)] == [True] * 3
 
 
 def test_own_code_is_counted_apart() -> None:

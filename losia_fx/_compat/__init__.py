@@ -10,6 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
 from .calls import (
     ISOLATES_RECOMPILES,
     be_called_while_traced,
+    called_module,
     compile_call,
     compile_forward,
     compile_own_code,
@@ -65,6 +66,7 @@ __all__ = [
     "all_gather",
     "aot_compiler",
     "be_called_while_traced",
+    "called_module",
     "compile_call",
     "compile_forward",
     "compile_own_code",

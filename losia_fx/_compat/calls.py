@@ -105,6 +105,21 @@ def _limited(compiled: Callable[..., Any], recompile_limit: int) -> Callable[...
     return limited
 
 
+@runs_uncompiled
+def called_module() -> Any:
+    """Whose call is running what was installed: not the module that it was installed in where somebody has copied that
+    one's __dict__. None where no module was called."""
+    frame = inspect.currentframe()
+    for _ in range(_DEEPEST):
+        frame = frame and frame.f_back
+        if frame is not None and frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            return frame.f_locals["self"]
+    return None
+
+
+_DEEPEST = 6
+"""Frames between a module's call and whoever asks: ours, and those of torch.compiler.disable."""
+
 _CALL = "_compiled_call_impl"
 
 
@@ -119,13 +134,14 @@ def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
 _IMPL = "_call_impl"
 
 
-def be_called_while_traced(module: nn.Module, really: bool) -> None:
+def be_called_while_traced(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Has Dynamo, where another's graph calls ``module``, look at what was installed: of a module whose _call_impl is
-    the class's it takes the forward at once. really: False undoes it."""
-    if really:
-        module.__dict__[_IMPL] = partial(type(module)._call_impl, module)
-    else:
+    the class's it takes the forward at once. call: what is to stand there, called with the module first; None undoes
+    it."""
+    if call is None:
         module.__dict__.pop(_IMPL, None)
+    else:
+        module.__dict__[_IMPL] = partial(call, module)
 
 
 def exchange_calls(places: Iterable[dict[str, Any]], calls: Iterable[Callable[..., Any] | None]) -> None:

@@ -48,6 +48,7 @@ from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
+from losia_fx.runtime.watch import refuse_shallow, traced_call
 from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
@@ -121,7 +122,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     call = CompiledCall(model, settings)
     model.__dict__[CALL] = call
     install_call(model, call)
-    be_called_while_traced(model, True)
+    be_called_while_traced(model, traced_call)
 
 
 def _keep_in_8_bits(train: TrainState) -> None:
@@ -176,7 +177,7 @@ def _take_off(controller: Controller) -> None:
     for parameter, before in required:
         parameter.requires_grad_(before)
     root.__dict__.pop("compile", None)
-    be_called_while_traced(root, False)
+    be_called_while_traced(root, None)
     call, runs = root.__dict__.pop(CALL, None), compiled_call(root)
     if isinstance(runs, CompiledCall) and runs is call:
         install_call(root, runs.before)
@@ -270,6 +271,7 @@ class CompiledCall:
     # An outer torch.compile would trace through, and its backend knows nothing of subnets: it calls us as we are.
     @torch.compiler.disable(recursive=False, reason=RUNS_ITSELF)
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_shallow(self.root)
         controller = controller_of(self.root)
         if controller is None:
             return plain_call(self.root, *args, **kwargs)

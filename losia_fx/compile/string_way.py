@@ -12,6 +12,7 @@ from losia_fx._compat import OptimizedModule, compiled_call, ddp_group
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import TransformError
 from losia_fx.model.blocks import find_blocks, group_names
+from losia_fx.model.refusals import refuse_hooked
 from losia_fx.model.roles import judge_weights, refuse_float8
 from losia_fx.registry import DENSE, TRAINED
 from losia_fx.runtime.attach import attach
@@ -56,7 +57,9 @@ def _refuse_ddp() -> None:
 
 def _give_subnets_in(root: nn.Module, weights: set[int], config: LosiaConfig) -> None:
     plans = judge_weights(root, config, everywhere=True)
-    refuse_float8(plan for plan in plans if plan.parameter.requires_grad and id(plan.parameter) in weights)
+    mine = [plan for plan in plans if plan.parameter.requires_grad and id(plan.parameter) in weights]
+    refuse_float8(mine)
+    refuse_hooked(mine)
     if not config.keep_dense:
         raise TransformError(
             'keep_dense=False puts other parameters in the place of weights, which backend="losia" by itself does not: '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from losia_fx import registry
-from losia_fx._compat import is_flattened
+from losia_fx._compat import has_gradient_hooks, is_flattened
 from losia_fx.config import LosiaConfig, matches
 from losia_fx.errors import TransformError, listed
 
@@ -55,6 +55,24 @@ def refuse_renormed(plans: list[WeightPlan]) -> None:
         renormed,
         "an embedding with max_norm rewrites it in every forward, so no subnet of it can learn: leave out "
         "train_tied_head=True, or set the embedding's max_norm to None",
+    )
+
+
+def refuse_hooked(plans: list[WeightPlan]) -> None:
+    """Raises TransformError where somebody is to be told of a weight's gradient, or to change it (a mask): there is
+    none of the whole weight, and the subnet would learn past the hook."""
+    hooked = [
+        plan
+        for plan in plans
+        if plan.trained == "subnet"
+        and plan.parameter not in registry.GRADIENT_HOOKS  # ours
+        and has_gradient_hooks(plan.parameter)
+    ]
+    _refuse(
+        hooked,
+        "has hooks on its gradient (register_hook, register_post_accumulate_grad_hook), which its subnet would learn "
+        "past: remove them, and put hooks for a gradient of the subnet's shape on "
+        "losia_fx.subnets(model)[name].values after losia_fx.transform, or name the weight in exclude",
     )
 
 

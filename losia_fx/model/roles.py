@@ -13,7 +13,7 @@ from losia_fx.errors import ConfigError, LosiaWarning, TransformError, listed
 
 from .blocks import block_of, find_blocks, find_heads, plain_name
 from .kinds import adapters_in, is_embedding, kind_of, reparametrised
-from .refusals import refuse_renormed, refuse_weights
+from .refusals import refuse_hooked, refuse_renormed, refuse_weights
 from .weight_plan import WeightPlan
 
 ADAPTER = "adapter of PEFT's: name it in trainable to train it, or merge_and_unload() the adapters first"
@@ -34,6 +34,7 @@ def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
         reasons = "; ".join(sorted({plan.why for plan in linears}))
         raise TransformError(f"no linear weight of {type(root).__name__} would learn: {reasons}")
     refuse_renormed(plans)
+    refuse_hooked(plans)
     refuse_float8(plans)
     _warn_of_adapters(plans)
     return plans

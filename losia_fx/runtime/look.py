@@ -112,7 +112,7 @@ def mend(train: TrainState) -> None:
     with train.lock:
         if steps.under_way(train):
             return
-        slot.finish_moves(train, train.states)
+        slot.finish_moves(train, train.states, again=True)
         train.write_back(list(pending.open))
         train.agreement.remember(pending.open)
         pending.open.clear()

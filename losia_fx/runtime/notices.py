@@ -146,7 +146,8 @@ def warn_standing(train: TrainState, written: Sequence[SubnetState]) -> None:
             f"{len(written)} subnets ({_names(written)}) are moved by something that is no optimizer step of theirs (a "
             "step written by hand, an optimizer of flat or master copies). The weights follow, but t stands still: no "
             "slot ends and no subnet moves to another place. Call losia_fx.stepped(model) after each such step, before "
-            "the gradients are zeroed"
+            "the gradients are zeroed; moments of your own are then yours to zero where a subnet moves "
+            "(help(losia_fx.stepped)). Without gradients to choose by (evolution strategies), all is well as it is"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,14 @@ def restart_states(
     optimizers: Iterable[Optimizer],
     states: Sequence[SubnetState],
     carry_over: Callable[[Optimizer, SubnetState], bool] | None = None,
+    apart: Iterable[Apart] | None = None,
 ) -> None:
     """As _restart for each subnet and optimizer; of those that share a state, a wrapper and what it stands around,
-    for the inner. carry_over: may make the state of a subnet in another way, and says whether it has."""
+    for the inner. carry_over: may make the state of a subnet in another way, and says whether it has. apart: what they
+    keep elsewhere, as it was before the subnets moved."""
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     ordered = dict.fromkeys((*reversed(inner), *optimizers))
+    apart = kept_apart(ordered, states, _is_as_large) if apart is None else apart
     done: set[int] = set()
     for optimizer in ordered:
         if id(optimizer.state) not in done:
@@ -53,7 +56,8 @@ def restart_states(
                     keeps.after_subnet_move(state.values)
                 elif carry_over is None or not carry_over(optimizer, state):
                     _restart(optimizer, state)
-        _renew_copies(optimizer, {id(state.values): state.values for state in states})
+    for each in apart:
+        each.renew()
 
 
 def _restart(optimizer: Optimizer, state: SubnetState) -> None:
@@ -157,26 +161,58 @@ def _wanted(kind: Any) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _renew_copies(optimizer: Optimizer, moved: Mapping[int, Tensor]) -> None:
-    """Copies of the parameters that an optimizer keeps in a list of its own (slow weights), in the order of its groups,
-    or by parameter in one entry of its state (TRAC's references): those of subnets which have moved (S by its id) are
-    of other weights now."""
-    for name, kept in list(optimizer.state.items()):
-        if not isinstance(name, Tensor) and isinstance(kept, Mapping):
-            for values in moved.values():
-                if _is_copy(copied := kept.get(values), values) and _is_as_large(copied, values):
-                    copied.copy_(values.detach())
+@dataclass(frozen=True)
+class Apart:
+    """What an optimizer keeps of S elsewhere than in its state of that parameter."""
+
+    tensor: Tensor
+    values: Tensor
+    of_weights: bool
+    """A copy of the parameter (slow weights, a reference), and not a moment."""
+
+    def renew(self) -> None:
+        if self.of_weights:
+            self.tensor.copy_(self.values.detach())
+        else:
+            self.tensor.zero_()
+
+
+def kept_apart(
+    optimizers: Iterable[Optimizer],
+    states: Sequence[SubnetState],
+    of_weights: Callable[[Tensor, Tensor], bool] | None = None,
+) -> list[Apart]:
+    """In a list of its own, in the order of its groups, in a dict of its own, or in one entry of its state by
+    parameter (TRAC's references). The host waits for the device where something is.
+
+    of_weights: tells copies of S from moments, where the S have moved already.
+    """
+    tells, moving = of_weights or _points_alike, {id(state.values): state.values for state in states}
+    inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
+    return [
+        Apart(one, values, tells(one, values))
+        for optimizer in dict.fromkeys((*inner, *optimizers))
+        if not isinstance(optimizer, KeepsOverMoves)
+        for one, values in _pairs(optimizer, moving)
+        if one.is_floating_point() and _is_copy(one, values)
+    ]
+
+
+def _pairs(optimizer: Optimizer, moving: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors that an optimizer keeps by parameter outside of its state of each, with the S (by its id) they are of."""
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
-    places = [at for at, parameter in enumerate(flat) if id(parameter) in moved]
-    for kept in list(optimizer.__dict__.values()) if places else ():
-        if not isinstance(kept, list) or kept is optimizer.param_groups:
-            continue
-        nested = len(kept) == len(groups) and all(isinstance(part, list) for part in kept)
-        copies = [entry for part in kept for entry in part] if nested else kept
-        if len(copies) == len(flat) and all(map(_is_copy, copies, flat)):
-            for place in places:
-                copies[place].copy_(flat[place].detach())
+    own = [kept for name, kept in vars(optimizer).items() if name not in ("state", "param_groups")]
+    entries = [kept for name, kept in list(optimizer.state.items()) if not isinstance(name, Tensor)]
+    for kept in (*own, *entries):
+        if isinstance(kept, list):
+            nested = len(kept) == len(groups) and all(isinstance(part, list) for part in kept)
+            copies = [entry for part in kept for entry in part] if nested else kept
+            if len(copies) == len(flat) and all(map(_is_copy, copies, flat)):
+                yield from ((one, moving[id(p)]) for one, p in zip(copies, flat, strict=True) if id(p) in moving)
+        elif isinstance(kept, Mapping):
+            of = ((id(key) if isinstance(key, Tensor) else key, one) for key, one in list(kept.items()))
+            yield from ((one, moving[key]) for key, one in of if key in moving and isinstance(one, Tensor))
 
 
 def _is_copy(one: Any, parameter: Tensor) -> bool:
@@ -184,8 +220,13 @@ def _is_copy(one: Any, parameter: Tensor) -> bool:
 
 
 def _is_as_large(one: Tensor, values: Tensor) -> bool:
-    """Whether it holds weights, and not moments, which are smaller by far: the host waits to see."""
     return bool(one.norm() > values.detach().norm() / 4)
+
+
+def _points_alike(one: Tensor, values: Tensor) -> bool:
+    """Whether a tensor points where the weights do, as no gradient does."""
+    mine, whole = one.detach().float(), values.detach().float()
+    return bool((mine * whole).sum() > 0.5 * mine.norm() * whole.norm())
 
 
 def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bool:
@@ -198,17 +239,9 @@ def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bo
         (value, state.values.detach())
         for state in states
         for value in (optimizer.state.get(state.values) or {}).values()
-        if _is_copy(value, state.values)
+        if _is_copy(value, state.values) and value.numel() >= 64  # of fewer, by chance
     )
-    return any(_is_in_part(value.float(), values.float()) for value, values in entries)
-
-
-def _is_in_part(one: Tensor, values: Tensor) -> bool:
-    """Whether it points where the weights do, as no gradient does, and is smaller."""
-    if one.numel() < 64:
-        return False  # by chance
-    large, small = values.norm(), one.norm()
-    return bool(((one * values).sum() > 0.5 * small * large) & (small < 0.95 * large))
+    return any(_points_alike(one, values) and one.norm() < 0.95 * values.norm() for one, values in entries)
 
 
 def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:

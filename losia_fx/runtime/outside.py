@@ -41,7 +41,7 @@ from losia_fx.ops.localization import tap
 
 from .look import look_at, train_state_of
 from .state import SubnetState, own_states, resolve, states_of
-from .watch import Watch
+from .watch import Watch, refuse_shallow
 
 # -- calls of modules -------------------------------------------------------------------------------------------------
 
@@ -99,6 +99,7 @@ def _after_a_look(call: Callable[..., Any], watch: Watch, args: tuple[Any, ...],
     """
     before = _entered.looked
     if not _entered.calls:
+        refuse_shallow(watch.module)
         fresh = [state for state in states_of(watch.module) if state not in before]
         for state in fresh:
             look_at(state)

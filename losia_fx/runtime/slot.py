@@ -20,7 +20,7 @@ from .carry import carry_over
 from .choose import Choice, choose, share_of_all
 from .in_8_bits import leave_places
 from .kept_by_place import held_again, questions
-from .optimizer_state import corrects_averages, restart_states
+from .optimizer_state import corrects_averages, kept_apart, restart_states
 from .profile import Profile
 from .state import SubnetState
 from .train_state import Event, TrainState
@@ -120,9 +120,13 @@ def _note_visit(state: SubnetState) -> None:
     state.visits = visit(before[0], state.rows), visit(before[1], state.cols)
 
 
-def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
-    """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers."""
+def finish_moves(train: TrainState, states: Iterable[SubnetState], again: bool = False) -> None:
+    """Every part of a move may be done again, so one that was interrupted is simply made: W has all the numbers.
+
+    again: it was, and some S may hold the numbers of their new places.
+    """
     moving = [state for state in states if state.pending is not None]
+    apart = None if again else kept_apart(train.optimizers.known, moving)
     train.left.leaving(moving)
     for optimizer in train.optimizers.known:
         if corrects_averages(optimizer, moving):
@@ -132,7 +136,7 @@ def finish_moves(train: TrainState, states: Iterable[SubnetState]) -> None:
         state.move_to(*state.pending)
         train.by_hand.pop(state, None)
     carries = functools.partial(carry_over, train) if train.config.carry_moments else None
-    restart_states(train.optimizers.known, moving, carries)
+    restart_states(train.optimizers.known, moving, carries, apart)
     train.agreement.remember(moving, places=True)
     train.left.arrived()
     for state in moving:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from losia_fx._compat import (
+    called_module,
     compiled_call,
     exchange_calls,
     install_call,
@@ -24,6 +25,7 @@ from losia_fx._compat import (
     plain_call,
     runs_uncompiled,
 )
+from losia_fx.errors import TransformError
 
 WATCH = "_losia_watch"
 """Attribute of a watched module: its Watch, which so goes with copies of it, where torch drops a compiled call."""
@@ -67,6 +69,26 @@ class Watch:
         if self.before is not None and not torch.is_grad_enabled():
             return self.before(*args, **kwargs)
         return plain_call(self.module, *args, **kwargs)
+
+
+@runs_uncompiled
+def refuse_shallow(module: nn.Module) -> None:
+    """Raises TransformError where what was installed in ``module`` runs for another that has its __dict__."""
+    called = called_module()
+    if called is not None and called is not module:
+        raise TransformError(
+            f"{type(module).__name__}: this is a shallow copy of a transformed model or of a part of one (copy.copy, a "
+            "clone of its __dict__), and would run the weights of the original. Take copy.deepcopy(model); to run it "
+            "with other weights, torch.func.functional_call(model, weights, args)"
+        )
+
+
+@runs_uncompiled
+def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What stands in the place of a transformed model's own _call_impl: see _compat.be_called_while_traced."""
+    if not torch.compiler.is_compiling():
+        refuse_shallow(module)
+    return plain_call(module, *args, **kwargs)
 
 
 class Watches:

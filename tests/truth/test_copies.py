@@ -14,7 +14,20 @@ from torch import Tensor, nn
 
 import losia_fx
 from tests.support.toys import Toy, batch
-from tests.support.twin import Twin, backward, close, logits, loss_of, subnets_of, twins, values_of, warned, zero
+from tests.support.twin import (
+    Twin,
+    assert_one,
+    backward,
+    close,
+    logits,
+    loss_of,
+    refused,
+    subnets_of,
+    twins,
+    values_of,
+    warned,
+    zero,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 
@@ -179,3 +192,33 @@ def test_subnets_that_move_in_shared_memory_are_said_once(schedule: str, share: 
         _descend(values_of(model), model, 8, seed=0)
     assert len(said) == (schedule != "static"), said
     assert all("move in memory that processes share" in text for text in said)
+
+
+def cloned(module: nn.Module) -> nn.Module:
+    """As libraries of meta-learning do it: the tensors are others, all else that is in its __dict__ is the same."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__.copy()
+    clone._parameters = {
+        name: p if p is None else nn.Parameter(p.detach() * 2) for name, p in module._parameters.items()
+    }
+    clone._modules = {name: child and cloned(child) for name, child in module._modules.items()}
+    return clone
+
+
+def with_another_head(model: nn.Module) -> nn.Module:
+    clone = copy.copy(model)
+    clone._modules = {**model._modules, "head": nn.Linear(16, 3)}
+    return clone
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["evaluated", "learning"])
+@pytest.mark.parametrize("made", [cloned, with_another_head])
+def test_a_shallow_copy_does_not_run_the_original_unsaid(made: Callable[[nn.Module], nn.Module], learns: bool) -> None:
+    model, twin = twins()
+    clone = made(model)
+    with torch.set_grad_enabled(learns):
+        refused(lambda: clone(batch()), model, "shallow copy", "copy.deepcopy", "functional_call")
+        if made is cloned:
+            layers: Any = clone.layers
+            refused(lambda: layers[0](torch.randn(2, 3, 16).double()), model, "shallow copy")
+    assert_one(model, twin)

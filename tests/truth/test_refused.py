@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,6 +139,27 @@ def test_a_trained_head_whose_embedding_rewrites_it_in_every_forward() -> None:
     model = renormed()
     texts = ("embed.weight", "max_norm", "train_tied_head")
     refused(lambda: losia_fx.transform(model, **STILL, train_tied_head=True), model, *texts, error=TransformError)
+
+
+@pytest.mark.parametrize("way", ["transform", "string"])
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_weight_whose_gradient_somebody_waits_for(hook: str, way: str) -> None:
+    """A mask of gradients, or an optimizer that steps in the backward: nothing would ever come of it."""
+    model = Toy(layers=2)
+    weight: Any = model.layers[1].mlp.up.weight  # type: ignore[union-attr]
+    getattr(weight, hook)(lambda given: None)
+    compiled: Any = torch.compile(model, backend="losia", options={"compiler": "eager"})
+    ways = {"transform": lambda: losia_fx.transform(model, **STILL), "string": lambda: compiled(batch())}
+    texts = ("layers.1.mlp.up.weight", "hooks on its gradient", "exclude")
+    refused(ways[way], model, *texts, error=(TransformError, BackendCompilerFailed))
+
+
+def test_hooks_that_were_taken_off_or_are_of_a_weight_that_stays_frozen() -> None:
+    model = Toy(layers=2)
+    model.layers[1].mlp.up.weight.register_hook(lambda grad: grad).remove()  # type: ignore[operator,union-attr]
+    model.layers[0].mlp.up.weight.register_hook(lambda grad: grad)  # type: ignore[operator,union-attr]
+    losia_fx.transform(model, **STILL, exclude=["layers.0.mlp.up"])
+    assert "layers.1.mlp.up.weight" in losia_fx.subnets(model)
 
 
 class LooksUpItsHead(Toy):

@@ -116,6 +116,42 @@ def test_the_references_of_trac_are_of_the_new_places() -> None:
     assert_one(model, twin)
 
 
+class OwnMomentum(optim.Optimizer):
+    """SGD with a momentum of 0.9, which it keeps beside its state."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], kept: str) -> None:
+        super().__init__(list(parameters), {"lr": 0.02})
+        self.order = [p for group in self.param_groups for p in group["params"]]
+        buffers = [torch.zeros_like(p) for p in self.order]
+        keys = {"by parameter": self.order, "by id": [id(p) for p in self.order]}
+        self.buffers: Any = dict(zip(keys[kept], buffers, strict=True)) if kept in keys else buffers
+        if kept == "of each group":
+            self.buffers = [buffers]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        kept = list(self.buffers.values()) if isinstance(self.buffers, dict) else self.buffers
+        for p, buffer in zip(self.order, kept[0] if isinstance(kept[0], list) else kept, strict=True):
+            p.sub_(buffer.mul_(0.9).add_(p.grad), alpha=0.02)
+
+
+@pytest.mark.parametrize("kept", ["in a list", "of each group", "by parameter", "by id"])
+def test_moments_that_an_optimizer_keeps_beside_its_state(kept: str) -> None:
+    """They start anew where a subnet moves, as those in its state do, and are not taken for copies of weights."""
+    model, _ = twins(**MOVING)
+    other = copy.deepcopy(model)
+    mine, expected = OwnMomentum(values_of(model), kept), optim.SGD(values_of(other), lr=0.02, momentum=0.9)
+    for _ in range(8):
+        ids = batch()
+        for each, optimizer in ((model, mine), (other, expected)):
+            each.zero_grad()
+            loss_of(each, ids).backward()
+            optimizer.step()
+    assert len(losia_fx.controller(model).history) >= 2
+    for (name, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        close(one, two, 1e-12, name)
+
+
 def test_several_optimizers_in_one() -> None:
     """The head by descent, the blocks by AdamW, behind one step()."""
     pair = Pair(adamw)
