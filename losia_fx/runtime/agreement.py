@@ -65,8 +65,10 @@ class Agreement:
         self.unclear: list[SubnetState] = []
         """Found to differ, and nothing told whether S or W was written; until somebody has said so."""
         self._vigilant = 0
+        self.behind = [state for state in states if state.ahead or only_s_was_written(state)]
+        """Of a copy: whose S was written before its first use."""
         for state in states:
-            if state.ahead or only_s_was_written(state):  # of a copy, whose weight has not followed yet
+            if state in self.behind:
                 with torch.no_grad():
                     state.write_back()
             state.ahead, state.at_copy, state.agreement = False, None, self

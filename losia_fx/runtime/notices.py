@@ -155,8 +155,8 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
     """S was written from elsewhere and is now evaluated or saved: where it has been in several places, the average of
     what it held is that of no weight."""
     origin = registry.numbered(train.copied_from)
-    moved = train.progress.history if origin is None else origin.progress.history[len(train.progress.history) :]
-    if moved and _once(train, "averaged"):
+    moved = train.progress.history or (origin is not None and origin.progress.history)
+    if moved and _once(train if origin is None else origin, "averaged"):
         _warn(
             f"{len(written)} subnets ({_names(written)}) were written from outside of a step, and have been elsewhere "
             "in their weights before. An average of them that was begun before they moved mixes different weights: "
@@ -174,6 +174,18 @@ def warn_unclear(train: TrainState) -> None:
             f"{len(found)} weights ({_names(found)}) and their subnets hold different numbers: a few elements of the "
             "one or the other were written through .data, and nothing tells of which. Where whole rows or columns "
             "differ the weight counts, else the subnet. Write within torch.no_grad() instead, and not through .data"
+        )
+
+
+def warn_of_copies(train: TrainState, stepped: Sequence[SubnetState]) -> None:
+    """Before a step, with gradients that came from no forward of this model."""
+    given = [state for state in stepped if state.values.grad is not None]
+    if given and train.copies_moved and _once(train, "copies"):
+        _warn(
+            f"{len(given)} subnets ({_names(given)}) were given gradients that no forward of this model has led to, "
+            "and a copy of it has moved its subnets to other places while it was trained. If they were taken from "
+            "there by position (Reptile, FOMAML), they are of other weights: let no subnet move, "
+            'transform(model, schedule="static"), or write the differences of whole weights, by name'
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from losia_fx import registry
 from losia_fx.method.schedule import chosen_apart, profiled_groups, rewarmed_steps
 from losia_fx.method.selection import Selection, share_moved
 from losia_fx.method.sums import sums_shapes, visit
@@ -103,6 +104,8 @@ def _move(train: TrainState, selections: Mapping[SubnetState, Selection]) -> Non
     if train.bases is not None:
         places = {state: (selection.rows, selection.cols) for state, selection in selections.items()}
         train.bases.before_move(places, everywhere=train.config.schedule == "all")
+    if (origin := registry.numbered(train.copied_from)) is not None:
+        origin.copies_moved = True
     leave_places(list(selections), train.progress.generator)
     train.pending.moving = True
     rewarms = rewarmed_steps(train.config) > 1

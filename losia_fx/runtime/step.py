@@ -61,6 +61,8 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
         if optimizer in train.optimizers.of_this_step:
             _drop_silent_owners(train)
         train.optimizers.waited_for.add(optimizer)
+        if train.vigilance.step_seen:
+            notices.warn_of_copies(train, mine)
         for state in mine:
             state.learned = state.learned or state.values.grad is not None
             if state.profile is not None or state.rewarm_from is not None:

@@ -190,6 +190,8 @@ class TrainState:
         """It was since t counted last."""
         self.idle_groups: set[int] = set()
         """Of which nothing had a gradient before that was last looked at."""
+        self.copies_moved = False
+        """A copy of this model was trained, and its subnets have moved."""
         self.unsaid: set[SubnetState] = set()
         """Whose S was found written by a use that neither shows nor trains it: what the next one does decides what
         there is to say."""
@@ -216,6 +218,7 @@ class TrainState:
             refuse_swapped(self.states)  # torch.func.functional_call of a copy that was never used
             self._agreement = Agreement(self.states)
             self._agreement.averaged = self.copied_from is not None
+            self.unsaid.update(self._agreement.behind)
         return self._agreement
 
     def remember_base(self, optimizer: Optimizer, mine: Sequence[SubnetState]) -> None:

@@ -222,3 +222,72 @@ def test_a_shallow_copy_does_not_run_the_original_unsaid(made: Callable[[nn.Modu
             layers: Any = clone.layers
             refused(lambda: layers[0](torch.randn(2, 3, 16).double()), model, "shallow copy")
     assert_one(model, twin)
+
+
+MOVING: dict[str, Any] = {"schedule": "async", "importance": "random", "period": 2, "rewarm": False}
+
+
+def train(model: nn.Module, steps: int = 5) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(values_of(model), lr=0.1)
+    for _ in range(steps):
+        model.zero_grad()
+        loss_of(model, batch()).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("first", ["copied", "written"])
+def test_an_average_of_several_places_in_a_fresh_copy_is_said_once(first: str) -> None:
+    """At each evaluation a new copy, with an average that is kept of what learns."""
+    model, _ = twins(**MOVING)
+    average = [value.detach().clone() for value in values_of(model)]
+    train(model)
+    with warned() as said:
+        for _ in range(2):
+            written = copy.deepcopy(model) if first == "copied" else model
+            kept = [value.detach().clone() for value in values_of(written)]
+            for value, mean in zip(values_of(written), average, strict=True):
+                in_place(value, mean)
+            shown = written if first == "copied" else copy.deepcopy(model)
+            with torch.no_grad():
+                shown(batch())
+            for value, before in zip(values_of(written), kept, strict=True):
+                in_place(value, before)
+    assert len(said) == 1, said
+    assert "have been elsewhere in their weights" in said[0]
+
+
+def test_clients_whose_subnets_went_different_ways() -> None:
+    """What learns is averaged between copies that have moved by themselves; the original has not."""
+    model, _ = twins(**MOVING)
+    clients = [copy.deepcopy(model) for _ in range(2)]
+    for client in clients:
+        train(client)
+    for values in zip(*map(values_of, clients), strict=True):
+        mean = torch.stack([value.detach() for value in values]).mean(0)
+        for value in values:
+            in_place(value, mean)
+    with warned() as said, torch.no_grad():
+        clients[0](batch())
+    assert len(said) == 1, said
+    assert "have been elsewhere in their weights" in said[0]
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["moving", "still"])
+def test_gradients_taken_by_position_from_a_copy_that_was_trained(still: bool) -> None:
+    """Reptile: exact while no subnet moves, and else said, once."""
+    model, _ = twins(**({**MOVING, "schedule": "static"} if still else MOVING))
+    optimizer = torch.optim.SGD(values_of(model), lr=0.5)
+    with warned() as said:
+        for _ in range(3):
+            fast = copy.deepcopy(model)
+            train(fast)
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            for mine, other in zip(values_of(model), values_of(fast), strict=True):
+                mine.grad = mine.detach() - other.detach()
+            optimizer.step()
+            if still:
+                for name, value in model.state_dict().items():
+                    close(value, (before[name] + fast.state_dict()[name]) / 2, 1e-12, name)
+    assert len(said) == (0 if still else 1), said
+    assert still or "Reptile" in said[0]
