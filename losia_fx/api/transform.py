@@ -48,7 +48,7 @@ from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
-from losia_fx.runtime.watch import refuse_shallow, traced_call
+from losia_fx.runtime.watch import put_first, refuse_shallow, traced_call
 from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
@@ -120,7 +120,7 @@ def _put_on(controller: Controller, plans: list[WeightPlan]) -> None:
     keep_indices_at_home(model, states)
     model.__dict__["compile"] = functools.partial(_refuse_compile, type(model).__name__)
     call = CompiledCall(model, settings)
-    model.__dict__[CALL] = call
+    put_first(model, CALL, call)
     install_call(model, call)
     be_called_while_traced(model, traced_call)
 
@@ -254,6 +254,9 @@ class CompiledCall:
         """The user's own Module.compile(), which restore() puts back."""
 
     def __getstate__(self) -> dict[str, Any]:
+        controller = None if is_exporting() else controller_of(self.root)
+        if controller is not None and not controller.train.sharded:
+            look(controller.train)  # a copy takes W and S as they are
         return {"root": self.root, "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

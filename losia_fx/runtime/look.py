@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from losia_fx import registry
+from losia_fx._compat import is_exporting
 from losia_fx.errors import StateError, listed
 from losia_fx.method.schedule import checked_steps
 
@@ -22,7 +23,7 @@ from .owners import modes_of
 from .same import strays
 from .sharded_agreement import AnyAgreement
 from .shards import reshard_all
-from .state import SubnetState
+from .state import SubnetState, own_states
 from .take_in_shards import take_in_shards, was_sharded
 from .train_state import TrainState
 
@@ -145,6 +146,15 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
     with train.lock, ordinary_tensors():
         if not steps.elsewhere(train):
             _look_at(state, train, values, shown)
+
+
+def follow_before_copy(module: nn.Module) -> None:
+    """Before a module is copied or pickled by itself: what was written to the subnets that it holds is in its weights.
+    Whoever copies a model may take the weights from there with no use in between (quantize_dynamic)."""
+    for state in () if is_exporting() else own_states(module).values():
+        agreement = agreement_of(state)
+        if isinstance(agreement, Agreement) and (any(agreement.moved(state)) or agreement.shows_a_write_to(state)):
+            look_at(state, values=True)
 
 
 def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:

@@ -39,7 +39,7 @@ from losia_fx.ops.first_order import refuse_second
 from losia_fx.ops.linear import subnet_linear, subnet_weight
 from losia_fx.ops.localization import tap
 
-from .look import look_at, train_state_of
+from .look import follow_before_copy, look_at, train_state_of
 from .state import SubnetState, own_states, resolve, states_of
 from .watch import Watch, refuse_shallow
 
@@ -52,7 +52,8 @@ def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[Watc
     owners: modules that hold a weight with a subnet; what they do with it goes through the subnet. around: the modules
     right around them, which may use their weights without calling them; there the weights ask for their gradient.
     """
-    return [Watch(module, call_owner) for module in owners] + [Watch(module, call_around) for module in around]
+    by_call = ((call_owner, owners), (call_around, around))
+    return [Watch(module, call, follow_before_copy) for call, modules in by_call for module in modules]
 
 
 class _Entered(threading.local):

@@ -202,13 +202,15 @@ class TrainState:
         self._agreement: AnyAgreement | None = None
         self._tree: ModuleTree | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[dict[str, Any], list[SubnetState]]:
         """Of a copy: nothing of the step under way, nor of optimizers."""
         names = ("root", "config", "by_string", "progress", "states", "groups", "bases", "watches", "required_grad")
-        return {**{name: getattr(self, name) for name in names}, "copied_from": self.number}
+        return {**{name: getattr(self, name) for name in names}, "copied_from": self.number}, list(self.unsaid)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[dict[str, Any], list[SubnetState]]) -> None:
+        fields, unsaid = state
+        self.__init__(**fields)  # type: ignore[misc]
+        self.unsaid.update(unsaid)
         registry.COPIES.difference_update(self.states)
 
     @property

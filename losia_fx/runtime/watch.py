@@ -31,18 +31,28 @@ WATCH = "_losia_watch"
 """Attribute of a watched module: its Watch, which so goes with copies of it, where torch drops a compiled call."""
 
 
+def put_first(module: nn.Module, name: str, value: Any) -> None:
+    """Gives the module an attribute, before all others in its __dict__: where it is copied or pickled, what ``value``
+    does for that is done before its parameters are."""
+    places = module.__dict__
+    places[name] = value
+    for other in [] if next(iter(places)) == name else [key for key in places if key != name]:
+        places[other] = places.pop(other)
+
+
 class Watch:
     """One module, and what its calls run."""
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        """run: called with the watch and the call's arguments; a function of a module, so that it can be pickled."""
-        self.module, self._run = module, run
+    def __init__(self, module: nn.Module, run: Callable[..., Any], before_copy: Callable[[nn.Module], None]) -> None:
+        """run: called with the watch and the call's arguments. before_copy: called before the module is copied or
+        pickled. Functions of modules, so that they can be pickled."""
+        self.module, self._run, self._before_copy = module, run, before_copy
         self.before = compiled_call(module)
         """The user's own Module.compile(), which serves while gradients are off, and comes back in the end."""
         self.install()
 
     def install(self) -> None:
-        self.module.__dict__[WATCH] = self
+        put_first(self.module, WATCH, self)
         install_call(self.module, self)
 
     def remove(self) -> None:
@@ -51,7 +61,9 @@ class Watch:
             install_call(self.module, self.before)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "_run": self._run, "before": None}  # as torch drops it from copies
+        self._before_copy(self.module)
+        kept = {"module": self.module, "_run": self._run, "_before_copy": self._before_copy}
+        return {**kept, "before": None}  # as torch drops it from copies
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

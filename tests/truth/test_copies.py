@@ -291,3 +291,25 @@ def test_gradients_taken_by_position_from_a_copy_that_was_trained(still: bool) -
                     close(value, (before[name] + fast.state_dict()[name]) / 2, 1e-12, name)
     assert len(said) == (0 if still else 1), said
     assert still or "Reptile" in said[0]
+
+
+@pytest.mark.parametrize("write", [in_place, data])
+@pytest.mark.parametrize("made", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("of", ["", "layers", "layers.0", "layers.0.mlp.up"])
+def test_the_weights_of_a_copy_are_right_before_any_use(
+    of: str, made: Callable[[nn.Module], nn.Module], write: Callable[[nn.Parameter, Tensor], None]
+) -> None:
+    """Whoever copies to convert (quantize_dynamic) takes them from there, also of a part."""
+    model, _ = twins()
+    optimizer = train(model, 6)
+    for _ in range(2):
+        name, subnet = "layers.0.mlp.up.weight", subnets_of(model)["layers.0.mlp.up.weight"]
+        expected = model.get_parameter(name).detach().clone()
+        new = subnet.values.detach() * 1.5 + 1
+        expected[subnet.rows.unsqueeze(-1), subnet.cols] = new.to(expected.dtype)
+        write(subnet.values, new)
+        copied = made(model.get_submodule(of))
+        close(copied.get_parameter(name.removeprefix(f"{of}.")).detach(), expected, 0.0, name)
+        close(model.get_parameter(name).detach(), expected, 0.0, name)
+    loss_of(model, batch()).backward()
+    optimizer.step()
