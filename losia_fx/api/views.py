@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losia_fx.errors import LosiaError, TransformError
 from losia_fx.model.blocks import plain_name
 from losia_fx.runtime.controller import Controller, find_controller
-from losia_fx.runtime.functional import whole_weight
+from losia_fx.runtime.outside import whole_weight
 
 from .report import Report, report_of
 

@@ -18,7 +18,8 @@ from losia_fx.errors import LosiaWarning
 from losia_fx.ops.first_order import only_once
 from losia_fx.passes import copy_graph_module, graph_modules, placeholders, region_of
 from losia_fx.plan import SubnetPort
-from losia_fx.runtime.outside import compiled_region, eager_linear, eager_weight
+from losia_fx.runtime.entered import compiled_region
+from losia_fx.runtime.outside import eager_linear, eager_weight
 from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import SubnetState, find, resolve
 

@@ -267,13 +267,13 @@ class Agreement:
 
     def shows_a_write(self) -> bool:
         """Whether the elements of S and W that are at hand on the CPU are others than when the two agreed; of many
-        subnets, those of S and of W by turns. Of those on a device nothing is asked, for which the host would wait."""
+        subnets, those of W every other time. Of those on a device nothing is asked, for which the host would wait."""
         if not self._has_lines:
             return True
         looks = [(self._samples, self._sample), (self._lines, self._line)]
-        if 2 * len(self.states) > READ_AT_ONCE:
-            self._turn = not self._turn
-            looks = [looks[self._turn]]
+        self._turn = not self._turn
+        if self._turn and 2 * len(self.states) > READ_AT_ONCE:
+            looks.pop()
         return any(samples.differ(sample) for samples, sample in looks)
 
     def shows_a_write_to(self, state: SubnetState) -> bool:

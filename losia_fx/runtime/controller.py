@@ -24,7 +24,7 @@ from losia_fx.model.blocks import plain_name
 
 from . import look, owners, slot, snapshot, step, step_hooks
 from .bases import Bases
-from .outside import watch
+from .module_calls import watch
 from .ranks import Ranks
 from .sharded_agreement import AnyAgreement
 from .state import SubnetState, states_of

@@ -1,5 +1,5 @@
-"""Calls with tensors that stand in the parameters' place (torch.func.functional_call), calls that torch.func
-transforms, and whole weights as tensors."""
+"""Calls with tensors that stand in the parameters' place (torch.func.functional_call), and calls that torch.func
+transforms."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_fx._compat import plain_call
-from losia_fx.errors import StateError
 
-from .look import look
-from .outside import whole_of
 from .state import SubnetState
 from .train_state import TrainState
 
@@ -25,12 +22,13 @@ def call_with_others(train: TrainState, args: Sequence[Any], kwargs: Mapping[str
     Each S is put into its W, but for a W that was given by itself: so all that was given gets its gradient, a dense
     one, and so does an S that was not.
     """
-    with _subnets_in_place(train.states), train.watches.plain_forward():
+    with subnets_in_place(train.states), train.watches.plain_forward():
         return plain_call(train.root, *args, **kwargs)
 
 
 @contextmanager
-def _subnets_in_place(states: Sequence[SubnetState]) -> Iterator[None]:
+def subnets_in_place(states: Sequence[SubnetState]) -> Iterator[None]:
+    """Meanwhile each W is a tensor made of it and its S, but for a W that was given by itself."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for state in states:
@@ -51,15 +49,3 @@ def _with_values(weight: Tensor, values: Tensor, state: SubnetState) -> Tensor:
     if weight.dim() == 3:
         index = (torch.arange(weight.shape[0], device=weight.device)[:, None, None], *index)
     return weight.index_put(index, values.to(weight.dtype))
-
-
-def whole_weight(train: TrainState, state: SubnetState) -> Tensor:
-    """outside.whole_of, after a look at the model. Raises StateError for a sharded one: no process has the whole."""
-    look(train, torch.is_grad_enabled())
-    if state.shards is not None:
-        raise StateError(
-            f"{state.name}: no process has the whole weight, as fully_shard has cut it over them: use it inside the "
-            "model's forward, where its module has it, or spread the model with DistributedDataParallel"
-        )
-    state.ran = True
-    return whole_of(state)

@@ -159,7 +159,8 @@ def follow_before_copy(module: nn.Module) -> None:
 
 def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:
     agreement = agreement_of(state) if train is None else train.agreement
-    swapped = not isinstance(state.owner._parameters.get(state.parameter), nn.Parameter)
+    held = map(state.owner._parameters.get, (state.parameter, state.values_name))
+    swapped = not all(isinstance(each, nn.Parameter) for each in held)
     if agreement is None or agreement.waiting or swapped or was_sharded([state]):
         # A copy without a controller; a state whose weights are to come; torch.func.functional_call; what only a use
         # of the whole model takes in, on every rank.

@@ -7,7 +7,7 @@ mechanism sees to it, in this order:
 1. A module that holds such a weight runs ``call_owner`` when it is called (watch.py puts that in the place of its own
    call). That it runs at all means that no graph of ours holds the call. S and W are made to agree, unless the model's
    own forward has looked already.
-2. Within that call a TorchFunctionMode (``_EagerSubnets``) sends every F.linear to ``eager_linear``, which is the op of
+2. Within that call a TorchFunctionMode (``EagerSubnets``) sends every F.linear to ``eager_linear``, which is the op of
    the graphs, and any other use of a weight through ``eager_weight``, a W whose gradient, of whatever is done with it,
    goes to S. ``compiled_region`` pauses the mode: a compiled graph sees to its weights itself.
 3. What no function mode sees (C++ calls, a weight used by the module around its own: ``call_around``) is left to
@@ -20,9 +20,8 @@ Nothing is counted twice: the ops of 2 give W no gradient, so what 3 takes is of
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,111 +33,15 @@ from torch.utils.hooks import unserializable_hook
 
 from losia_fx import registry
 from losia_fx._compat import has_gradient_hooks, runs_uncompiled
-from losia_fx.errors import GradientError
+from losia_fx.errors import GradientError, StateError
 from losia_fx.ops.first_order import refuse_second
 from losia_fx.ops.linear import subnet_linear, subnet_weight
 from losia_fx.ops.localization import tap
 
-from .look import follow_before_copy, look_at, train_state_of
-from .state import SubnetState, own_states, resolve, states_of
-from .watch import Watch, refuse_shallow
-
-# -- calls of modules -------------------------------------------------------------------------------------------------
-
-
-def watch(owners: Iterable[nn.Module], around: Iterable[nn.Module]) -> list[Watch]:
-    """Has modules see to their weights also where no graph does.
-
-    owners: modules that hold a weight with a subnet; what they do with it goes through the subnet. around: the modules
-    right around them, which may use their weights without calling them; there the weights ask for their gradient.
-    """
-    by_call = ((call_owner, owners), (call_around, around))
-    return [Watch(module, call, follow_before_copy) for call, modules in by_call for module in modules]
-
-
-class _Entered(threading.local):
-    def __init__(self) -> None:
-        self.modes = 0
-        """Modules under way that have entered the mode."""
-        self.calls = 0
-        """Forwards of transformed models under way, with gradients on."""
-        self.paused = False
-        """A compiled graph is running: it sees to its weights itself."""
-        self.looked: frozenset[SubnetState] = frozenset()
-        """Of the modules under way that are called by themselves: whose S and W have been made to agree."""
-
-
-_entered = _Entered()
-
-
-@contextmanager
-def compiled_region() -> Iterator[None]:
-    """While a compiled graph runs, what it calls is not taken for a use outside of one."""
-    before, _entered.paused = _entered.paused, True
-    try:
-        yield
-    finally:
-        _entered.paused = before
-
-
-@runs_uncompiled
-def call_owner(watch: Watch, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module whose weights have subnets. Running at all means: no graph of ours holds this call."""
-    return _after_a_look(_call_owner, watch, args, kwargs)
-
-
-@runs_uncompiled
-def call_around(watch: Watch, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module right around those, which may use their weights without calling them."""
-    return _after_a_look(_call_around, watch, args, kwargs)
-
-
-@runs_uncompiled
-def _after_a_look(call: Callable[..., Any], watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """At all weights within, however the module uses them (nn.MultiheadAttention takes its out_proj's, the fast path of
-    nn.TransformerEncoderLayer that of its child's child): unless a module around it, or the whole model, has done so.
-    """
-    before = _entered.looked
-    if not _entered.calls:
-        refuse_shallow(watch.module)
-        fresh = [state for state in states_of(watch.module) if state not in before]
-        for state in fresh:
-            look_at(state)
-        _entered.looked = before.union(fresh)
-    try:
-        return call(watch, args, kwargs)
-    finally:
-        _entered.looked = before
-
-
-@runs_uncompiled
-def _call_owner(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not torch.is_grad_enabled():
-        if _entered.calls:
-            registry.RAN_WITHOUT_GRAD.update(own_states(watch.module).values())
-        return watch.plain(*args, **kwargs)
-    if _entered.modes:  # a module around this one has seen to it
-        return watch.plain(*args, **kwargs)
-    _entered.modes += 1
-    try:
-        with _EagerSubnets():
-            return watch.plain(*args, **kwargs)
-    finally:
-        _entered.modes -= 1
-
-
-@runs_uncompiled
-def _call_around(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not torch.is_grad_enabled():
-        return watch.plain(*args, **kwargs)
-    inside = [state for child in watch.module.children() for state in own_states(child).values()]
-    asked: list[nn.Parameter] = []
-    try:
-        ask_for_gradients(inside, asked)
-        return watch.plain(*args, **kwargs)
-    finally:
-        stop_asking(asked)
-
+from .entered import ENTERED
+from .look import look, train_state_of
+from .state import SubnetState, resolve
+from .train_state import TrainState
 
 # -- uses of weights within such a call -------------------------------------------------------------------------------
 
@@ -174,14 +77,26 @@ def whole_of(state: SubnetState) -> Tensor:
     return whole
 
 
-class _EagerSubnets(TorchFunctionMode):
+def whole_weight(train: TrainState, state: SubnetState) -> Tensor:
+    """``whole_of``, after a look at the model. Raises StateError for a sharded one: no process has the whole."""
+    look(train, torch.is_grad_enabled())
+    if state.shards is not None:
+        raise StateError(
+            f"{state.name}: no process has the whole weight, as fully_shard has cut it over them: use it inside the "
+            "model's forward, where its module has it, or spread the model with DistributedDataParallel"
+        )
+    state.ran = True
+    return whole_of(state)
+
+
+class EagerSubnets(TorchFunctionMode):
     """Sends every F.linear to ``eager_linear``, and every other use of a weight through ``eager_weight``."""
 
     @runs_uncompiled
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling() or _entered.paused:
+        if torch.compiler.is_compiling() or ENTERED.paused:
             return func(*args, **(kwargs or {}))
         return _run_outside(func, args, kwargs or {})
 
@@ -231,13 +146,13 @@ def asking_for_gradients(states: Iterable[SubnetState]) -> Iterator[None]:
     makes a gradient of all of it, of which the subnet's part is taken.
     """
     asked: list[nn.Parameter] = []
-    calls = _entered.calls
+    calls = ENTERED.calls
     try:
-        _entered.calls = calls + 1
+        ENTERED.calls = calls + 1
         ask_for_gradients(states, asked)
         yield
     finally:
-        _entered.calls = calls  # first: nothing can cut in
+        ENTERED.calls = calls  # first: nothing can cut in
         stop_asking(asked)
 
 

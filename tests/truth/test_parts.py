@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import losia_fx
 from tests.support.toys import Toy, batch
@@ -89,3 +90,58 @@ def test_a_write_to_data_after_many_uses_of_parts_alone(learns: bool) -> None:
         plain.load_state_dict(model.state_dict())
         with torch.no_grad():
             close(found, plain["actor"](x), 1e-12, "forward")
+
+
+def of_input(part: nn.Module, x: Tensor) -> Tensor:
+    return grad(lambda z: part(z).square().sum())(x)
+
+
+def per_sample(part: nn.Module, x: Tensor) -> Tensor:
+    """Of the weights by the names that the plain part has; the subnets are in them."""
+    weights = {name: value.detach() for name, value in part.named_parameters() if name.endswith("weight")}
+
+    def loss(given: dict[str, Tensor], z: Tensor) -> Tensor:
+        result: Tensor = functional_call(part, given, (z,)).square().sum()
+        return result
+
+    found = vmap(grad(loss), (None, 0))(weights, x)
+    return torch.cat([found[name].flatten() for name in found])
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda part, x: vmap(part)(x),
+        lambda part, x: jvp(part, (x,), (x.flip(0),))[1],
+        lambda part, x: jacrev(part)(x[0]),
+        of_input,
+        per_sample,
+    ],
+    ids=["vmap", "jvp", "jacrev", "grad", "per sample"],
+)
+@pytest.mark.parametrize("name", ["layers.0", "layers.0.mlp.up"])
+def test_a_part_under_torch_func(name: str, what: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Toy().double(), torch.randn(3, 4, 16, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, period=1000)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(batch()).square().mean().backward()
+    optimizer.step()
+    plain.load_state_dict(model.state_dict())
+    close(what(model.get_submodule(name), x), what(plain.get_submodule(name), x), 1e-9, name)
+
+
+def test_gradients_of_what_learns_in_a_part_under_torch_func() -> None:
+    """S given to a part by functional_call: its gradient is the block of the whole weight's, and nothing is written."""
+    model, x = Toy().double(), torch.randn(3, 4, 16, dtype=torch.float64)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, period=1000)
+    part, subnet = model.get_submodule("layers.0.mlp.up"), losia_fx.subnets(model)["layers.0.mlp.up.weight"]
+    given = {name: value.detach() + 1 for name, value in part.named_parameters() if value.requires_grad}
+    whole = {"weight": subnet.weight.detach().clone()}
+    whole["weight"][subnet.rows.unsqueeze(-1), subnet.cols] += 1
+    plain = nn.Linear(16, 24, bias=False).double()
+    mine = grad(lambda values: functional_call(part, values, (x,)).square().sum())(given)
+    dense = grad(lambda values: functional_call(plain, values, (x,)).square().sum())(whole)["weight"]
+    (found,) = mine.values()
+    close(found, dense[subnet.rows][:, subnet.cols], 1e-12, "gradient")
+    close(subnet.weight.detach()[subnet.rows][:, subnet.cols], subnet.values.detach(), 0.0, "weight")

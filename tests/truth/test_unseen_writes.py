@@ -238,6 +238,25 @@ def test_a_few_elements_that_nothing_tells_of(what: str) -> None:
     assert "nothing tells of which" in said[0]
 
 
+def test_an_average_between_two_evaluations_of_many_subnets() -> None:
+    """So many that not all that is remembered of W is looked at before every forward; of S it is."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8, bias=False)) for _ in range(130))).double()
+    losia_fx.transform(model, rank_factor=0.5, compiler="eager", period=1000)
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(7):
+            model(x)
+        for turn in range(4):
+            for value in values_of(model):
+                value.data.mul_(1.1)
+            found, expected = model(x), x
+            for subnet in subnets_of(model).values():
+                expected = expected @ subnet.weight.T
+            close(found, expected, 1e-12, f"turn {turn}")
+            for _ in range(70):  # until no comparison is due any more
+                model(x)
+
+
 def laid_out_by_columns(model: nn.Module) -> None:
     for value in values_of(model):
         value.data = value.data.mT.contiguous().mT
