@@ -236,7 +236,7 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
             f"{len(deaf)} weights have had no gradient in the last {steps} steps: {_names(deaf)}. "
             "Nothing of them learns. Where a loss takes a weight by hand, take losia_fx.dense(model, name) instead; a "
             "part that another compiler runs, or that this loss has no use for, is named in exclude; one that is "
-            "frozen for a while needs nothing"
+            "frozen or skipped for a while needs nothing"
         )
     train.idle_groups = idle
     warn_unowned(train, ownerless, steps)
@@ -251,8 +251,8 @@ def warn_unowned(train: TrainState, ownerless: Sequence[SubnetState], steps: int
             f"{steps} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "
             "name these weights in exclude"
             + (
-                f". {frozen} of the subnets were frozen after losia_fx.transform, as PEFT freezes what it finds: "
-                "transform the model that get_peft_model returns"
+                f". {frozen} of the subnets were frozen after losia_fx.transform: for a while, that needs nothing; "
+                "where PEFT did it, which freezes what it finds, transform the model that get_peft_model returns"
                 if frozen
                 else ""
             )

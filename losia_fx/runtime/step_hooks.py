@@ -120,8 +120,8 @@ def _with_subnets(optimizer: Optimizer) -> Owned:
         else:
             raise OptimizerError(
                 f"{type(optimizer).__name__} holds {bare[0].name} and {len(bare) - 1} more transformed weights, but "
-                "not their subnets, so nothing of them would learn: it was made before losia_fx.transform. Make it "
-                "afterwards, from model.parameters()"
+                "not their subnets, so nothing of them would learn: it was made before losia_fx.transform, or from "
+                "chosen weights. Make it afterwards, from model.parameters() or losia_fx.subnets(model)[name].values"
             )
     return owned(optimizer)
 
