@@ -200,6 +200,12 @@ def differ_by_lines(state: SubnetState) -> bool:
     return bool((differ == by_rows).all() | (differ == by_cols).all())
 
 
+def points_alike(one: Tensor, values: Tensor) -> bool:
+    """Whether a tensor points where the weights do, as no gradient does."""
+    mine, whole = one.detach().float(), values.detach().float()
+    return bool((mine * whole).sum() > 0.5 * mine.norm() * whole.norm())
+
+
 def equal(one: Tensor, other: Tensor) -> Tensor:
     """Whether all elements are the same, NaN being NaN; 0-dim bool."""
     return ((one == other) | (one.isnan() & other.isnan())).all()

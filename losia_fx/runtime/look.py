@@ -19,6 +19,7 @@ from losia_fx.method.schedule import checked_steps
 
 from . import notices, slot, steps
 from .agreement import Agreement
+from .evidence import points_alike
 from .owners import modes_of
 from .same import strays
 from .sharded_agreement import AnyAgreement
@@ -68,11 +69,28 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
     if moved := train.agreement.differing():
         if take_in(train):
             moved = train.agreement.differing()
+        notices.warn_strange(train, strangers(train, moved))
         note(train, train.agreement.settle(moved, train.idle), learns, shown)
     if values:
         written = train.agreement.compare()
         notices.warn_unclear(train)
         note(train, written, learns, shown)
+
+
+def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
+    """Of a model that nothing has trained yet: the subnets that were given numbers unlike those of their places."""
+    if not train.idle or train.copied_from is not None or train.sharded:
+        return []
+    written = [s for s in moved if train.agreement.moved(s) == (False, True) and not s.weight.is_meta]
+    if sum(state.values.numel() for state in written) < FEWEST:
+        return []
+    held = torch.cat([state.block().float().flatten().cpu() for state in written])
+    given = torch.cat([state.values.detach().float().flatten().cpu() for state in written])
+    return [] if points_alike(held, given) else written
+
+
+FEWEST = 64
+"""Elements from which on it is no chance where they point."""
 
 
 def take_in(train: TrainState) -> bool:

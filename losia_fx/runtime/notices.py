@@ -220,6 +220,16 @@ def warn_by_place(train: TrainState) -> None:
         )
 
 
+def warn_strange(train: TrainState, states: Sequence[SubnetState]) -> None:
+    if states and _once(train, "by place"):
+        _warn(
+            f"{len(states)} subnets ({_names(states)}) of a model that has not been trained were given numbers that "
+            "are nothing like those at their places. Saved from a model whose subnets have moved, they are of other "
+            "weights: load model.state_dict(), or a delta file (losia_fx.save_delta, losia_fx.load_delta), which know "
+            "the places"
+        )
+
+
 def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     """At a slot's end: subnets that are in use and do not learn: no gradient reaches them, or no optimizer (``owned``:
     those that one steps)."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from losia_fx import registry
 
+from .evidence import points_alike
 from .moves import KeepsOverMoves
 from .optimizers import inner_optimizers, parameters_of
 from .state import SubnetState
@@ -187,7 +188,7 @@ def kept_apart(
 
     of_weights: tells copies of S from moments, where the S have moved already.
     """
-    tells, moving = of_weights or _points_alike, {id(state.values): state.values for state in states}
+    tells, moving = of_weights or points_alike, {id(state.values): state.values for state in states}
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     return [
         Apart(one, values, tells(one, values))
@@ -223,12 +224,6 @@ def _is_as_large(one: Tensor, values: Tensor) -> bool:
     return bool(one.norm() > values.detach().norm() / 4)
 
 
-def _points_alike(one: Tensor, values: Tensor) -> bool:
-    """Whether a tensor points where the weights do, as no gradient does."""
-    mine, whole = one.detach().float(), values.detach().float()
-    return bool((mine * whole).sum() > 0.5 * mine.norm() * whole.norm())
-
-
 def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bool:
     """Whether the optimizer has an ``eval`` that puts averages of the parameters in their place, which began at zero
     and are corrected by a count of all steps (SPlus): of what is made anew in mid-run too little is there for that.
@@ -241,7 +236,7 @@ def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bo
         for value in (optimizer.state.get(state.values) or {}).values()
         if _is_copy(value, state.values) and value.numel() >= 64  # of fewer, by chance
     )
-    return any(_points_alike(one, values) and one.norm() < 0.95 * values.norm() for one, values in entries)
+    return any(points_alike(one, values) and one.norm() < 0.95 * values.norm() for one, values in entries)
 
 
 def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:

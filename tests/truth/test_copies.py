@@ -313,3 +313,23 @@ def test_the_weights_of_a_copy_are_right_before_any_use(
         close(model.get_parameter(name).detach(), expected, 0.0, name)
     loss_of(model, batch()).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["moved", "still"])
+def test_what_learns_written_by_hand_into_a_model_made_anew(still: bool) -> None:
+    """Of a run whose subnets have moved: said, once. Where they have not, it is right, and nothing is."""
+    torch.manual_seed(0)
+    model, _ = twins(**({**MOVING, "schedule": "static"} if still else MOVING))
+    train(model, 4)
+    torch.manual_seed(0)
+    fresh, _ = twins(**MOVING)
+    with warned() as said, torch.no_grad():
+        for value, saved in zip(values_of(fresh), values_of(model), strict=True):
+            value.copy_(saved)
+        ids = batch()
+        found = logits(fresh(ids))
+        fresh.state_dict()
+    if still:
+        close(found, logits(model(ids)).detach(), 1e-9, "logits")
+    assert len(said) == (0 if still else 1), said
+    assert still or "nothing like those at their places" in said[0]
