@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -227,14 +228,15 @@ def _is_as_large(one: Tensor, values: Tensor) -> bool:
 def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bool:
     """Whether the optimizer has an ``eval`` that puts averages of the parameters in their place, which began at zero
     and are corrected by a count of all steps (SPlus): of what is made anew in mid-run too little is there for that.
-    The host waits to see it."""
+    The host waits to see it, of one subnet: what is true of one is of all."""
     if not callable(getattr(optimizer, "eval", None)):
         return False
+    known = (state for state in states if state.values.numel() >= 64 and optimizer.state.get(state.values))
     entries = (
         (value, state.values.detach())
-        for state in states
-        for value in (optimizer.state.get(state.values) or {}).values()
-        if _is_copy(value, state.values) and value.numel() >= 64  # of fewer, by chance
+        for state in itertools.islice(known, 1)
+        for value in optimizer.state[state.values].values()
+        if _is_copy(value, state.values)
     )
     return any(points_alike(one, values) and one.norm() < 0.95 * values.norm() for one, values in entries)
 
