@@ -456,6 +456,20 @@ def test_compile_call_knows_no_limit_of_all_modules_together(way: Callable[..., 
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_compile_call_runs_hooks_that_came_later(way: Callable[..., Any]) -> None:
+    graphs: list[str] = []
+    module, x = Wrapped(), torch.ones(1, 2)
+    call = way(module, names_of_graphs(graphs, "one"), recompile_limit=4)
+    call(x)
+    for _ in range(6):
+        hook = module.linear.register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(call(x), module.linear.forward(x) + 1)
+        hook.remove()
+        torch.testing.assert_close(call(x), module.linear.forward(x))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_compile_call_makes_one_graph_of_a_module_of_torch(way: Callable[..., Any]) -> None:
     """Whose frame Dynamo passes over."""
     graphs: list[str] = []

@@ -145,3 +145,32 @@ def test_gradients_of_what_learns_in_a_part_under_torch_func() -> None:
     (found,) = mine.values()
     close(found, dense[subnet.rows][:, subnet.cols], 1e-12, "gradient")
     close(subnet.weight.detach()[subnet.rows][:, subnet.cols], subnet.values.detach(), 0.0, "weight")
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_come_and_go_in_mid_run(kind: str, compiler: str) -> None:
+    """Of a module whose graph is there already."""
+    torch.manual_seed(0)
+    model, ids = Toy(layers=2).double(), batch()
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler=compiler, rank_factor=0.25, period=1000)
+    for hooked in (False, True, False, True):
+        losses = []
+        for each in (model, plain):
+            part: Any = each.get_submodule("layers.1.mlp.down")
+            before = kind == "register_forward_pre_hook"
+            hook = getattr(part, kind)((lambda m, a: (a[0] * 2,)) if before else (lambda m, a, out: out * 2))
+            if not hooked:
+                hook.remove()
+            loss = each(ids).square().mean()
+            each.zero_grad()
+            loss.backward()
+            losses.append(loss.detach())
+            hook.remove()
+        close(*losses, 1e-12, "loss")
+        for name, subnet in losia_fx.subnets(model).items():
+            dense = plain.get_parameter(name).grad
+            assert dense is not None
+            assert subnet.values.grad is not None
+            close(subnet.values.grad, dense[subnet.rows][:, subnet.cols], 1e-9, name)
