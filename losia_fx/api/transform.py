@@ -48,13 +48,10 @@ from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
 from losia_fx.runtime.state import SubnetState, states_of
 from losia_fx.runtime.train_state import TrainState
-from losia_fx.runtime.watch import put_first, refuse_shallow, traced_call
+from losia_fx.runtime.watch import CALL, put_first, refuse_shallow, traced_call
 from losia_fx.runtime.wrappers import refuse_join, refuse_wrappers
 
 log = logging.getLogger("losia_fx")
-
-CALL = "_losia_call"
-"""Attribute of a transformed model: its CompiledCall."""
 
 RUNS_ITSELF = "losia_fx compiles a transformed model by itself: leave fullgraph=True out of what is around it"
 """What a graph of another compiler's breaks for, where the model is called."""

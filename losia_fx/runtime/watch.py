@@ -30,6 +30,9 @@ from losia_fx.errors import TransformError
 WATCH = "_losia_watch"
 """Attribute of a watched module: its Watch, which so goes with copies of it, where torch drops a compiled call."""
 
+CALL = "_losia_call"
+"""Attribute of a transformed model: what its calls run, the CompiledCall of api/transform.py."""
+
 
 def put_first(module: nn.Module, name: str, value: Any) -> None:
     """Gives the module an attribute, before all others in its __dict__: where it is copied or pickled, what ``value``
@@ -87,12 +90,17 @@ class Watch:
 def refuse_shallow(module: nn.Module) -> None:
     """Raises TransformError where what was installed in ``module`` runs for another that has its __dict__."""
     called = called_module()
-    if called is not None and called is not module:
-        raise TransformError(
-            f"{type(module).__name__}: this is a shallow copy of a transformed model or of a part of one (copy.copy, a "
-            "clone of its __dict__), and would run the weights of the original. Take copy.deepcopy(model); to run it "
-            "with other weights, torch.func.functional_call(model, weights, args)"
-        )
+    if called is None or called is module or not _same_installed(called.__dict__, module.__dict__):
+        return
+    raise TransformError(
+        f"{type(module).__name__}: this is a shallow copy of a transformed model or of a part of one (copy.copy, a "
+        "clone of its __dict__), and would run the weights of the original. Take copy.deepcopy(model); to run it with other "
+        "weights, torch.func.functional_call(model, weights, args)"
+    )
+
+
+def _same_installed(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return any(name in other and one.get(name) is other[name] for name in (CALL, WATCH))
 
 
 @runs_uncompiled
