@@ -74,6 +74,9 @@ OWNED: MutableMapping[Any, Any] = weakref.WeakKeyDictionary()
 CONSTRUCTED: MutableMapping[Any, MutableMapping[Any, Any]] = weakref.WeakKeyDictionary()
 """By optimizer and subnet: the entries of its state that an optimizer's constructor makes."""
 
+APART: MutableMapping[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+"""By optimizer: what its constructor makes for its subnets elsewhere than in its state."""
+
 
 @dataclass
 class GraphUses:

@@ -127,6 +127,7 @@ _DEEPEST = 6
 _CALL = "_compiled_call_impl"
 
 
+@runs_uncompiled
 def install_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Makes ``module(...)`` run ``call``, as Module.compile does: same object, not in copies. None undoes it."""
     if call is None:

@@ -42,7 +42,7 @@ from losia_fx.runtime.controller import Controller, Role, controller_of, find_co
 from losia_fx.runtime.expected import say_expected
 from losia_fx.runtime.functional import call_with_others
 from losia_fx.runtime.in_8_bits import is_asked_for, keep_in_8_bits, make_dense
-from losia_fx.runtime.look import look
+from losia_fx.runtime.look import follow_before_copy, look
 from losia_fx.runtime.outside import asking_for_gradients, asking_where_learning
 from losia_fx.runtime.ranks import forget_indices, keep_indices_at_home
 from losia_fx.runtime.shards import is_block_of_shards
@@ -251,9 +251,8 @@ class CompiledCall:
         """The user's own Module.compile(), which restore() puts back."""
 
     def __getstate__(self) -> dict[str, Any]:
-        controller = None if is_exporting() else controller_of(self.root)
-        if controller is not None and not controller.train.sharded:
-            look(controller.train)  # a copy takes W and S as they are
+        for module in self.root.modules():  # all, as weights may be shared
+            follow_before_copy(module)
         return {"root": self.root, "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

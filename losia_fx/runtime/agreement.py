@@ -64,6 +64,8 @@ class Agreement:
         """A LoSiA state was loaded, and the weights of these are still to come: nothing is to agree yet."""
         self.unclear: list[SubnetState] = []
         """Found to differ, and nothing told whether S or W was written; until somebody has said so."""
+        self.copied_behind: set[SubnetState] = set()
+        """W has followed S for a copy that is being made: the copy's may not have."""
         self._vigilant = 0
         self.behind = [state for state in states if state.ahead or only_s_was_written(state)]
         """Of a copy: whose S was written before its first use."""
@@ -81,6 +83,7 @@ class Agreement:
         """S and W of ``states`` (None: of all) agree as they are now. places: S may lie elsewhere in W than before."""
         chosen = self.states if states is None else list(states)
         whole = states is None or len(chosen) == len(self.states)
+        self.copied_behind.difference_update(chosen)
         if whole:
             self._seen = self._tensors()
             self._versions, self._places = marks_of(self._seen, self._dense)
@@ -285,6 +288,8 @@ class Agreement:
     @torch.no_grad()
     def is_ahead(self, state: SubnetState) -> bool:
         """Whether W has yet to follow S: what a copy of both has to know, which cannot tell by itself."""
+        if state in self.copied_behind:
+            return True
         if state in self.waiting or state.weight.is_meta or same([state])[0]:
             return False
         w, s = self.moved(state)

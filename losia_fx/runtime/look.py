@@ -86,7 +86,7 @@ def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
         return []
     held = torch.cat([state.block().float().flatten().cpu() for state in written])
     given = torch.cat([state.values.detach().float().flatten().cpu() for state in written])
-    return [] if points_alike(held, given) else written
+    return [] if points_alike(held, given) or not given.any() else written
 
 
 FEWEST = 64
@@ -167,19 +167,20 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
 
 
 def follow_before_copy(module: nn.Module) -> None:
-    """Before a module is copied or pickled by itself: what was written to the subnets that it holds is in its weights.
-    Whoever copies a model may take the weights from there with no use in between (quantize_dynamic)."""
+    """Before a module is copied or pickled: what was written to the subnets that it holds is in its weights. Whoever
+    copies a model may take the weights from there with no use in between (quantize_dynamic)."""
     for state in () if is_exporting() else own_states(module).values():
         agreement = agreement_of(state)
-        if isinstance(agreement, Agreement) and (any(agreement.moved(state)) or agreement.shows_a_write_to(state)):
+        if isinstance(agreement, Agreement) and agreement.is_ahead(state):
             look_at(state, values=True)
+            agreement.copied_behind.add(
+                state
+            )  # whose copy may have been made already, of an optimizer before the model
 
 
 def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:
     agreement = agreement_of(state) if train is None else train.agreement
-    held = map(state.owner._parameters.get, (state.parameter, state.values_name))
-    swapped = not all(isinstance(each, nn.Parameter) for each in held)
-    if agreement is None or agreement.waiting or swapped or was_sharded([state]):
+    if agreement is None or agreement.waiting or not holds_parameters(state) or was_sharded([state]):
         # A copy without a controller; a state whose weights are to come; torch.func.functional_call; what only a use
         # of the whole model takes in, on every rank.
         return
@@ -193,6 +194,12 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
     if train is not None:
         notices.warn_unclear(train)
         note(train, written, learns=False, shown=shown)
+
+
+def holds_parameters(state: SubnetState) -> bool:
+    """Whether W and S are in their places, and no tensors that torch.func.functional_call was given."""
+    held = map(state.owner._parameters.get, (state.parameter, state.values_name))
+    return all(isinstance(each, nn.Parameter) for each in held)
 
 
 def _may_have_been_written(state: SubnetState, agreement: Agreement) -> bool:

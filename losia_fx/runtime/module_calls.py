@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from losia_fx._compat import is_transformed, runs_uncompiled
 
 from .entered import ENTERED
 from .functional import subnets_in_place
-from .look import follow_before_copy, look_at
+from .look import follow_before_copy, holds_parameters, look_at
 from .outside import EagerSubnets, ask_for_gradients, stop_asking
-from .state import own_states, states_of
+from .state import SubnetState, own_states, states_of
 from .watch import Watch, refuse_shallow
 
 
@@ -46,27 +46,32 @@ def _after_a_look(call: Callable[..., Any], watch: Watch, args: tuple[Any, ...],
     """At all weights within, however the module uses them (nn.MultiheadAttention takes its out_proj's, the fast path of
     nn.TransformerEncoderLayer that of its child's child): unless a module around it, or the whole model, has done so.
     """
-    before = ENTERED.looked
+    before, within = ENTERED.looked, states_of(watch.module)
     if not ENTERED.calls:
         refuse_shallow(watch.module)
-        fresh = [state for state in states_of(watch.module) if state not in before]
+        fresh = [state for state in within if state not in before]
         for state in fresh:
             look_at(state)
         ENTERED.looked = before.union(fresh)
     try:
-        return _call_transformed(watch, args, kwargs) if is_transformed() else call(watch, args, kwargs)
+        if is_transformed() or not all(map(holds_parameters, within)):
+            return _call_with_others(watch, within, args, kwargs)
+        return call(watch, args, kwargs)
     finally:
         ENTERED.looked = before
 
 
 @runs_uncompiled
-def _call_transformed(watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Under torch.func (vmap, grad, jvp), which knows none of our ops: W is an ordinary tensor made of S."""
+def _call_with_others(
+    watch: Watch, within: Sequence[SubnetState], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Under torch.func (vmap, grad, jvp), which knows none of our ops, and with tensors that were given in the
+    parameters' place: W is an ordinary tensor made of S, or the one that was given."""
     if ENTERED.in_place:
         return watch.plain(*args, **kwargs)
     try:
         ENTERED.in_place = True
-        with subnets_in_place(states_of(watch.module)):
+        with subnets_in_place(within):
             return watch.plain(*args, **kwargs)
     finally:
         ENTERED.in_place = False

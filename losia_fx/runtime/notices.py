@@ -14,7 +14,7 @@ from losia_fx import registry
 from losia_fx.errors import LosiaWarning, listed
 from losia_fx.method.schedule import checked_steps
 
-from .evidence import in_shared_memory
+from .evidence import in_shared_memory, points_alike
 from .state import SubnetState
 from .train_state import TrainState
 
@@ -140,6 +140,17 @@ def warn_corrected(train: TrainState, optimizer: Optimizer) -> None:
         )
 
 
+def warn_apart(train: TrainState, optimizers: Sequence[Optimizer]) -> None:
+    for kind in dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers):
+        if _once(train, f"apart: {kind}"):
+            _warn(
+                f"{kind} keeps tensors for the subnets beside its state, which were not there before its first step: "
+                "of those that move they are left as they are, and are of the old places. Have it keep them in "
+                "optimizer.state, or make them in its constructor: then they are made anew; or let no subnet move, "
+                'transform(model, schedule="static")'
+            )
+
+
 def warn_standing(train: TrainState, written: Sequence[SubnetState]) -> None:
     if _once(train, "standing"):
         _warn(
@@ -178,13 +189,17 @@ def warn_unclear(train: TrainState) -> None:
 
 
 def warn_of_copies(train: TrainState, stepped: Sequence[SubnetState]) -> None:
-    """Before a step, with gradients that came from no forward of this model."""
-    given = [state for state in stepped if state.values.grad is not None]
-    if given and train.copies_moved and _once(train, "copies"):
+    """Before a step with no forward of this model since the last: gradients that point where the weights do, as only
+    a difference of weights of two places does."""
+    if not train.copies_moved or "copies" in train.told:
+        return
+    held = [state for state in stepped if state.values.grad is not None and state.values.numel() >= 24]
+    given = [s for s in held if s.values.grad is not None and points_alike(s.values.grad, s.values)]
+    if given and _once(train, "copies"):
         _warn(
-            f"{len(given)} subnets ({_names(given)}) were given gradients that no forward of this model has led to, "
-            "and a copy of it has moved its subnets to other places while it was trained. If they were taken from "
-            "there by position (Reptile, FOMAML), they are of other weights: let no subnet move, "
+            f"{len(given)} subnets ({_names(given)}) were given gradients that are no gradients, but differences of "
+            "weights, and a copy of this model has moved its subnets to other places while it was trained. If they "
+            "were taken by position (Reptile), they are of different weights: let no subnet move, "
             'transform(model, schedule="static"), or write the differences of whole weights, by name'
         )
 
@@ -224,9 +239,9 @@ def warn_strange(train: TrainState, states: Sequence[SubnetState]) -> None:
     if states and _once(train, "by place"):
         _warn(
             f"{len(states)} subnets ({_names(states)}) of a model that has not been trained were given numbers that "
-            "are nothing like those at their places. Saved from a model whose subnets have moved, they are of other "
-            "weights: load model.state_dict(), or a delta file (losia_fx.save_delta, losia_fx.load_delta), which know "
-            "the places"
+            "are nothing like those at their places. If they were saved from a model whose subnets had moved, they are "
+            "of other weights: load model.state_dict(), or a delta file (losia_fx.save_delta, losia_fx.load_delta), "
+            "which know the places. If they are meant for these places, all is well"
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from losia_fx import registry
@@ -47,7 +47,7 @@ def restart_states(
     keep elsewhere, as it was before the subnets moved."""
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
     ordered = dict.fromkeys((*reversed(inner), *optimizers))
-    apart = kept_apart(ordered, states, _is_as_large) if apart is None else apart
+    apart = kept_apart(ordered, states, moved=True)[0] if apart is None else apart
     done: set[int] = set()
     for optimizer in ordered:
         if id(optimizer.state) not in done:
@@ -93,7 +93,7 @@ def _constructed(optimizer: Optimizer) -> Mapping[SubnetState, dict[str, Entry]]
     return CONSTRUCTED.get(next(inner, optimizer), {})
 
 
-def note_constructed(optimizer: Optimizer, states: Sequence[SubnetState]) -> None:
+def note_constructed(optimizer: Optimizer, states: Sequence[SubnetState], fresh: bool) -> None:
     """Before the first step that is seen of an optimizer: which entries of its state does its constructor make?
 
     State that is there already may also have been loaded, so another optimizer of the kind is asked; where none can be
@@ -101,6 +101,7 @@ def note_constructed(optimizer: Optimizer, states: Sequence[SubnetState]) -> Non
     """
     if optimizer in CONSTRUCTED or isinstance(optimizer, KeepsOverMoves):
         return
+    _note_apart(optimizer, states, fresh)
     there = [state for state in states if optimizer.state.get(state.values)]
     twin = _twin(optimizer) if there else None
     made: MutableMapping[SubnetState, dict[str, Entry]] = weakref.WeakKeyDictionary()
@@ -169,60 +170,103 @@ class Apart:
 
     tensor: Tensor
     values: Tensor
-    of_weights: bool
-    """A copy of the parameter (slow weights, a reference), and not a moment."""
+    entry: Entry
 
     def renew(self) -> None:
-        if self.of_weights:
-            self.tensor.copy_(self.values.detach())
-        else:
-            self.tensor.zero_()
+        self.tensor.copy_(self.entry.make(self.values))
 
 
 def kept_apart(
-    optimizers: Iterable[Optimizer],
-    states: Sequence[SubnetState],
-    of_weights: Callable[[Tensor, Tensor], bool] | None = None,
-) -> list[Apart]:
-    """In a list of its own, in the order of its groups, in a dict of its own, or in one entry of its state by
-    parameter (TRAC's references). The host waits for the device where something is.
+    optimizers: Iterable[Optimizer], states: Sequence[SubnetState], moved: bool = False
+) -> tuple[list[Apart], list[Optimizer]]:
+    """What they keep in a list of their own, in the order of their groups, in a dict of their own, or in one entry of
+    their state by parameter (TRAC's references), to be made again as their constructor made it; and those of which that
+    is not known: what came later and is like S is a copy of it, anything else stays as it is.
 
-    of_weights: tells copies of S from moments, where the S have moved already.
+    moved: some of the S hold the numbers of their new places, by which nothing can be told.
     """
-    tells, moving = of_weights or points_alike, {id(state.values): state.values for state in states}
+    moving = {id(state.values): state.values for state in states}
     inner = [each for optimizer in optimizers for each in inner_optimizers(optimizer)]
-    return [
-        Apart(one, values, tells(one, values))
-        for optimizer in dict.fromkeys((*inner, *optimizers))
-        if not isinstance(optimizer, KeepsOverMoves)
-        for one, values in _pairs(optimizer, moving)
-        if one.is_floating_point() and _is_copy(one, values)
-    ]
+    found, unclear = list[Apart](), list[Optimizer]()
+    for optimizer in dict.fromkeys((*inner, *optimizers)):
+        made = registry.APART.get(optimizer, {})
+        for path, one, values in _pairs(optimizer, moving):
+            entry = made.get((path, id(values)))
+            if entry is None and not moved and _is_like(one, values):
+                entry = Entry(None)
+            if entry is None:
+                unclear.append(optimizer)
+            else:
+                found.append(Apart(one, values, entry))
+    return found, unclear
 
 
-def _pairs(optimizer: Optimizer, moving: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors that an optimizer keeps by parameter outside of its state of each, with the S (by its id) they are of."""
+def _note_apart(optimizer: Optimizer, states: Sequence[SubnetState], fresh: bool) -> None:
+    """fresh: what is neither zero nor a copy of S (a mask, sizes of steps) comes from the constructor, and from no step
+    that it has made elsewhere."""
+    for each in (optimizer, *inner_optimizers(optimizer)):
+        made: dict[Any, Entry] = {}
+        for path, one, values in _pairs(each, {id(state.values): state.values for state in states}):
+            if torch.equal(one, values.detach()):
+                made[path, id(values)] = Entry(None)
+            elif not one.any():
+                made[path, id(values)] = Entry(torch.zeros((), dtype=one.dtype, device=one.device))
+            elif fresh:
+                made[path, id(values)] = Entry(one.detach().clone())
+        registry.APART.setdefault(each, {}).update(made)
+
+
+Kept = tuple[tuple[Any, ...], Tensor, Tensor]
+"""Where something is kept, what it is, and the S that it is kept for."""
+
+
+def _pairs(optimizer: Optimizer, moving: Mapping[int, Tensor]) -> Iterator[Kept]:
+    """What an optimizer keeps by parameter outside of its state of each; moving: S by its id."""
+    if isinstance(optimizer, KeepsOverMoves):
+        return
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
-    own = [kept for name, kept in vars(optimizer).items() if name not in ("state", "param_groups")]
-    entries = [kept for name, kept in list(optimizer.state.items()) if not isinstance(name, Tensor)]
-    for kept in (*own, *entries):
-        if isinstance(kept, list):
-            nested = len(kept) == len(groups) and all(isinstance(part, list) for part in kept)
-            copies = [entry for part in kept for entry in part] if nested else kept
-            if len(copies) == len(flat) and all(map(_is_copy, copies, flat)):
-                yield from ((one, moving[id(p)]) for one, p in zip(copies, flat, strict=True) if id(p) in moving)
+    own = [(name, kept) for name, kept in vars(optimizer).items() if name not in ("state", "param_groups")]
+    for name, kept in (*own, *(entry for entry in list(optimizer.state.items()) if not isinstance(entry[0], Tensor))):
+        if isinstance(kept, (list, tuple)):
+            nested = len(kept) == len(groups) and all(isinstance(part, (list, tuple)) for part in kept)
+            each = [entry for part in kept for entry in part] if nested else kept
+            if len(each) == len(flat):
+                yield from _of_subnets((name,), zip(map(id, flat), each, strict=True), moving)
         elif isinstance(kept, Mapping):
-            of = ((id(key) if isinstance(key, Tensor) else key, one) for key, one in list(kept.items()))
-            yield from ((one, moving[key]) for key, one in of if key in moving and isinstance(one, Tensor))
+            keys = ((id(key) if isinstance(key, Tensor) else key, entry) for key, entry in list(kept.items()))
+            yield from _of_subnets((name,), keys, moving)
+
+
+def _of_subnets(
+    path: tuple[Any, ...], entries: Iterable[tuple[Any, Any]], moving: Mapping[int, Tensor]
+) -> Iterator[Kept]:
+    for key, entry in entries:
+        if key not in moving:
+            continue
+        named = entry.items() if isinstance(entry, Mapping) else [(None, entry)]
+        for name, one in named:
+            if _is_copy(one, moving[key]) and one.is_floating_point() and not _is_of_a_model(one):
+                yield (*path, name), one, moving[key]
+
+
+def _is_of_a_model(one: Tensor) -> bool:
+    """A parameter, or the numbers of another subnet: of a reference or a teacher, which is not the optimizer's."""
+    if one.requires_grad or isinstance(one, nn.Parameter):
+        return True
+    known = list(registry.BY_HANDLE.values())  # some of a copy that another thread is making
+    subnets = (getattr(state.owner, "_parameters", {}).get(state.values_name) for state in known)
+    return any(each is not None and each.data_ptr() == one.data_ptr() for each in subnets)
+
+
+def _is_like(one: Tensor, values: Tensor) -> bool:
+    """Whether it may be weights of the same place: slow ones, or those of the beginning."""
+    small, large = sorted((float(one.norm()), float(values.detach().norm())))
+    return points_alike(one, values) and small > large / 4
 
 
 def _is_copy(one: Any, parameter: Tensor) -> bool:
     return isinstance(one, Tensor) and one is not parameter and one.shape == parameter.shape
-
-
-def _is_as_large(one: Tensor, values: Tensor) -> bool:
-    return bool(one.norm() > values.detach().norm() / 4)
 
 
 def corrects_averages(optimizer: Optimizer, states: Iterable[SubnetState]) -> bool:

@@ -103,7 +103,7 @@ def meet_all(train: TrainState) -> tuple[list[Optimizer], list[Optimizer]]:
     found = [each for each in live_optimizers() if owned_states(each, train)]
     fresh = [each for each in found if each not in train.optimizers.known]
     for each in fresh:
-        note_constructed(each, owned_states(each, train))
+        note_constructed(each, owned_states(each, train), fresh=train.progress.step == 0)
     return found, fresh
 
 

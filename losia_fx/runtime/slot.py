@@ -129,7 +129,8 @@ def finish_moves(train: TrainState, states: Iterable[SubnetState], again: bool =
     again: it was, and some S may hold the numbers of their new places.
     """
     moving = [state for state in states if state.pending is not None]
-    apart = None if again else kept_apart(train.optimizers.known, moving)
+    apart, unclear = kept_apart(train.optimizers.known, moving, moved=again)
+    notices.warn_apart(train, unclear)
     train.left.leaving(moving)
     for optimizer in train.optimizers.known:
         if corrects_averages(optimizer, moving):

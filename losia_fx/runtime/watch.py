@@ -34,6 +34,7 @@ CALL = "_losia_call"
 """Attribute of a transformed model: what its calls run, the CompiledCall of api/transform.py."""
 
 
+@runs_uncompiled
 def put_first(module: nn.Module, name: str, value: Any) -> None:
     """Gives the module an attribute, before all others in its __dict__: where it is copied or pickled, what ``value``
     does for that is done before its parameters are."""
@@ -54,6 +55,7 @@ class Watch:
         """The user's own Module.compile(), which serves while gradients are off, and comes back in the end."""
         self.install()
 
+    @runs_uncompiled
     def install(self) -> None:
         put_first(self.module, WATCH, self)
         install_call(self.module, self)
@@ -63,11 +65,13 @@ class Watch:
         if compiled_call(self.module) is self:
             install_call(self.module, self.before)
 
+    @runs_uncompiled
     def __getstate__(self) -> dict[str, Any]:
         self._before_copy(self.module)
         kept = {"module": self.module, "_run": self._run, "_before_copy": self._before_copy}
         return {**kept, "before": None}  # as torch drops it from copies
 
+    @runs_uncompiled
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.install()
@@ -94,8 +98,8 @@ def refuse_shallow(module: nn.Module) -> None:
         return
     raise TransformError(
         f"{type(module).__name__}: this is a shallow copy of a transformed model or of a part of one (copy.copy, a "
-        "clone of its __dict__), and would run the weights of the original. Take copy.deepcopy(model); to run it with other "
-        "weights, torch.func.functional_call(model, weights, args)"
+        "clone of its __dict__), and would run the weights of the original. Take copy.deepcopy(model); to run it with "
+        "other weights, torch.func.functional_call(model, weights, args)"
     )
 
 

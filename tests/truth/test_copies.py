@@ -333,3 +333,42 @@ def test_what_learns_written_by_hand_into_a_model_made_anew(still: bool) -> None
         close(found, logits(model(ids)).detach(), 1e-9, "logits")
     assert len(said) == (0 if still else 1), said
     assert still or "nothing like those at their places" in said[0]
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, pickled])
+def test_a_copy_whose_parameters_are_copied_before_the_model(made: Callable[[Any], Any]) -> None:
+    """Of an optimizer, say: the copy's weights were taken before what was written to the subnets was in them."""
+    model, _ = twins()
+    optimizer = train(model)
+    for value in values_of(model):
+        in_place(value, value.detach() * 1.5 + 1)
+    copied = made({"optimizer": optimizer, "model": model})["model"]
+    for mine, other in zip(values_of(model), values_of(copied), strict=True):
+        close(other.detach(), mine.detach(), 0.0, "S")
+    for (name, mine), other in zip(model.state_dict().items(), copied.state_dict().values(), strict=True):
+        close(other, mine, 0.0, name)
+
+
+def test_a_model_trains_on_after_a_copy_of_it_was_trained_and_nothing_is_said() -> None:
+    """With a closure, and with two optimizers after one backward: no forward comes right before each step."""
+    model, _ = twins(**MOVING)
+    train(copy.deepcopy(model))
+    first, *others = values_of(model)
+    closed, by_turns = (
+        torch.optim.SGD(values_of(model), lr=0.1),
+        [torch.optim.SGD(v, lr=0.1) for v in ([first], others)],
+    )
+
+    def closure() -> float:
+        model.zero_grad()
+        loss = loss_of(model, batch())
+        loss.backward()
+        return float(loss)
+
+    for _ in range(3):
+        closed.step(closure)
+    closed.param_groups.clear()
+    for _ in range(3):
+        closure()
+        for optimizer in by_turns:
+            optimizer.step()

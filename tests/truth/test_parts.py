@@ -174,3 +174,24 @@ def test_hooks_that_come_and_go_in_mid_run(kind: str, compiler: str) -> None:
             assert dense is not None
             assert subnet.values.grad is not None
             close(subnet.values.grad, dense[subnet.rows][:, subnet.cols], 1e-9, name)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "results"])
+def test_weights_given_to_a_part_get_the_gradient(leaves: bool) -> None:
+    """By functional_call, fast weights among them; the model's own subnets get none."""
+    model, x = Toy().double(), torch.randn(3, 4, 16, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, period=1000)
+    found = []
+    for each in (model, plain):
+        part = each.get_submodule("layers.0")
+        given = {name: p.detach() * 1.5 for name, p in part.named_parameters() if name.endswith("weight")}
+        first = [value.requires_grad_() for value in given.values()]
+        passed = given if leaves else {name: value * 2 for name, value in given.items()}
+        functional_call(part, passed, (x,)).square().sum().backward()
+        found.append([value.grad for value in first])
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None
+        assert other is not None
+        close(mine, other, 1e-9, "gradient")
+    assert all(subnet.values.grad is None for subnet in losia_fx.subnets(model).values())

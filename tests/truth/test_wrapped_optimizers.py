@@ -152,6 +152,57 @@ def test_moments_that_an_optimizer_keeps_beside_its_state(kept: str) -> None:
         close(one, two, 1e-12, name)
 
 
+class Kept(optim.SGD):
+    """SGD that keeps tensors for its parameters, in a tuple."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], kept: Iterable[Tensor]) -> None:
+        super().__init__(list(parameters), lr=0.02)
+        self.kept = tuple(kept)
+
+
+def test_what_an_optimizer_keeps_that_is_neither_a_moment_nor_a_copy_stays() -> None:
+    """A mask for each element, made in the constructor."""
+    model, _ = twins(**MOVING)
+    optimizer = Kept(values_of(model), [torch.ones_like(v) / 2 for v in values_of(model)])
+    for _ in range(7):
+        model.zero_grad()
+        loss_of(model, batch()).backward()
+        optimizer.step()
+    assert len(losia_fx.controller(model).history) >= 2
+    assert all((mask == 0.5).all() for mask in optimizer.kept)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["parameters", "views of them"])
+def test_a_model_that_an_optimizer_keeps_for_reference_is_nothing_of_its_own(views: bool) -> None:
+    """FedProx: its subnets are no slow weights of the model that is trained."""
+    model, _ = twins(**MOVING)
+    reference = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in reference.state_dict().items()}
+    optimizer = Kept(values_of(model), [v.detach() if views else v for v in values_of(reference)])
+    with warned():
+        for _ in range(7):
+            model.zero_grad()
+            loss_of(model, batch()).backward()
+            optimizer.step()
+    assert len(losia_fx.controller(model).history) >= 2
+    for name, value in reference.state_dict().items():
+        close(value, before[name], 0.0, name)
+
+
+def test_tensors_that_an_optimizer_makes_later_beside_its_state_are_said() -> None:
+    model, _ = twins(**MOVING)
+    optimizer = Kept(values_of(model), ())
+    with warned() as said:
+        for _ in range(7):
+            model.zero_grad()
+            loss_of(model, batch()).backward()
+            optimizer.step()
+            if not optimizer.kept:
+                optimizer.kept = tuple(torch.randn_like(v) for v in values_of(model))
+    assert len(said) == 1, said
+    assert "Kept keeps tensors for the subnets beside its state" in said[0]
+
+
 def test_several_optimizers_in_one() -> None:
     """The head by descent, the blocks by AdamW, behind one step()."""
     pair = Pair(adamw)
