@@ -78,7 +78,8 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
 
 
 def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
-    """Of a model that nothing has trained yet: the subnets that were given numbers unlike those of their places."""
+    """Of a model that nothing has trained yet: the subnets that were given numbers unlike those of their places, and as
+    large as weights are."""
     if not train.idle or train.copied_from is not None or train.sharded:
         return []
     written = [s for s in moved if train.agreement.moved(s) == (False, True) and not s.weight.is_meta]
@@ -86,7 +87,8 @@ def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
         return []
     held = torch.cat([state.block().float().flatten().cpu() for state in written])
     given = torch.cat([state.values.detach().float().flatten().cpu() for state in written])
-    return [] if points_alike(held, given) or not given.any() else written
+    as_large = 0.8 < float(given.norm() / held.norm()) < 1.25
+    return written if as_large and not (points_alike(held, given) or points_alike(-held, given)) else []
 
 
 FEWEST = 64

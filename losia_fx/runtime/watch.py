@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from losia_fx._compat import (
+    OptimizedModule,
     called_module,
     compiled_call,
     exchange_calls,
@@ -92,9 +93,12 @@ class Watch:
 
 @runs_uncompiled
 def refuse_shallow(module: nn.Module) -> None:
-    """Raises TransformError where what was installed in ``module`` runs for another that has its __dict__."""
+    """Raises TransformError where what was installed in ``module`` runs for another that has its __dict__, and not all
+    that is within (as accelerate's compile_regions makes one)."""
     called = called_module()
     if called is None or called is module or not _same_installed(called.__dict__, module.__dict__):
+        return
+    if _same_within(called, module):
         return
     raise TransformError(
         f"{type(module).__name__}: this is a shallow copy of a transformed model or of a part of one (copy.copy, a "
@@ -105,6 +109,12 @@ def refuse_shallow(module: nn.Module) -> None:
 
 def _same_installed(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return any(name in other and one.get(name) is other[name] for name in (CALL, WATCH))
+
+
+def _same_within(one: nn.Module, other: nn.Module) -> bool:
+    """Whether they hold the same parameters, in modules of the same classes, whatever else has compiled these."""
+    kinds = ([type(m) for m in each.modules() if not isinstance(m, OptimizedModule)] for each in (one, other))
+    return list(map(id, one.parameters())) == list(map(id, other.parameters())) and next(kinds) == next(kinds)
 
 
 @runs_uncompiled
