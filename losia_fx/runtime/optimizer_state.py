@@ -226,7 +226,8 @@ def _pairs(optimizer: Optimizer, moving: Mapping[int, Tensor]) -> Iterator[Kept]
         return
     groups = [group["params"] for group in optimizer.param_groups]
     flat = [parameter for group in groups for parameter in group]
-    own = [(name, kept) for name, kept in vars(optimizer).items() if name not in ("state", "param_groups")]
+    known = {id(each.state) for each in (optimizer, *inner_optimizers(optimizer))}  # under whatever name
+    own = [(name, kept) for name, kept in vars(optimizer).items() if name != "param_groups" and id(kept) not in known]
     for name, kept in (*own, *(entry for entry in list(optimizer.state.items()) if not isinstance(entry[0], Tensor))):
         if isinstance(kept, (list, tuple)):
             nested = len(kept) == len(groups) and all(isinstance(part, (list, tuple)) for part in kept)
