@@ -97,8 +97,11 @@ def _limited(compiled: Callable[..., Any], recompile_limit: int) -> Callable[...
     """``compiled`` with a limit for each module alone, not for all of a class in a process together, which Dynamo holds
     to 256 graphs: a search over a hundred models of one class would end uncompiled. And with a look at the modules'
     hooks before a graph is used, which Dynamo leaves out: one that came later would not run."""
-    settings = {"recompile_limit": recompile_limit, "accumulated_recompile_limit": sys.maxsize}
-    settings["skip_nnmodule_hook_guards"] = False
+    settings: dict[str, Any] = {
+        "recompile_limit": recompile_limit,
+        "accumulated_recompile_limit": sys.maxsize,
+        "skip_nnmodule_hook_guards": False,
+    }
     known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
 
     @runs_uncompiled

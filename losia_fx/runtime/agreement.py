@@ -69,10 +69,10 @@ class Agreement:
         self._vigilant = 0
         self.behind = [state for state in states if state.ahead or only_s_was_written(state)]
         """Of a copy: whose S was written before its first use."""
+        with torch.no_grad():
+            for state in self.behind:
+                state.write_back()
         for state in states:
-            if state in self.behind:
-                with torch.no_grad():
-                    state.write_back()
             state.ahead, state.at_copy, state.agreement = False, None, self
         self.remember(places=True)
 

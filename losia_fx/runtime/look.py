@@ -175,9 +175,8 @@ def follow_before_copy(module: nn.Module) -> None:
         agreement = agreement_of(state)
         if isinstance(agreement, Agreement) and agreement.is_ahead(state):
             look_at(state, values=True)
-            agreement.copied_behind.add(
-                state
-            )  # whose copy may have been made already, of an optimizer before the model
+            # Its weight's copy may have been made already: of an optimizer, before the model.
+            agreement.copied_behind.add(state)
 
 
 def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: bool) -> None:

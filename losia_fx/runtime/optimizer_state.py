@@ -216,7 +216,7 @@ def _note_apart(optimizer: Optimizer, states: Sequence[SubnetState], fresh: bool
         registry.APART.setdefault(each, {}).update(made)
 
 
-Kept = tuple[tuple[Any, ...], Tensor, Tensor]
+Kept = tuple[tuple[Any, Any], Tensor, Tensor]
 """Where something is kept, what it is, and the S that it is kept for."""
 
 
@@ -233,22 +233,20 @@ def _pairs(optimizer: Optimizer, moving: Mapping[int, Tensor]) -> Iterator[Kept]
             nested = len(kept) == len(groups) and all(isinstance(part, (list, tuple)) for part in kept)
             each = [entry for part in kept for entry in part] if nested else kept
             if len(each) == len(flat):
-                yield from _of_subnets((name,), zip(map(id, flat), each, strict=True), moving)
+                yield from _of_subnets(name, zip(map(id, flat), each, strict=True), moving)
         elif isinstance(kept, Mapping):
             keys = ((id(key) if isinstance(key, Tensor) else key, entry) for key, entry in list(kept.items()))
-            yield from _of_subnets((name,), keys, moving)
+            yield from _of_subnets(name, keys, moving)
 
 
-def _of_subnets(
-    path: tuple[Any, ...], entries: Iterable[tuple[Any, Any]], moving: Mapping[int, Tensor]
-) -> Iterator[Kept]:
+def _of_subnets(where: Any, entries: Iterable[tuple[Any, Any]], moving: Mapping[int, Tensor]) -> Iterator[Kept]:
     for key, entry in entries:
         if key not in moving:
             continue
         named = entry.items() if isinstance(entry, Mapping) else [(None, entry)]
         for name, one in named:
             if _is_copy(one, moving[key]) and one.is_floating_point() and not _is_of_a_model(one):
-                yield (*path, name), one, moving[key]
+                yield (where, name), one, moving[key]
 
 
 def _is_of_a_model(one: Tensor) -> bool:

@@ -4,9 +4,9 @@ Graph breaks, parts of a model called by themselves, a loss that takes a weight 
 saves one: of each use of a weight W with a subnet S, the gradient must reach S, and G while the subnet is profiled. One
 mechanism sees to it, in this order:
 
-1. A module that holds such a weight runs ``call_owner`` when it is called (watch.py puts that in the place of its own
-   call). That it runs at all means that no graph of ours holds the call. S and W are made to agree, unless the model's
-   own forward has looked already.
+1. A module that holds such a weight runs module_calls.py's ``call_owner`` when it is called (watch.py puts that in the
+   place of its own call). That it runs at all means that no graph of ours holds the call. S and W are made to agree,
+   unless the model's own forward has looked already.
 2. Within that call a TorchFunctionMode (``EagerSubnets``) sends every F.linear to ``eager_linear``, which is the op of
    the graphs, and any other use of a weight through ``eager_weight``, a W whose gradient, of whatever is done with it,
    goes to S. ``compiled_region`` pauses the mode: a compiled graph sees to its weights itself.
