@@ -50,6 +50,9 @@ TRAINED: weakref.WeakSet[Any] = weakref.WeakSet()
 COPIES: weakref.WeakSet[Any] = weakref.WeakSet()
 """Subnets of copied modules whose controller has not been copied with them (yet)."""
 
+BACKENDS: MutableMapping[Any, None] = WeakIdKeyDictionary()
+"""What torch.compile is given as a backend and that trains subnets: ours, and functions of users around ours."""
+
 RAN_OUTSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
 """Subnets whose weight ran outside a rewritten graph since that was last said."""
 

@@ -114,6 +114,26 @@ def test_has_step_hooks() -> None:
     assert _compat.has_step_hooks(optimizer)
 
 
+def test_backend_at_work() -> None:
+    """While it makes a graph, and for what the frames that break one call."""
+    seen: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(_compat.backend_at_work())
+        return gm.forward
+
+    @torch._dynamo.disable(recursive=False)
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_compat.backend_at_work())
+        return x
+
+    assert _compat.backend_at_work() is None
+    torch.compile(lambda x: apart(x + 1) + 2, backend=backend)(torch.ones(2))
+    assert len(seen) >= 3
+    assert all(each is backend for each in seen)
+    assert _compat.backend_at_work() is None
+
+
 @pytest.mark.parametrize("throws", [False, True])
 def test_joins(throws: bool, tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

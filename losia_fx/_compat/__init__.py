@@ -7,6 +7,7 @@ What is there for one version's sake says which version ends it.
 from torch._dynamo import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed as CompilerFailed
 
+from .backends import backend_at_work
 from .calls import (
     ISOLATES_RECOMPILES,
     be_called_while_traced,
@@ -65,6 +66,7 @@ __all__ = [
     "active_ddp",
     "all_gather",
     "aot_compiler",
+    "backend_at_work",
     "be_called_while_traced",
     "called_module",
     "compile_call",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from losia_fx._compat import fake_inputs, inner_compiler, keep_saved_tensors, on_joint_graph
+from losia_fx._compat import backend_at_work, fake_inputs, inner_compiler, keep_saved_tensors, on_joint_graph
 from losia_fx.config import LosiaConfig
 from losia_fx.errors import ConfigError
 from losia_fx.passes import (
@@ -25,7 +25,7 @@ from losia_fx.passes import (
     plan_subnets,
 )
 from losia_fx.plan import SubnetPlan
-from losia_fx.registry import GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
+from losia_fx.registry import BACKENDS, GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
 from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import resolve
 
@@ -54,9 +54,12 @@ class LosiaBackend:
         watch: Watch | None = None,
     ) -> None:
         self.config, self.give_subnets, self.inner, self.watch = config, give_subnets, inner, watch
+        BACKENDS[self] = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         _refuse_options(options)
+        if (around := backend_at_work()) is not None:
+            BACKENDS[around] = None  # a function of a user's that calls us
         if not torch.is_grad_enabled():
             found = (resolve(value) for value in example_inputs if _is_weight(value))
             RAN_WITHOUT_GRAD.update(state for state in found if state is not None)
@@ -152,3 +155,6 @@ def losia_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
     config = LosiaConfig.of(None, options.pop("options", None) or {})
     return LosiaBackend(config, lambda weights: give_subnets(weights, config))(gm, example_inputs, **options)
+
+
+BACKENDS[losia_backend] = None

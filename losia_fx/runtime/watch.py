@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from losia_fx import registry
 from losia_fx._compat import (
     OptimizedModule,
+    backend_at_work,
     called_module,
     compiled_call,
     exchange_calls,
@@ -82,6 +84,8 @@ class Watch:
         # Dynamo folds is_compiling() to True: what it inlines leaves no trace in a graph.
         if torch.compiler.is_compiling() or is_jit_tracing():
             return plain_call(self.module, *args, **kwargs)
+        if torch.is_grad_enabled() and _another_compiles():
+            return _uncompiled(self._run, self, *args, **kwargs)
         return self._run(self, *args, **kwargs)
 
     @runs_uncompiled
@@ -89,6 +93,20 @@ class Watch:
         if self.before is not None and not torch.is_grad_enabled():
             return self.before(*args, **kwargs)
         return plain_call(self.module, *args, **kwargs)
+
+
+@runs_uncompiled
+def _another_compiles() -> bool:
+    """Whether the frames that are called from here would be compiled by a backend that knows nothing of subnets."""
+    at_work = backend_at_work()
+    return at_work is not None and at_work not in registry.BACKENDS
+
+
+@torch.compiler.disable
+def _uncompiled(run: Callable[..., Any], watch: Watch, *args: Any, **kwargs: Any) -> Any:
+    """What is in the graph of another's torch.compile learns nothing: a part that it would make one of runs in eager
+    mode, through its subnets."""
+    return run(watch, *args, **kwargs)
 
 
 @runs_uncompiled

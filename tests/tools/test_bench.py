@@ -569,10 +569,10 @@ def test_host_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert found["repeats"] == 3
     assert [each["what"] for each in found["times"]] == [
         "no_grad forward of the plain model",
-        "another's optimizer, no transformed model",
-        "another's optimizer beside a transformed model",
         "no_grad forward of the transformed model",
         "step of an optimizer that does nothing",
+        "another's optimizer, no transformed model",
+        "another's optimizer beside a transformed model",
         "resolve() of a weight without a subnet",
     ]
     for each in found["times"]:

@@ -317,6 +317,26 @@ def test_a_group_without_a_gradient_is_named_whatever_the_schedule() -> None:
         assert not [message for message in said if "layers.0" in message or "head.weight" in message]
 
 
+def test_a_part_in_the_graph_of_another_compiler_is_named() -> None:
+    model = losia_fx.transform(Toy(layers=2).double(), **{**OPTIONS, "compiler": "eager", "importance": "random"})
+    optimizer = adamw(values_of(model))
+    parts = [torch.compile(lambda x: model.layers[0](x), backend="eager"), model.layers[1]]
+    with warned() as said:
+        for _ in range(6 * PERIOD):
+            model.zero_grad()
+            ids = batch()
+            x = model.embed(ids)
+            for part in parts:
+                x = part(x)
+            F.cross_entropy(model.head(model.norm(x))[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            optimizer.step()
+    named = [message for message in said if "no gradient" in message]
+    assert len(named) == 1, said
+    assert "layers.0" in named[0]
+    assert "another compiler runs" in named[0]
+    assert "layers.1" not in named[0]
+
+
 def test_a_weight_that_the_optimizer_does_not_hold_is_not_named() -> None:
     """A head left out of the optimizer on purpose."""
     model = losia_fx.transform(Toy(layers=1), **{**OPTIONS, "compiler": "eager", "importance": "random"})

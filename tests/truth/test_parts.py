@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import losia_fx
+from losia_fx.compile.backend import losia_backend
 from tests.support.toys import Toy, batch
 from tests.support.twin import close
 
@@ -195,3 +196,45 @@ def test_weights_given_to_a_part_get_the_gradient(leaves: bool) -> None:
         assert other is not None
         close(mine, other, 1e-9, "gradient")
     assert all(subnet.values.grad is None for subnet in losia_fx.subnets(model).values())
+
+
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.mlp"])
+def test_a_part_that_another_compiler_was_given(part: str) -> None:
+    """It runs in eager mode where it learns: its subnets get their gradient."""
+    model, x = Toy().double(), torch.randn(3, 4, 16, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler="eager", rank_factor=0.25, period=1000)
+    compiled = torch.compile(model.get_submodule(part), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that parts run uncompiled
+        compiled(x).square().sum().backward()
+    plain.load_state_dict(model.state_dict())
+    plain.get_submodule(part)(x).square().sum().backward()
+    for name, subnet in losia_fx.subnets(model).items():
+        expected = plain.get_parameter(name).grad
+        assert (subnet.values.grad is None) == (expected is None), name
+        if expected is not None:
+            close(subnet.values.grad, expected[subnet.rows][:, subnet.cols], 1e-12, name)
+    with torch.no_grad():
+        close(compiled(x), plain.get_submodule(part)(x), 1e-12, "forward")
+
+
+def test_a_backend_of_a_users_around_ours_keeps_its_graphs() -> None:
+    graphs: list[int] = []
+
+    def around(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(inputs))
+        made: Callable[..., Any] = losia_backend(gm, inputs, options={"compiler": "eager", "rank_factor": 0.25})
+        return made
+
+    model = Toy(breaks=True).double()
+    compiled = torch.compile(model, backend=around)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        compiled(batch()).square().mean().backward()
+        optimizer.step()
+    before = len(graphs)
+    torch._dynamo.reset()
+    compiled(batch()).square().mean().backward()
+    assert len(graphs) == 2 * before

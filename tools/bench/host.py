@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,14 @@ class HostTime:
     what: str
     median_us: float
     least_us: float
+
+
+@dataclass(frozen=True)
+class Part:
+    what: str
+    work: Work
+    before: Work = lambda: None
+    """Done ahead of every repeat, outside of the clock."""
 
 
 class Chain(nn.Module):
@@ -69,28 +78,50 @@ def trained(model: nn.Module) -> list[Tensor]:
 
 
 def host_times(repeats: int = REPEATS) -> list[HostTime]:
-    """Every measurement, each with what it is to be held against beside it."""
+    """Every measurement, those that are held against one another in turns."""
     with one_thread(), no_collection():
         x = torch.randn(2, SIDE)
-        foreign, plain = nn.Linear(SIDE, SIDE), Chain()
-        others = torch.optim.SGD(foreign.parameters(), lr=0.0)
-        foreign(x).sum().backward()
-        found = [
-            timed("no_grad forward of the plain model", without_gradients(plain, x), repeats),
-            timed("another's optimizer, no transformed model", others.step, repeats),
-        ]
-        model = transformed()
+        plain, model = Chain(), transformed()
         optimizer = Idle(trained(model))
         model(x).sum().backward()
         optimizer.step()
-        weight = foreign.weight
-        return [
-            *found,
-            timed("another's optimizer beside a transformed model", others.step, repeats),
-            timed("no_grad forward of the transformed model", without_gradients(model, x), repeats),
-            timed("step of an optimizer that does nothing", optimizer.step, repeats, lambda: _backward(model, x)),
-            timed("resolve() of a weight without a subnet", lambda: resolve(weight), repeats),
-        ]
+        ours = in_turns(
+            [
+                Part("no_grad forward of the plain model", without_gradients(plain, x)),
+                Part("no_grad forward of the transformed model", without_gradients(model, x)),
+                Part("step of an optimizer that does nothing", optimizer.step, lambda: _backward(model, x)),
+            ],
+            repeats,
+        )
+        losia_fx.restore(model)
+        return ours + _others_times(repeats)
+
+
+def _others_times(repeats: int) -> list[HostTime]:
+    foreign = nn.Linear(SIDE, SIDE)
+    others = torch.optim.SGD(foreign.parameters(), lr=0.0)
+    foreign(torch.randn(2, SIDE)).sum().backward()
+    alive: list[nn.Module] = []
+
+    def alone() -> None:
+        while alive:
+            losia_fx.restore(alive.pop())
+
+    def beside() -> None:
+        if not alive:
+            alive.append(transformed())
+
+    found = in_turns(
+        [
+            Part("another's optimizer, no transformed model", others.step, alone),
+            Part("another's optimizer beside a transformed model", others.step, beside),
+            Part("resolve() of a weight without a subnet", lambda: resolve(foreign.weight), beside),
+        ],
+        repeats,
+        each=10,
+    )
+    alone()
+    return found
 
 
 def _backward(model: nn.Module, x: Tensor) -> None:
@@ -105,17 +136,22 @@ def without_gradients(model: nn.Module, x: Tensor) -> Work:
     return forward
 
 
-def timed(what: str, work: Work, repeats: int, before: Work | None = None) -> HostTime:
-    """before: done ahead of every repeat, outside of the clock."""
-    times = []
-    for number in range(repeats + 2):  # the first two warm up
-        if before is not None:
-            before()
-        start = time.thread_time_ns()
-        work()
-        if number >= 2:
-            times.append((time.thread_time_ns() - start) / 1e3)
-    return HostTime(what, statistics.median(times), min(times))
+def in_turns(parts: Sequence[Part], repeats: int, each: int = 1) -> list[HostTime]:
+    """``each`` repeats of every part, then again: a machine whose clock goes up and down does so for all of them."""
+    times: list[list[float]] = [[] for _ in parts]
+    for turn in range(math.ceil(repeats / each) + 1):
+        for part, found in zip(parts, times, strict=True):
+            took = [_timed(part) for _ in range(each + 2)]
+            if turn > 0:
+                found += took[2:]  # the first two of a turn, and the first turn, warm up
+    return [HostTime(part.what, statistics.median(found), min(found)) for part, found in zip(parts, times, strict=True)]
+
+
+def _timed(part: Part) -> float:
+    part.before()
+    start = time.thread_time_ns()
+    part.work()
+    return (time.thread_time_ns() - start) / 1e3
 
 
 @contextmanager
