@@ -59,6 +59,9 @@ RAN_OUTSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
 RAN_WITHOUT_GRAD: weakref.WeakSet[Any] = weakref.WeakSet()
 """Subnets whose weight ran with gradients off in the midst of a forward that has them on."""
 
+AT_ODDS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Subnets that learn while their weight was frozen by itself, or the other way round, since that was last said."""
+
 DENSE: MutableMapping[int, nn.Parameter] = weakref.WeakValueDictionary()
 """Weights that backend="losia" looked at and that are to learn in full, by id."""
 

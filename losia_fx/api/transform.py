@@ -307,6 +307,7 @@ class CompiledCall:
                 raise inner from None
             raise
         notices.warn_outside(train)
+        notices.warn_at_odds(train)
         watch_functions(leaves(result), leaves((args, kwargs)))
         return result
 

@@ -93,9 +93,10 @@ def stepped(model: nn.Module) -> None:
     hand, an optimizer of master copies that are copied back.
 
     To be called after each such step, when the subnets (``model.parameters()``) have moved, before the next forward and
-    before the gradients are zeroed. From then on t counts, importance is measured, subnets are rewarmed and move to
+    before the gradients are zeroed (of updates that free them at once, as LOMO's, nothing can be measured: choose
+    ``importance="random"``). From then on t counts, importance is measured, subnets are rewarmed and move to
     other places as they do with an optimizer. Moments that the step keeps by itself are its own to renew: where
     ``losia_fx.controller(model).history`` has grown, its last event says which group has moved.
-    Raises LosiaError where no subnet has a gradient.
+    Raises LosiaError where no subnet has a gradient, or has moved.
     """
     controller(model).made_by_hand()

@@ -25,7 +25,7 @@ from losia_fx.passes import (
     plan_subnets,
 )
 from losia_fx.plan import SubnetPlan
-from losia_fx.registry import BACKENDS, GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
+from losia_fx.registry import AT_ODDS, BACKENDS, GRAPH_USES, RAN_WITHOUT_GRAD, GraphUses
 from losia_fx.runtime.quantised_weight import QuantisedWeight
 from losia_fx.runtime.state import resolve
 
@@ -75,6 +75,8 @@ class LosiaBackend:
             fresh = [names.index(name) for name, found in uses.items() if found.only_products]
             self.give_subnets([example_inputs[position] for position in fresh])
         states = {name: state for name, weight in parameters.items() if (state := resolve(weight)) is not None}
+        if self.give_subnets is not None:  # the user's requires_grad says what learns
+            AT_ODDS.update(s for s in states.values() if s.values.requires_grad and not s.weight.requires_grad)
         plan = plan_subnets(copy, {name: state.facts for name, state in states.items()})
         _note_uses(parameters, uses, plan)
         observe = self._rewrite(gm, copy, example_inputs, plan)

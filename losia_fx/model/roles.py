@@ -37,6 +37,7 @@ def plan_model(root: nn.Module, config: LosiaConfig) -> list[WeightPlan]:
     refuse_hooked(plans)
     refuse_float8(plans)
     _warn_of_adapters(plans)
+    _warn_of_frozen([plan for plan in plans if plan.trained == "subnet"])
     return plans
 
 
@@ -106,6 +107,18 @@ def _warn_of_adapters(plans: list[WeightPlan]) -> None:
         warnings.warn(
             f"losia_fx: {listed(names)}: adapters of PEFT's, which required grad, are frozen: the subnets are in the "
             "weights that they adapt. Name them in trainable to train them too, or merge_and_unload() them first",
+            LosiaWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_frozen(learning: list[WeightPlan]) -> None:
+    """Whoever has frozen all of them, as PEFT does, wants them to learn now; whoever has frozen some may not."""
+    frozen = [plan.name for plan in learning if not plan.parameter.requires_grad]
+    if 0 < len(frozen) < len(learning):
+        warnings.warn(
+            f"losia_fx: {len(frozen)} of the {len(learning)} weights that get subnets did not require grad "
+            f"({listed(frozen)}), and learn from now on. Name them in exclude to leave them frozen",
             LosiaWarning,
             stacklevel=4,
         )

@@ -343,6 +343,7 @@ def _refuse_torn(states: Sequence[SubnetState]) -> None:
     if states:
         raise Torn(
             f"{listed([state.name for state in states])}: both the weight and the values of its subnet were written "
-            "since they last agreed, and they differ. Write one of them only (the weight by its own name, or the "
-            "parameter in losia_fx.subnets(model)[name].values); model.load_state_dict(...) makes a model whole again"
+            "since they last agreed, and they differ (an average of all parameters, say, of subnets that have moved). "
+            "Write one of them only: the weight by its own name (as model.state_dict() has them), or the parameter in "
+            "losia_fx.subnets(model)[name].values. model.load_state_dict(...) makes a model whole again"
         )

@@ -103,7 +103,7 @@ def held_again(moves: Iterable[Move], answers: Iterable[Sequence[float]]) -> lis
 
 def _tells(count: float, share: float, explained: float) -> bool:
     certain = explained * (count - 2) > CERTAIN * (1 - explained)
-    return count >= ENOUGH and share > SHARE and explained > EXPLAINED and certain
+    return count >= ENOUGH and abs(share) > SHARE and explained > EXPLAINED and certain
 
 
 def _regression(move: Move) -> Tensor:

@@ -6,7 +6,7 @@ first (``mend``). When values are compared is vigilance.py's, what is done about
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from losia_fx import registry
 from losia_fx._compat import is_exporting
-from losia_fx.errors import StateError, listed
+from losia_fx.errors import StateError, Swapped, listed
 from losia_fx.method.schedule import checked_steps
 
 from . import notices, slot, steps
@@ -70,11 +70,25 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
         if take_in(train):
             moved = train.agreement.differing()
         notices.warn_strange(train, strangers(train, moved))
-        note(train, train.agreement.settle(moved, train.idle), learns, shown)
+        note(train, train.agreement.settle(moved, weights_count(train, moved)), learns, shown)
     if values:
         written = train.agreement.compare()
         notices.warn_unclear(train)
         note(train, written, learns, shown)
+
+
+def weights_count(train: TrainState, moved: Sequence[SubnetState]) -> bool:
+    """Whether of a pair that both were written the weight counts: where nothing trains the model, and where all there
+    is was written, weights and subnets, after subnets have moved: with an average, or a copy that was kept, of all
+    parameters. The weights are then right, and the numbers of the subnets of other places."""
+    if train.idle:
+        return True
+    if not train.progress.history or len(moved) < len(train.states):
+        return False
+    everything = all(map(all, map(train.agreement.moved, moved)))
+    if everything:
+        notices.warn_all_written(train)
+    return everything
 
 
 def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
@@ -157,7 +171,10 @@ def look_at(state: SubnetState, values: bool = False, shown: bool = False) -> No
 
     values: whether to compare those in any case; shown: the weight is evaluated or saved.
     """
-    alone = state.agreement is not None and not shown and not steps.others()
+    agreement = agreement_of(state)
+    alone = agreement is not None and not shown and not steps.others()
+    if agreement is not None and alone and all(agreement.moved(state)):
+        alone = False  # what was done to the others tells which of the two is right
     train = None if alone else train_state_of(state)
     if train is None:
         with ordinary_tensors():
@@ -187,7 +204,8 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
         return
     written = []
     if any(agreement.moved(state)):
-        written += agreement.settle([state], agreement.averaged)
+        moved = [state] if train is None else _moved_with(state, train)
+        written += agreement.settle(moved, agreement.averaged or (train is not None and weights_count(train, moved)))
     # Of shards nothing is compared here: all ranks would have to be.
     if isinstance(agreement, Agreement) and (values or _may_have_been_written(state, agreement)):
         state.part_looks += 1
@@ -195,6 +213,14 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
     if train is not None:
         notices.warn_unclear(train)
         note(train, written, learns=False, shown=shown)
+
+
+def _moved_with(state: SubnetState, train: TrainState) -> list[SubnetState]:
+    """Whoever has written to one has often written to all: they are told of together."""
+    try:
+        return train.agreement.differing()
+    except Swapped:
+        return [state]
 
 
 def holds_parameters(state: SubnetState) -> bool:

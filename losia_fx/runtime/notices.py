@@ -53,6 +53,25 @@ def warn_outside(train: TrainState) -> None:
         )
 
 
+def warn_at_odds(train: TrainState) -> None:
+    """Subnets and weights of which one was frozen, or set free, without the other."""
+    found = [state for state in train.states if state in registry.AT_ODDS] if registry.AT_ODDS else []
+    registry.AT_ODDS.difference_update(found)
+    asleep, awake = [s for s in found if is_frozen(s)], [s for s in found if not is_frozen(s)]
+    if asleep and _once(train, "asleep"):
+        _warn(
+            f"{len(asleep)} weights require grad ({_names(asleep)}), and their subnets do not, through which alone "
+            "they learn. Have those require grad too: they are among model.named_parameters(), as "
+            f"{asleep[0].name}_subnet, and go with model.requires_grad_(True)"
+        )
+    if awake and _once(train, "awake"):
+        _warn(
+            f"{len(awake)} weights were frozen ({_names(awake)}: requires_grad = False), and their subnets, through "
+            f"which they learn, were not. To freeze a weight, freeze {awake[0].name}_subnet too, or its module "
+            "(module.requires_grad_(False)). If the subnets are to learn, all is well"
+        )
+
+
 def warn_without_grad(states: Sequence[SubnetState]) -> None:
     """Weights that ran with gradients off within a forward, and have none."""
     if not registry.RAN_WITHOUT_GRAD:
@@ -117,7 +136,8 @@ def warn_kept(train: TrainState, group: int | None) -> None:
         _warn(
             f"{who} subnets: no step of the slot gave a gradient to score by. Where the loop changes gradients "
             "otherwise than by a factor or a clip (averages over processes by hand, noise, projections), average them "
-            'by DistributedDataParallel, or choose places without them: losia_fx.transform(model, importance="random")'
+            "by DistributedDataParallel; where an optimizer frees them within a step that is given a closure, call it "
+            'without; or choose places without them: losia_fx.transform(model, importance="random")'
         )
 
 
@@ -174,6 +194,15 @@ def warn_averaged(train: TrainState, written: Sequence[SubnetState]) -> None:
             "average the weights by name instead (model.state_dict(), or torch.optim.swa_utils.AveragedModel and "
             "ema_pytorch, which do; not what copies weights that are frozen, as diffusers' EMAModel does). For values "
             "of this very place all is well"
+        )
+
+
+def warn_all_written(train: TrainState) -> None:
+    if _once(train, "all written"):
+        _warn(
+            f"all {len(train.states)} weights and their subnets were written from outside of a step, and subnets have "
+            "moved before: where the two hold different numbers, the weights count. An average or a copy that is kept "
+            "of all parameters is of other places in its subnets: keep it of the weights by name (model.state_dict())"
         )
 
 
@@ -250,13 +279,15 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     those that one steps)."""
     stepped, steps = set(owned), checked_steps(train.config)
     by_group = {group: train.members(group) for group in range(len(train.groups))}
-    quiet = [s for s in train.states if not s.learned and not s.ran_without_grad]
+    warn_at_odds(train)
+    some_learn = any(state.learned for state in train.states)  # then those that were frozen were so on purpose
+    quiet = [s for s in train.states if not s.learned and not s.ran_without_grad and not (some_learn and is_frozen(s))]
     idle = {group for group, members in by_group.items() if not any(state.learned for state in members)}
     deaf = [s for s in quiet if s in stepped and (s.ran or s.group in idle)]
     ownerless = [s for s in quiet if s not in stepped and s.ran]
     for state in train.states:
         state.ran = state.learned = False
-    if deaf and _once(train, "deaf"):
+    if deaf and "asleep" not in train.told and _once(train, "deaf"):
         _warn(
             f"{len(deaf)} weights have had no gradient in the last {steps} steps: {_names(deaf)}. "
             "Nothing of them learns. Where a loss takes a weight by hand, take losia_fx.dense(model, name) instead; a "
@@ -267,10 +298,14 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     warn_unowned(train, ownerless, steps)
 
 
+def is_frozen(state: SubnetState) -> bool:
+    return not state.values.requires_grad
+
+
 def warn_unowned(train: TrainState, ownerless: Sequence[SubnetState], steps: int) -> None:
     """``ownerless``: weights that are in use, and whose subnets no optimizer steps."""
     if ownerless and "standing" not in train.told and _once(train, "ownerless"):
-        frozen = sum(not state.values.requires_grad for state in ownerless)
+        frozen = sum(map(is_frozen, ownerless))
         _warn(
             f"{len(ownerless)} weights are in use, and no optimizer has stepped their subnets in the last "
             f"{steps} steps: {_names(ownerless)}. Make the optimizer from model.parameters(), or "

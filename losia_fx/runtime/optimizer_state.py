@@ -72,12 +72,19 @@ def _restart(optimizer: Optimizer, state: SubnetState) -> None:
     """
     values = state.values
     old = optimizer.state.pop(values, None)
-    if old and (made := _constructed(optimizer).get(state)):
+    if old and (groups := {key: entry for key, entry in old.items() if _is_a_group(optimizer, entry)}):
+        optimizer.state[values] = groups
+    elif old and (made := _constructed(optimizer).get(state)):
         optimizer.state[values] = {key: entry.make(values) for key, entry in made.items()}
     elif old and state.shards is not None and type(optimizer) in _FROM_ZEROS:
         optimizer.state[values] = {key: torch.zeros_like(entry) for key, entry in old.items()}
     elif old and _is_fused_sgd(optimizer) and old.get("momentum_buffer") is not None:
         optimizer.state[values] = {"momentum_buffer": torch.zeros_like(old["momentum_buffer"])}
+
+
+def _is_a_group(optimizer: Optimizer, entry: Any) -> bool:
+    """Where a parameter knows the group that it is of: optimi's, which are asked to step one at a time."""
+    return any(entry is group for group in optimizer.param_groups)
 
 
 _FROM_ZEROS = (torch.optim.Adam, torch.optim.AdamW)
@@ -288,8 +295,9 @@ def has_stepped(optimizer: Optimizer, state: SubnetState) -> bool:
     """Whether the optimizer's state of a subnet comes from a step, and not from its constructor, or from a step that
     was only to make it and has left every moment at zero."""
     there = optimizer.state.get(state.values) or {}
+    made = _constructed(optimizer).get(state, {})
     moments = [
-        value for key, value in there.items() if key != "step" and key not in _constructed(optimizer).get(state, {})
+        value for key, value in there.items() if key != "step" and key not in made and not _is_a_group(optimizer, value)
     ]
     if "step" not in there:
         return bool(moments)

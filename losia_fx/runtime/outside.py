@@ -162,17 +162,23 @@ def asking_where_learning(states: Sequence[SubnetState]) -> AbstractContextManag
 
 
 def ask_for_gradients(states: Iterable[SubnetState], asked: list[nn.Parameter]) -> None:
-    """Has the weights of ``states`` require grad; those that did not go into ``asked`` first, whatever cuts in."""
+    """Has the weights of ``states`` whose subnets learn require grad; those that did not go into ``asked`` first,
+    whatever cuts in."""
     for state in states:
         weight = _whole_now(state)
         if weight is None:
             continue
         by_itself = weight.requires_grad and weight not in registry.ASKING
+        kind, hook = registry.GRADIENT_HOOKS.get(weight, (None, None))
+        learns = state.values.requires_grad
+        if by_itself != learns and (by_itself or kind):
+            registry.AT_ODDS.add(state)
+        if not (by_itself or learns):
+            continue
         if not weight.requires_grad:
             asked.append(weight)
             registry.ASKING[weight] = None
             weight.requires_grad_(True)
-        kind, hook = registry.GRADIENT_HOOKS.get(weight, (None, None))
         if kind == by_itself:
             continue
         if hook is not None:  # it has been frozen since, or set free

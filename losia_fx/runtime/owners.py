@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ class Owned:
     """Of each subnet that was taken off again, and that the optimizer steps all the same: the model that it was of."""
     told: bool = False
     """That was said."""
+    one_by_one: bool = False
+    """It has been asked to step single parameters."""
 
 
 OWNED: MutableMapping[Optimizer, Owned] = registry.OWNED
@@ -103,6 +106,8 @@ def meet_all(train: TrainState) -> tuple[list[Optimizer], list[Optimizer]]:
     found = [each for each in live_optimizers() if owned_states(each, train)]
     fresh = [each for each in found if each not in train.optimizers.known]
     for each in fresh:
+        if not hasattr(each, "state"):  # its constructor is not Optimizer's: torchao's CPUOffloadOptimizer
+            each.state = defaultdict(dict)
         note_constructed(each, owned_states(each, train), fresh=train.progress.step == 0)
     return found, fresh
 

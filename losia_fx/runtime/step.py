@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from torch.optim import Optimizer
 
+from losia_fx._compat import graph_task_id
 from losia_fx.errors import LosiaError
 from losia_fx.method.schedule import checked_steps, reselecting_groups
 from losia_fx.ops.localization import drop_taps
@@ -21,6 +22,7 @@ from . import labels, look, notices, owners, slot
 from .carry import take_in_gradients
 from .measure import add_importance, fit_gradients
 from .optimizers import found_inf
+from .same import same
 from .state import SubnetState
 from .steps import Followed
 from .take_in_shards import was_sharded
@@ -58,7 +60,7 @@ def before(train: TrainState, optimizer: Optimizer, mine: Sequence[SubnetState],
         if optimizer not in train.optimizers.known:
             owners.meet(train)
         owners.notice_loaded(train, optimizer, mine)
-        if optimizer in train.optimizers.of_this_step:
+        if optimizer in train.optimizers.of_this_step and not train.progress.stepped.isdisjoint(mine):
             _drop_silent_owners(train)
         train.optimizers.waited_for.add(optimizer)
         if train.vigilance.step_seen:
@@ -86,7 +88,9 @@ def after(train: TrainState, followed: Followed) -> None:
     with train.lock:
         owners.note_states(train, optimizers)
         # What called the step from one of its own goes on after it, unseen: nothing moves before the next use.
-        train.pending.rest_to_come = around is not None
+        # Nor does what is due since a step that was given up, while a backward reads where the subnets are.
+        late = bool(train.progress.selecting) and graph_task_id() >= 0
+        train.pending.rest_to_come = around is not None or late
         train.pending.around = None if around is None else weakref.ref(around)
         if any(found_inf(each) for each in optimizers):
             train.pending.forget_step()
@@ -105,18 +109,21 @@ def after(train: TrainState, followed: Followed) -> None:
 
 
 def by_hand(train: TrainState) -> None:
-    """A step that no optimizer made: S has been moved, and its gradient is still there."""
+    """A step that no optimizer made: S has been moved, and its gradient is still there, or is gone already."""
     with train.lock:
         train.pending.rest_to_come = False
         train.optimizers.beside = 0
         train.check_tree()
         mine = [state for state in train.states if state.values.grad is not None]
+        if not mine:  # some updates free a gradient as soon as they have used it (LOMO)
+            mine = [state for state, still in zip(train.states, same(train.states), strict=True) if not still]
         if not mine:
             raise LosiaError(
-                "losia_fx.stepped: no subnet has a gradient. Call it after the parameters were moved and before their "
-                "gradients are zeroed"
+                "losia_fx.stepped: no subnet has a gradient, and none has moved since its last use. Call it after the "
+                "parameters were moved, and before the next forward"
             )
         for state in mine:
+            state.learned = True
             last = train.by_hand.pop(state, None)
             if last is None:
                 last = state.here(state.block()).detach().to(state.values.dtype)
@@ -159,7 +166,8 @@ def _finish(train: TrainState, mine: Sequence[SubnetState]) -> None:
     """Our part of a step, after the optimizer's."""
     pending = train.pending
     for state in mine:
-        state.learned = state.learned or state.values.grad is not None
+        # An optimizer may free the gradient within its step, and one that is given a closure makes it there, too.
+        state.learned = state.learned or state.values.grad is not None or train.agreement.moved(state)[1]
         if state.profile is not None:
             _update_importance(train, state)
         if state.rewarm_from is None:

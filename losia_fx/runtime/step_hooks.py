@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from losia_fx import registry
@@ -43,7 +44,7 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     running = steps.enter(optimizer)
     _refuse_kinds(optimizer)
-    for train, states in list(theirs.mine.items()):
+    for train, states in _asked_for(theirs, (*args, *kwargs.values())):
         followed = steps.step_of(train)
         if followed is None:
             closure = any(callable(value) for value in (*args, *kwargs.values()))
@@ -57,6 +58,21 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             running.made[train] = followed
         if fresh:
             _begin(train, followed, fresh)
+
+
+def _asked_for(theirs: Owned, given: tuple[Any, ...]) -> list[tuple[TrainState, list[SubnetState]]]:
+    """By model, all that an optimizer steps, or those that it is to step alone, as step(param=S) in a hook of S's
+    gradient: the step() that loops call after those is none."""
+    named = {id(value) for value in given if isinstance(value, nn.Parameter)}
+    theirs.one_by_one = theirs.one_by_one or bool(named)
+    held = list(theirs.mine.items())
+    if not theirs.one_by_one:
+        return held
+    asked = (
+        [s for s in states if (id(s.held(s.values_name)) in named if named else s.values.grad is not None)]
+        for _, states in held
+    )
+    return [(train, states) for (train, _), states in zip(held, asked, strict=True) if states]
 
 
 def _refuse_others(optimizer: Optimizer, theirs: Owned) -> None:

@@ -103,6 +103,28 @@ class Anchored(Loop):
                 value.lerp_(anchor, 0.7)
 
 
+class Outer(Loop):
+    """DiLoCo's outer step on the way of some inner ones, with Nesterov's momentum: it goes beyond where S stands now,
+    away from where it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.start = [value.detach().clone() for value in self.values]
+        self.optimizer = optim.AdamW(self.values, lr=1e-3)
+        self.outer = optim.SGD(self.values, lr=0.7, momentum=0.9, nesterov=True)
+        self.steps = 0
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % 5 == 0:
+            for value, start in zip(self.values, self.start, strict=True):
+                value.grad = start - value.detach()
+                value.data = start.clone()
+            self.outer.step()
+            self.start = [value.detach().clone() for value in self.values]
+
+
 class SlowWeightsByHand(SlowWeights):
     """Nothing of torch's: the first writes to S after a move are plain steps."""
 
@@ -176,7 +198,9 @@ def run(kind: Callable[[nn.Module], Loop], steps: int, **options: Any) -> tuple[
 
 @pytest.mark.parametrize("dtype", ["as they are", "bfloat16"])
 @pytest.mark.parametrize("schedule", ["async", "sync", "all"])
-@pytest.mark.parametrize("kind", [Masters, MastersByData, SlowWeights, SlowWeightsByHand, Anchored, PulledSoftly])
+@pytest.mark.parametrize(
+    "kind", [Masters, MastersByData, SlowWeights, SlowWeightsByHand, Anchored, PulledSoftly, Outer]
+)
 def test_numbers_of_the_place_before(kind: type[Loop], schedule: str, dtype: str) -> None:
     def made(model: nn.Module) -> Loop:
         return kind(model.bfloat16() if dtype == "bfloat16" else model)
