@@ -21,7 +21,7 @@ from . import notices, slot, steps
 from .agreement import Agreement
 from .evidence import points_alike
 from .owners import modes_of
-from .same import strays
+from .same import same, strays
 from .sharded_agreement import AnyAgreement
 from .shards import reshard_all
 from .state import SubnetState, own_states
@@ -70,25 +70,23 @@ def agree(train: TrainState, values: bool, learns: bool, shown: bool) -> None:
         if take_in(train):
             moved = train.agreement.differing()
         notices.warn_strange(train, strangers(train, moved))
-        note(train, train.agreement.settle(moved, weights_count(train, moved)), learns, shown)
+        note(train, train.agreement.settle(moved, train.idle or all_written(train, moved)), learns, shown)
     if values:
         written = train.agreement.compare()
         notices.warn_unclear(train)
         note(train, written, learns, shown)
 
 
-def weights_count(train: TrainState, moved: Sequence[SubnetState]) -> bool:
-    """Whether of a pair that both were written the weight counts: where nothing trains the model, and where all there
-    is was written, weights and subnets, after subnets have moved: with an average, or a copy that was kept, of all
-    parameters. The weights are then right, and the numbers of the subnets of other places."""
-    if train.idle:
-        return True
+def all_written(train: TrainState, moved: Sequence[SubnetState]) -> bool:
+    """Whether all there is was written, weights and subnets, after subnets have moved: with an average, or a copy that
+    was kept, of all parameters. The weights are then right, and the numbers of the subnets of other places."""
     if not train.progress.history or len(moved) < len(train.states):
         return False
-    everything = all(map(all, map(train.agreement.moved, moved)))
-    if everything:
+    if not all(map(all, map(train.agreement.moved, moved))):
+        return False
+    if not all(same(moved)):
         notices.warn_all_written(train)
-    return everything
+    return True
 
 
 def strangers(train: TrainState, moved: list[SubnetState]) -> list[SubnetState]:
@@ -205,7 +203,7 @@ def _look_at(state: SubnetState, train: TrainState | None, values: bool, shown: 
     written = []
     if any(agreement.moved(state)):
         moved = [state] if train is None else _moved_with(state, train)
-        written += agreement.settle(moved, agreement.averaged or (train is not None and weights_count(train, moved)))
+        written += agreement.settle(moved, agreement.averaged or (train is not None and all_written(train, moved)))
     # Of shards nothing is compared here: all ranks would have to be.
     if isinstance(agreement, Agreement) and (values or _may_have_been_written(state, agreement)):
         state.part_looks += 1

@@ -11,7 +11,7 @@ from torch import nn
 
 import losia_fx
 from tests.support.toys import Toy, batch, loss_of
-from tests.support.twin import STILL, close, subnets_of, twins, values_of, warned, zero
+from tests.support.twin import STILL, assert_one, close, subnets_of, twins, values_of, warned, zero
 
 pytestmark = pytest.mark.filterwarnings("error::losia_fx.LosiaWarning")
 MOVING: dict[str, Any] = {"schedule": "async", "importance": "random", "period": 2, "rewarm": False}
@@ -162,6 +162,29 @@ def test_an_average_of_all_parameters_over_a_move(first: str) -> None:
         assert torch.equal(subnet.values, subnet.weight[subnet.rows][:, subnet.cols])
     assert len([text for text in said if "the weights count" in text]) == 1, said
     step(model, optimizer)
+
+
+def test_a_decay_of_all_parameters_by_hand_is_no_average() -> None:
+    """Weights and subnets alike, after every step."""
+    model, twin = twins(Toy(layers=1).double(), **MOVING)
+    mine, expected = torch.optim.SGD(values_of(model), lr=0.1), torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(6):
+        zero(model, twin)
+        ids = batch()
+        loss_of(model, ids).backward()
+        loss_of(twin, ids).backward()
+        mine.step()
+        expected.step()
+        twin.follow(subnets_of(model))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+            for name, parameter in twin.plain.named_parameters():
+                if name in twin.values:
+                    twin.write(name, 0.9 * twin.weight(name))
+                else:
+                    parameter.mul_(0.9)
+    assert_one(model, twin)
 
 
 def test_a_pair_of_many_that_was_written_both_is_refused_as_before() -> None:
