@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from losia_fx.errors import UnsupportedGraphError
@@ -125,7 +126,7 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
     for (body, holder), users in joined.items():
         names = tuple(dict.fromkeys(user.name for user in users))
         uses = {use_of(user) for user in users}
-        if any(use.rpartition(".")[2] == "set_" for use in uses):
+        if any(use_of(user).rpartition(".")[2] == "set_" and not _keeps_memory(user, holder) for user in users):
             # What the users get is an alias of the weight: that would be given the memory, and not the weight.
             raise UnsupportedGraphError(
                 f"{port.facts.fqn}: the forward itself gives the weight other memory (weight.data = ..., set_()), "
@@ -139,3 +140,23 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
             )
         said = ", ".join(sorted(uses))
         yield WholeSite(holder.name, names, body, port.index, next(calls), said)
+
+
+def _keeps_memory(user: fx.Node, holder: fx.Node) -> bool:
+    """Of weight.data = given: whether that is the weight's own memory, as Module.to() in a forward has it where there
+    is nothing to convert (SwitchTransformers' routers)."""
+    given = user.args[1] if len(user.args) > 1 else None
+    while given is not holder:
+        if not isinstance(given, fx.Node) or given.op != "call_method" or given.target not in ("to", "detach"):
+            return False
+        source = given.args[0]
+        copies = True in given.args or given.kwargs.get("copy", False)
+        if copies or not isinstance(source, fx.Node) or _kind(source) != _kind(given):
+            return False
+        given = source
+    return True
+
+
+def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
+    value = node.meta.get("example_value")
+    return (value.dtype, value.device) if isinstance(value, torch.Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -164,3 +165,29 @@ def test_a_forward_that_gives_a_weight_other_memory_is_refused(compiler: str) ->
     with pytest.raises(UnsupportedGraphError, match=r"layers.0.mix.weight: .*weight.copy_\(...\) under torch.no_grad"):
         loss_of(model, batch())
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+class ToItsDtype(nn.Linear):
+    """Converts itself in every forward, as SwitchTransformers' routers do (Module.to sets weight.data)."""
+
+    dtype = torch.float64
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.to(self.dtype)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_forward_that_converts_a_weight_to_what_it_is(compiler: str) -> None:
+    model = Toy(layers=1).double()
+    for layer in model.layers:
+        layer.mix = ToItsDtype(16, 16, bias=False).double()
+    plain = copy.deepcopy(model)
+    losia_fx.transform(model, compiler=compiler, rank_factor=0.25)
+    ids = batch()
+    loss, expected = loss_of(model, ids), loss_of(plain, ids)
+    loss.backward()
+    expected.backward()
+    close(loss, expected, 1e-12, "loss")
+    for name, subnet in losia_fx.subnets(model).items():
+        close(subnet.values.grad, plain.get_parameter(name).grad[subnet.rows][:, subnet.cols], 1e-12, name)
