@@ -870,7 +870,7 @@ def stale_reads(nodes: list[Any]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.parametrize("mended", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reads_of_a_buffer_stay_behind_the_writes_in_place(mended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not mended, torch 2.13.0 has such reads, and 2.14 has none: with 2.13, inductor_order.py goes."""
     if not mended and release(torch.__version__) != release("2.13.0"):
@@ -960,7 +960,7 @@ def pooled_gradients(compiled: bool) -> dict[str, Tensor]:
     return dict(zip(POOLINGS, gradients, strict=True))
 
 
-@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.parametrize("mended", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("pooling")
 def test_the_gradient_of_a_mean_over_a_window_that_sticks_out(mended: bool) -> None:
     """Not mended, all of them are wrong; of the torch that has them right, inductor_pooling.py goes."""

@@ -280,8 +280,11 @@ def warn_silent(train: TrainState, owned: Iterable[SubnetState]) -> None:
     stepped, steps = set(owned), checked_steps(train.config)
     by_group = {group: train.members(group) for group in range(len(train.groups))}
     warn_at_odds(train)
-    some_learn = any(state.learned for state in train.states)  # then those that were frozen were so on purpose
-    quiet = [s for s in train.states if not s.learned and not s.ran_without_grad and not (some_learn and is_frozen(s))]
+    # While others learn, what is frozen was frozen on purpose; but for heads: resize_token_embeddings freezes their S.
+    asleep = {s for s in train.states if is_frozen(s) and not s.whole_cols}
+    if not any(state.learned for state in train.states):
+        asleep.clear()
+    quiet = [s for s in train.states if not (s.learned or s.ran_without_grad or s in asleep)]
     idle = {group for group, members in by_group.items() if not any(state.learned for state in members)}
     deaf = [s for s in quiet if s in stepped and (s.ran or s.group in idle)]
     ownerless = [s for s in quiet if s not in stepped and s.ran]

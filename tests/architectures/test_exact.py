@@ -20,7 +20,7 @@ slow = pytest.mark.slow
 
 
 def combinations() -> Iterator[Any]:
-    """(case, compiler, dtype, checkpointed); what takes long is marked slow, but for two."""
+    """(case, compiler, dtype, checkpointed); what takes long is marked slow."""
     for case in CASES:
         for checkpointed in (False, True):
             gc = "-checkpointed" if checkpointed else ""
@@ -34,9 +34,8 @@ def combinations() -> Iterator[Any]:
                     yield pytest.param(case, compiler, dtype, checkpointed, id=name, marks=marks)
             # Inductor rounds otherwise where a model computes in float32 in between; ViT is float64 throughout.
             for dtype in TOLERANCE if case is VIT else (torch.float32,):
-                quick = (case, checkpointed) == (LLAMA, True)
                 name = f"{case.name}-inductor-{str(dtype)[6:]}{gc}"
-                yield pytest.param(case, "inductor", dtype, checkpointed, id=name, marks=[] if quick else [slow])
+                yield pytest.param(case, "inductor", dtype, checkpointed, id=name, marks=[slow])
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
