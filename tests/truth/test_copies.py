@@ -146,13 +146,19 @@ def _descend(values: list[nn.Parameter], model: Callable[[Tensor], Any], steps: 
         optimizer.step()
 
 
+def _descend_in_a_fork(*args: Any) -> None:
+    """It has none of the threads that torch, in the process that it is a copy of, computes with."""
+    torch.set_num_threads(1)
+    _descend(*args)
+
+
 @pytest.mark.slow
 def test_processes_that_train_one_model_in_shared_memory() -> None:
     """Hogwild, one after the other: while no subnet moves, each sees what the others did."""
     model, twin = twins(Toy(layers=1).double())
     model.share_memory()
     _descend(values_of(model), model, 3, seed=0)
-    process = mp.get_context("fork").Process(target=_descend, args=(values_of(model), model, 3, 1))
+    process = mp.get_context("fork").Process(target=_descend_in_a_fork, args=(values_of(model), model, 3, 1))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -169,7 +175,9 @@ def test_processes_that_train_one_model_at_once() -> None:
     model, _ = twins(Toy(layers=1).double())
     model.share_memory()
     context = mp.get_context("fork")
-    processes = [context.Process(target=_descend, args=(values_of(model), model, 60, seed)) for seed in range(2)]
+    processes = [
+        context.Process(target=_descend_in_a_fork, args=(values_of(model), model, 60, seed)) for seed in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
