@@ -144,7 +144,7 @@ def _whole_sites(others: Iterable[Other], port: SubnetPort, calls: Iterator[int]
 
 def _keeps_memory(user: fx.Node, holder: fx.Node) -> bool:
     """Of weight.data = given: whether that is the weight's own memory, as Module.to() in a forward has it where there
-    is nothing to convert (SwitchTransformers' routers)."""
+    is nothing to convert (routers of some mixtures do)."""
     given = user.args[1] if len(user.args) > 1 else None
     while given is not holder:
         if not isinstance(given, fx.Node) or given.op != "call_method" or given.target not in ("to", "detach"):

@@ -72,10 +72,10 @@ def _restart(optimizer: Optimizer, state: SubnetState) -> None:
     """
     values = state.values
     old = optimizer.state.pop(values, None)
-    if old and (groups := {key: entry for key, entry in old.items() if _is_a_group(optimizer, entry)}):
-        optimizer.state[values] = groups
-    elif old and (made := _constructed(optimizer).get(state)):
-        optimizer.state[values] = {key: entry.make(values) for key, entry in made.items()}
+    made = {key: entry.make(values) for key, entry in _constructed(optimizer).get(state, {}).items()}
+    made |= {key: entry for key, entry in (old or {}).items() if _is_a_group(optimizer, entry)}
+    if old and made:
+        optimizer.state[values] = made
     elif old and state.shards is not None and type(optimizer) in _FROM_ZEROS:
         optimizer.state[values] = {key: torch.zeros_like(entry) for key, entry in old.items()}
     elif old and _is_fused_sgd(optimizer) and old.get("momentum_buffer") is not None:
